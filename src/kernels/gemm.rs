@@ -1,0 +1,213 @@
+//! The one matrix product: every product of forward and backward is this one with operands in another order.
+//!
+//! ```text
+//! for each tile of rows r and columns n of C:
+//!     sums = init(C[r, n])
+//!     for k:  sums += A[r, k] * B[k, n]      A broadcast, B whole vectors
+//!     C[r, n] = sums
+//! ```
+//!
+//! - A tile of sums lives in registers for the whole loop over k. It is `TILE_ROWS` x 2 vectors: enough independent sums
+//!   to hide the latency of fused multiply-add, and fewer loads than multiplications.
+//! - Rows are dealt evenly to tiles (32 rows as 6 6 5 5 5 5, not 6 6 6 6 6 2): a tile with few rows has too few sums.
+//! - Each element is summed in the order of k, whatever the tiling, so a sum continued by a second call with the next
+//!   keys has the same bits as one call with all of them.
+
+use super::{Matrix, MatrixMut};
+use crate::simd::{Kernel, Scalar, Simd};
+
+/// What the sums start from.
+#[derive(Clone, Copy)]
+pub(crate) enum Init<'a, T> {
+    /// Zero: C is only written.
+    Zero,
+    /// C.
+    Keep,
+    /// C with row r multiplied by the r-th of these.
+    ScaleRows(&'a [T]),
+}
+
+/// `C = init(C) + A B`, or with the transpose of `a` as A.
+pub(crate) struct Gemm<'a, 'c, T> {
+    /// A, or its transpose.
+    pub(crate) a: Matrix<'a, T>,
+    /// Whether `a` is the transpose of A, that is, one row per k.
+    pub(crate) a_transposed: bool,
+    /// B; its columns are a whole number of vectors.
+    pub(crate) b: Matrix<'a, T>,
+    /// C, with as many columns as B.
+    pub(crate) c: MatrixMut<'c, T>,
+    /// What the sums start from.
+    pub(crate) init: Init<'a, T>,
+}
+
+impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(mut self, simd: S) {
+        let (m, k) = if self.a_transposed { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
+        let n = self.b.cols;
+        assert_eq!((self.b.rows, self.c.rows, self.c.cols), (k, m, n), "shapes of a product {m} x {k} x {n}");
+        assert_eq!(n % S::LANES, 0, "columns of a product are whole vectors");
+        if let Init::ScaleRows(factors) = self.init {
+            assert!(factors.len() >= m, "a factor for each row");
+        }
+        if m == 0 || n == 0 {
+            return;
+        }
+        let operands = Operands {
+            a: self.a.as_ptr(),
+            a_stride: self.a.stride,
+            b: self.b.as_ptr(),
+            b_stride: self.b.stride,
+            c: self.c.as_mut_ptr(),
+            c_stride: self.c.stride,
+            k,
+            init: self.init,
+        };
+        // SAFETY: the assertions above, with those of the matrices, put every element that the tiles touch in bounds.
+        unsafe {
+            if self.a_transposed {
+                operands.columns_then_rows::<S>(simd, m, n);
+            } else {
+                operands.rows_then_columns::<S>(simd, m, n);
+            }
+        }
+    }
+}
+
+struct Operands<'a, T> {
+    a: *const T,
+    a_stride: usize,
+    b: *const T,
+    b_stride: usize,
+    c: *mut T,
+    c_stride: usize,
+    k: usize,
+    init: Init<'a, T>,
+}
+
+/// Calls `$body` for tiles of 2 column vectors, the last one of 1 where their number is odd.
+macro_rules! for_column_tiles {
+    ($n:expr, $lanes:expr, |$column:ident, $vectors:ident| $body:expr) => {
+        let (n, lanes) = ($n, $lanes);
+        let mut $column = 0;
+        while $column < n {
+            let left = (n - $column) / lanes;
+            if left == 1 {
+                const $vectors: usize = 1;
+                $body;
+            } else {
+                const $vectors: usize = 2;
+                $body;
+            }
+            $column += 2 * lanes;
+        }
+    };
+}
+
+/// Calls `$body` for tiles of at most 8 rows of nearly equal height.
+macro_rules! for_row_tiles {
+    ($m:expr, $most:expr, |$row:ident, $rows:ident| $body:expr) => {
+        let (m, tiles) = ($m, $m.div_ceil($most));
+        let (base, taller) = (m / tiles, m % tiles);
+        let mut $row = 0;
+        for tile in 0..tiles {
+            let height = base + usize::from(tile < taller);
+            match height {
+                1 => { const $rows: usize = 1; $body }
+                2 => { const $rows: usize = 2; $body }
+                3 => { const $rows: usize = 3; $body }
+                4 => { const $rows: usize = 4; $body }
+                5 => { const $rows: usize = 5; $body }
+                6 => { const $rows: usize = 6; $body }
+                7 => { const $rows: usize = 7; $body }
+                _ => { const $rows: usize = 8; $body }
+            }
+            $row += height;
+        }
+    };
+}
+
+impl<T: Scalar> Operands<'_, T> {
+    /// For A stored by rows (keys): a few rows of A stay in the first-level cache while all columns are done.
+    ///
+    /// # Safety
+    /// - All `m x n` elements of C and what they are computed from are in bounds; `n` is a multiple of the lanes.
+    #[inline(always)]
+    unsafe fn rows_then_columns<S: Simd<T>>(&self, simd: S, m: usize, n: usize) {
+        for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
+            for_column_tiles!(n, S::LANES, |column, VECTORS| {
+                // SAFETY: the caller's, for this part of C.
+                unsafe { self.tile::<S, ROWS, VECTORS, false>(simd, row, column) }
+            });
+        });
+    }
+
+    /// For A stored transposed (weights): a strip of B (values) stays in the first-level cache while all rows are done.
+    ///
+    /// # Safety
+    /// - As [`Self::rows_then_columns`].
+    #[inline(always)]
+    unsafe fn columns_then_rows<S: Simd<T>>(&self, simd: S, m: usize, n: usize) {
+        for_column_tiles!(n, S::LANES, |column, VECTORS| {
+            for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
+                // SAFETY: the caller's, for this part of C.
+                unsafe { self.tile::<S, ROWS, VECTORS, true>(simd, row, column) }
+            });
+        });
+    }
+
+    /// One register tile of C.
+    ///
+    /// # Safety
+    /// - Rows `row..row + ROWS` and columns `column..column + VECTORS * LANES` of C are in bounds, and so is what they
+    ///   are computed from.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<T>, const ROWS: usize, const VECTORS: usize, const TRANSPOSED: bool>(&self, simd: S, row: usize, column: usize) {
+        // SAFETY: in bounds by the contract of this function.
+        unsafe {
+            let c = self.c.add(row * self.c_stride + column);
+            let mut sums = [[simd.splat(T::ZERO); VECTORS]; ROWS];
+            if !matches!(self.init, Init::Zero) {
+                for r in 0..ROWS {
+                    for v in 0..VECTORS {
+                        sums[r][v] = simd.load(c.add(r * self.c_stride + v * S::LANES));
+                    }
+                }
+            }
+            if let Init::ScaleRows(factors) = self.init {
+                for r in 0..ROWS {
+                    let factor = simd.splat(*factors.get_unchecked(row + r));
+                    for v in 0..VECTORS {
+                        sums[r][v] = simd.mul(sums[r][v], factor);
+                    }
+                }
+            }
+            let (step, across) = if TRANSPOSED { (self.a_stride, 1) } else { (1, self.a_stride) };
+            let mut a = self.a.add(row * across);
+            let mut b = self.b.add(column);
+            for _ in 0..self.k {
+                let mut vectors = [simd.splat(T::ZERO); VECTORS];
+                for v in 0..VECTORS {
+                    vectors[v] = simd.load(b.add(v * S::LANES));
+                }
+                for r in 0..ROWS {
+                    let weight = simd.splat(*a.add(r * across));
+                    for v in 0..VECTORS {
+                        sums[r][v] = simd.mul_add(weight, vectors[v], sums[r][v]);
+                    }
+                }
+                // The pointers past the last row are not used, so they may be out of bounds.
+                a = a.wrapping_add(step);
+                b = b.wrapping_add(self.b_stride);
+            }
+            for r in 0..ROWS {
+                for v in 0..VECTORS {
+                    simd.store(c.add(r * self.c_stride + v * S::LANES), sums[r][v]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Matrices as kernels see them: a slice, sizes, and the distance of rows.
+
+/// A matrix to read, rows contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix<'a, T> {
+    data: &'a [T],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) stride: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    pub(crate) fn new(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        check(data.len(), rows, cols, stride);
+        Self { data, rows, cols, stride }
+    }
+
+    /// The first columns.
+    pub(crate) fn columns(self, cols: usize) -> Self {
+        assert!(cols <= self.cols, "{cols} of {} columns", self.cols);
+        Self { cols, ..self }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.data.as_ptr()
+    }
+}
+
+/// A matrix to write, rows contiguous.
+#[derive(Debug)]
+pub(crate) struct MatrixMut<'a, T> {
+    data: &'a mut [T],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) stride: usize,
+}
+
+impl<'a, T> MatrixMut<'a, T> {
+    pub(crate) fn new(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
+        check(data.len(), rows, cols, stride);
+        Self { data, rows, cols, stride }
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut T {
+        self.data.as_mut_ptr()
+    }
+
+    pub(crate) fn data_mut(&mut self) -> &mut [T] {
+        self.data
+    }
+}
+
+fn check(len: usize, rows: usize, cols: usize, stride: usize) {
+    assert!(
+        rows == 0 || cols == 0 || (rows - 1) * stride + cols <= len,
+        "a matrix of {rows} x {cols} with stride {stride} does not lie in {len} elements"
+    );
+}

@@ -1,0 +1,16 @@
+//! Computations on one tile, generic over the vector type: no threads, no allocation, no idea of a plan.
+//!
+//! Logits are kept transposed, one row per key and one lane per query. Then the running maximum, the exponentials and
+//! the sums of the softmax are plain operations on whole vectors, with no reduction across lanes, and the transposed
+//! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
+//! are packed transposed once per tile; keys and values are read where they lie.
+
+mod gemm;
+mod matrix;
+mod pack;
+mod softmax;
+
+pub(crate) use gemm::{Gemm, Init};
+pub(crate) use matrix::{Matrix, MatrixMut};
+pub(crate) use pack::{pack_rows, pack_transposed};
+pub(crate) use softmax::{LogitGradient, OnlineSoftmax};

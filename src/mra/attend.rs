@@ -1,0 +1,122 @@
+//! The running softmax of a tile of queries over strips of keys.
+
+use super::coarse::CoarseState;
+use super::problem::Problem;
+use super::scratch::Buffer;
+use super::strip::{KeySource, Strip};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
+use crate::simd::{Element, Level, Scalar};
+
+/// The state of a tile of queries between strips, and the buffers of a step.
+pub(crate) struct Attend<T> {
+    level: Level,
+    /// Queries of the tile.
+    pub(crate) queries: usize,
+    /// Lanes: the queries rounded up to whole vectors.
+    pub(crate) columns: usize,
+    /// Channels of a value, rounded up to whole vectors.
+    pub(crate) width: usize,
+    channels: usize,
+    packed: Buffer<T>,
+    line: Buffer<T>,
+    logits: Buffer<T>,
+    rescale: Buffer<T>,
+    /// The largest logit so far, in units of log2.
+    pub(crate) maximum: Buffer<T>,
+    /// The sum of weights so far, relative to the maximum.
+    pub(crate) sum: Buffer<T>,
+    /// The sum of weighted values so far: a row of `width` for each query.
+    pub(crate) values: Buffer<T>,
+}
+
+impl<T: Scalar> Attend<T> {
+    /// Buffers for tiles of at most `columns` queries.
+    pub(crate) fn new(problem: &Problem, columns: usize, value_dim: usize) -> Self {
+        let width = problem.padded::<T>(value_dim);
+        Self {
+            level: problem.level,
+            queries: 0,
+            columns: 0,
+            width,
+            channels: problem.head_dim,
+            packed: Buffer::scratch(problem.head_dim * columns),
+            line: Buffer::scratch(problem.padded::<T>(problem.head_dim)),
+            logits: Buffer::scratch(Strip::<T>::capacity(problem) * columns),
+            rescale: Buffer::scratch(columns),
+            maximum: Buffer::scratch(columns),
+            sum: Buffer::scratch(columns),
+            values: Buffer::scratch(columns * width),
+        }
+    }
+
+    /// Starts a tile of these queries; `factor` is the scale in units of log2.
+    pub(crate) fn start<'a, E: Element<Compute = T>>(&mut self, queries: impl ExactSizeIterator<Item = &'a [E]>, factor: T) {
+        self.queries = queries.len();
+        self.columns = self.queries.next_multiple_of(T::lanes(self.level));
+        let columns = self.columns;
+        let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
+        pack_transposed(queries, factor, &mut self.line, &mut packed);
+        self.maximum[..columns].fill(T::NEG_INFINITY);
+        self.sum[..columns].fill(T::ZERO);
+        self.values[..self.queries * self.width].fill(T::ZERO);
+    }
+
+    /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand.
+    pub(crate) fn strip<E: Element<Compute = T>>(&mut self, strip: &Strip<T>, source: &KeySource<'_, E>, adjust: impl FnOnce(&mut [T])) {
+        let (columns, width) = (self.columns, self.width);
+        for part in strip.parts(source) {
+            let logits = &mut self.logits[part.rows.start * columns..part.rows.end * columns];
+            T::run(self.level, Gemm {
+                a: part.keys.columns(self.channels),
+                a_transposed: false,
+                b: Matrix::new(&self.packed, self.channels, columns, columns),
+                c: MatrixMut::new(logits, part.rows.len(), columns, columns),
+                init: Init::Zero,
+            });
+        }
+        adjust(&mut self.logits[..strip.rows() * columns]);
+        T::run(self.level, OnlineSoftmax {
+            logits: MatrixMut::new(&mut self.logits, strip.rows(), columns, columns),
+            maximum: &mut self.maximum,
+            sum: &mut self.sum,
+            rescale: &mut self.rescale,
+        });
+        for part in strip.parts(source) {
+            let weights = &self.logits[part.rows.start * columns..part.rows.end * columns];
+            T::run(self.level, Gemm {
+                a: Matrix::new(weights, part.rows.len(), self.queries, columns),
+                a_transposed: true,
+                b: part.values,
+                c: MatrixMut::new(&mut self.values, self.queries, width, width),
+                init: if part.rows.start == 0 { Init::ScaleRows(&self.rescale) } else { Init::Keep },
+            });
+        }
+    }
+}
+
+impl<T: Scalar> Attend<T> {
+    /// Continues from the softmax over the coarse level, which is the same for every query of the tile.
+    pub(crate) fn resume(&mut self, coarse: &CoarseState<'_, T>) {
+        self.maximum[..self.columns].fill(coarse.maximum);
+        self.sum[..self.columns].fill(coarse.sum);
+        for row in self.values[..self.queries * self.width].chunks_exact_mut(self.width.max(1)) {
+            row.copy_from_slice(coarse.values);
+        }
+    }
+
+    /// Writes the output and the lse of a query.
+    pub(crate) fn finish<E: Element<Compute = T>>(&mut self, query: usize, out: &mut [E], lse: &mut T) {
+        let (sum, row) = (self.sum[query], &mut self.values[query * self.width..][..out.len()]);
+        if sum == T::ZERO {
+            out.fill(E::default());
+            *lse = T::NEG_INFINITY;
+            return;
+        }
+        let inverse = T::from_f64(1.0) / sum;
+        for value in row.iter_mut() {
+            *value = *value * inverse;
+        }
+        E::narrow(row, out);
+        *lse = T::from_f64(std::f64::consts::LN_2) * (self.maximum[query] + sum.log2());
+    }
+}

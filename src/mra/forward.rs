@@ -1,0 +1,184 @@
+//! Forward: out and lse of every query (docs/definitions.md, section 2.6).
+
+use super::attend::Attend;
+use super::budget::Budget;
+use super::coarse::Coarse;
+use super::plan::Plan;
+use super::problem::{Mode, Problem};
+use super::pyramid::Pooled;
+use super::select::select_from;
+use super::strip::{KeySource, Strip};
+use super::tile::{tile_columns, tiles};
+use crate::error::Result;
+use crate::simd::{Element, Scalar};
+use crate::tensor::Tensor;
+use crate::threads;
+use crate::tiles::TensorMut;
+
+/// The inputs of the forward pass, channels contiguous.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a, E> {
+    /// `(B, H, Lq, D)`.
+    pub query: Tensor<'a, E>,
+    /// `(B, Hk, Lk, D)`.
+    pub key: Tensor<'a, E>,
+    /// `(B, Hk, Lk, Dv)`.
+    pub value: Tensor<'a, E>,
+}
+
+impl<E: Element> Inputs<'_, E> {
+    /// Checks the shapes against the problem and returns the channels of a value.
+    pub(crate) fn validate(&self, problem: &Problem) -> Result<usize> {
+        let value_dim = self.value.shape()[3];
+        Problem::expect("query", self.query.shape(), [problem.batch, problem.heads, problem.query_len, problem.head_dim])?;
+        Problem::expect("key", self.key.shape(), [problem.batch, problem.kv_heads, problem.key_len, problem.head_dim])?;
+        Problem::expect("value", self.value.shape(), [problem.batch, problem.kv_heads, problem.key_len, value_dim])?;
+        Ok(value_dim)
+    }
+}
+
+/// The pooled queries and keys, for the selection and the coarse level.
+pub(crate) struct Pyramid<T> {
+    pub(crate) queries: Pooled<T>,
+    pub(crate) keys: Pooled<T>,
+}
+
+impl<T: Scalar> Pyramid<T> {
+    pub(crate) fn new<E: Element<Compute = T>>(problem: &Problem, query: &Tensor<'_, E>, key: &Tensor<'_, E>) -> Self {
+        Self {
+            queries: Pooled::new(problem, query, |batch| problem.queries(batch)),
+            keys: Pooled::new(problem, key, |batch| problem.keys(batch)),
+        }
+    }
+}
+
+/// Computes `out` `(B, H, Lq, Dv)` and `lse` `(B, H, Lq, 1)`, the natural logarithm of the sum of exponentials.
+///
+/// Logits, sums and lse are in the compute type: float64 for float64, float32 for all others. A query that sees no key
+/// has output 0 and lse `-inf`. Deterministic: the same bits for any number of threads.
+///
+/// # Errors
+/// If a tensor does not have the shape of the problem; nothing is written then.
+pub fn forward<E: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, E>,
+    plan: &Plan,
+    out: &mut TensorMut<'_, E>,
+    lse: &mut TensorMut<'_, E::Compute>,
+) -> Result<()> {
+    let pyramid = (problem.mode == Mode::Full).then(|| Pyramid::new(problem, &inputs.query, &inputs.key));
+    forward_with(problem, inputs, plan, pyramid.as_ref(), out, lse)
+}
+
+/// As [`forward`], from pooled queries and keys that are already there; sparse mode needs none.
+pub(crate) fn forward_with<E: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, E>,
+    plan: &Plan,
+    pyramid: Option<&Pyramid<E::Compute>>,
+    out: &mut TensorMut<'_, E>,
+    lse: &mut TensorMut<'_, E::Compute>,
+) -> Result<()> {
+    let value_dim = inputs.validate(problem)?;
+    Problem::expect("out", out.shape(), [problem.batch, problem.heads, problem.query_len, value_dim])?;
+    Problem::expect("lse", lse.shape(), [problem.batch, problem.heads, problem.query_len, 1])?;
+    let coarse = pyramid.filter(|_| problem.mode == Mode::Full).map(|pyramid| {
+        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+        Coarse::new(problem, plan, &pyramid.queries, &pyramid.keys, &values)
+    });
+    let nq = problem.query_blocks();
+    let exact = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
+    let (out, lse) = (&*out, &*lse);
+    let scratch = || (Attend::new(problem, tile_columns::<E::Compute>(problem), value_dim), Strip::new(problem, problem.head_dim, value_dim));
+    threads::for_each(problem.threads_for(exact), problem.all_heads() * nq, scratch, |(attend, strip), task| {
+        let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq };
+        // SAFETY: each task has its own block of queries, and writes only its rows.
+        unsafe { row.compute(attend, strip, out, lse) };
+    });
+    Ok(())
+}
+
+/// One block of queries of one head.
+struct BlockRow<'a, E: Element> {
+    problem: &'a Problem,
+    inputs: &'a Inputs<'a, E>,
+    plan: &'a Plan,
+    coarse: Option<&'a Coarse<E::Compute>>,
+    head: usize,
+    i: usize,
+}
+
+impl<E: Element> BlockRow<'_, E> {
+    /// # Safety
+    /// - Nothing else holds the rows of this block of queries in `out` and `lse`.
+    unsafe fn compute(
+        &self,
+        attend: &mut Attend<E::Compute>,
+        strip: &mut Strip<E::Compute>,
+        out: &TensorMut<'_, E>,
+        lse: &TensorMut<'_, E::Compute>,
+    ) {
+        let (batch, head) = (self.head / self.problem.heads, self.head % self.problem.heads);
+        let blocks = self.problem.queries(batch);
+        let queries = self.inputs.query.head(batch, head);
+        if blocks.count(self.i) < blocks.range(self.i).len() {
+            for token in blocks.range(self.i) {
+                // SAFETY: the caller's.
+                unsafe {
+                    out.row_mut(batch, head, token).fill(E::default());
+                    lse.row_mut(batch, head, token)[0] = E::Compute::NEG_INFINITY;
+                }
+            }
+        }
+        for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
+            attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), self.problem.log2_scale());
+            if let Some(coarse) = self.coarse {
+                attend.resume(&coarse.state(self.head, self.i));
+            }
+            self.attend_to_selected(attend, strip, batch);
+            for (query, number) in tile.enumerate() {
+                let token = blocks.token(number);
+                // SAFETY: the caller's.
+                unsafe { attend.finish(query, out.row_mut(batch, head, token), &mut lse.row_mut(batch, head, token)[0]) };
+            }
+        }
+    }
+
+    fn attend_to_selected(&self, attend: &mut Attend<E::Compute>, strip: &mut Strip<E::Compute>, batch: usize) {
+        let kv_head = self.problem.kv_head(self.head % self.problem.heads);
+        let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
+        let source = KeySource::new(self.problem, keys, values, self.problem.keys(batch));
+        strip.clear();
+        for &j in self.plan.row(self.head, self.i) {
+            let numbers = source.numbers(j as usize);
+            if !strip.push(&source, numbers.clone()) {
+                attend.strip(strip, &source, |_| {});
+                strip.clear();
+                assert!(strip.push(&source, numbers), "an empty strip has room for a block");
+            }
+        }
+        if strip.rows() > 0 {
+            attend.strip(strip, &source, |_| {});
+        }
+    }
+}
+
+/// Selects blocks, writes the selection to `bits` as [`Plan::from_bits`] reads it, and computes [`forward`] with it; queries
+/// and keys are pooled once for both.
+///
+/// # Errors
+/// As [`forward`] and [`select_blocks`](super::select_blocks).
+pub fn forward_selecting<E: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, E>,
+    budget: &Budget,
+    bits: &mut [u8],
+    out: &mut TensorMut<'_, E>,
+    lse: &mut TensorMut<'_, E::Compute>,
+) -> Result<()> {
+    inputs.validate(problem)?;
+    let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
+    select_from(problem, &pyramid, budget, bits)?;
+    let plan = Plan::from_bits(problem, bits)?;
+    forward_with(problem, inputs, &plan, Some(&pyramid), out, lse)
+}

@@ -1,0 +1,199 @@
+//! The gradient of a tile of queries against strips of keys.
+//!
+//! ```text
+//! weights   = 2^(keys queries^T - lse)                      recomputed, one row per key
+//! gradients = scale * weights * (values grads^T - delta)
+//! dq += gradients^T keys        dk += gradients queries        dv += weights grads
+//! ```
+//!
+//! Every sum runs over keys or queries in ascending order, whether the rows of the plan or its columns drive the loop; so
+//! one pass that computes all three and two passes that compute dq and then dk and dv give the same bits.
+
+use super::problem::Problem;
+use super::scratch::Buffer;
+use super::strip::{KeySource, PartView, Strip};
+use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, pack_rows, pack_transposed};
+use crate::simd::{Element, Level, Scalar};
+
+/// A tile of queries with the gradients of their outputs, and the buffers of a step.
+pub(crate) struct GradientTile<T> {
+    level: Level,
+    scale: T,
+    log2_scale: T,
+    head_dim: usize,
+    value_dim: usize,
+    /// Channels of a key, rounded up to whole vectors.
+    pub(crate) key_width: usize,
+    /// Channels of a value, rounded up to whole vectors.
+    pub(crate) value_width: usize,
+    count: usize,
+    columns: usize,
+    packed_queries: Buffer<T>,
+    packed_grads: Buffer<T>,
+    queries: Buffer<T>,
+    grads: Buffer<T>,
+    lse: Buffer<T>,
+    delta: Buffer<T>,
+    line: Buffer<T>,
+    weights: Buffer<T>,
+    gradients: Buffer<T>,
+    /// The gradient of the queries: a row of `key_width` for each.
+    pub(crate) dq: Buffer<T>,
+}
+
+/// What a tile needs to know of one query: in units of log2 the lse, and what is subtracted from `<g, v>`.
+#[derive(Clone, Copy)]
+pub(crate) struct QueryTerms<T> {
+    pub(crate) lse: T,
+    pub(crate) delta: T,
+}
+
+/// Sums of the gradients of consecutive keys and values, by number.
+pub(crate) struct KeySums<'a, T> {
+    /// A row of `key_width` for each key.
+    pub(crate) dk: &'a mut [T],
+    /// A row of `value_width` for each value.
+    pub(crate) dv: &'a mut [T],
+    /// The number of the first key.
+    pub(crate) first: usize,
+}
+
+impl<T> KeySums<'_, T> {
+    /// The same sums, for a call.
+    pub(crate) fn reborrow(&mut self) -> KeySums<'_, T> {
+        KeySums { dk: self.dk, dv: self.dv, first: self.first }
+    }
+}
+
+impl<T: Scalar> GradientTile<T> {
+    /// Buffers for tiles of at most `columns` queries.
+    pub(crate) fn new(problem: &Problem, columns: usize, value_dim: usize) -> Self {
+        let (head_dim, keys) = (problem.head_dim, Strip::<T>::capacity(problem));
+        let (key_width, value_width) = (problem.padded::<T>(head_dim), problem.padded::<T>(value_dim));
+        Self {
+            level: problem.level,
+            scale: T::from_f64(problem.scale),
+            log2_scale: problem.log2_scale(),
+            head_dim,
+            value_dim,
+            key_width,
+            value_width,
+            count: 0,
+            columns: 0,
+            packed_queries: Buffer::scratch(head_dim * columns),
+            packed_grads: Buffer::scratch(value_dim * columns),
+            queries: Buffer::scratch(columns * key_width),
+            grads: Buffer::scratch(columns * value_width),
+            lse: Buffer::scratch(columns),
+            delta: Buffer::scratch(columns),
+            line: Buffer::scratch(key_width.max(value_width)),
+            weights: Buffer::scratch(keys * columns),
+            gradients: Buffer::scratch(keys * columns),
+            dq: Buffer::scratch(columns * key_width),
+        }
+    }
+
+    /// Starts a tile of these queries with the gradients of their outputs.
+    pub(crate) fn start<'a, E: Element<Compute = T>>(
+        &mut self,
+        queries: impl ExactSizeIterator<Item = &'a [E]> + Clone,
+        grads: impl ExactSizeIterator<Item = &'a [E]> + Clone,
+        terms: impl Iterator<Item = QueryTerms<T>>,
+    ) {
+        self.count = queries.len();
+        self.columns = self.count.next_multiple_of(T::lanes(self.level));
+        let columns = self.columns;
+        pack_rows(queries.clone(), &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
+        pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
+        let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
+        pack_transposed(queries, self.log2_scale, &mut self.line, &mut packed);
+        let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
+        pack_transposed(grads, T::from_f64(1.0), &mut self.line, &mut packed);
+        self.lse[..columns].fill(T::ZERO);
+        self.delta[..columns].fill(T::ZERO);
+        for (query, terms) in terms.enumerate() {
+            self.lse[query] = terms.lse;
+            self.delta[query] = terms.delta;
+        }
+        self.dq[..self.count * self.key_width].fill(T::ZERO);
+    }
+
+    /// Adds what the keys of a strip contribute to dq, or to the gradients of keys and values, or both. `adjust` may change
+    /// the logits, one row per key and `columns` lanes, beforehand.
+    pub(crate) fn strip<E: Element<Compute = T>>(
+        &mut self,
+        strip: &Strip<T>,
+        source: &KeySource<'_, E>,
+        want_dq: bool,
+        mut sums: Option<KeySums<'_, T>>,
+        adjust: impl FnOnce(&mut [T], usize),
+    ) {
+        let columns = self.columns;
+        for part in strip.parts(source) {
+            self.logits_and_products(&part);
+        }
+        adjust(&mut self.weights[..strip.rows() * columns], columns);
+        T::run(self.level, LogitGradient {
+            weights: MatrixMut::new(&mut self.weights, strip.rows(), columns, columns),
+            gradients: MatrixMut::new(&mut self.gradients, strip.rows(), columns, columns),
+            lse: &self.lse,
+            delta: &self.delta,
+            factor: self.scale,
+        });
+        for part in strip.parts(source) {
+            if let Some(sums) = &mut sums {
+                self.add_to_keys(&part, sums);
+            }
+            if want_dq {
+                self.add_to_queries(&part);
+            }
+        }
+    }
+
+    fn logits_and_products(&mut self, part: &PartView<'_, T>) {
+        let columns = self.columns;
+        let lanes = part.rows.start * columns..part.rows.end * columns;
+        T::run(self.level, Gemm {
+            a: part.keys.columns(self.head_dim),
+            a_transposed: false,
+            b: Matrix::new(&self.packed_queries, self.head_dim, columns, columns),
+            c: MatrixMut::new(&mut self.weights[lanes.clone()], part.rows.len(), columns, columns),
+            init: Init::Zero,
+        });
+        T::run(self.level, Gemm {
+            a: part.values.columns(self.value_dim),
+            a_transposed: false,
+            b: Matrix::new(&self.packed_grads, self.value_dim, columns, columns),
+            c: MatrixMut::new(&mut self.gradients[lanes], part.rows.len(), columns, columns),
+            init: Init::Zero,
+        });
+    }
+
+    fn add_to_queries(&mut self, part: &PartView<'_, T>) {
+        let (width, columns) = (self.key_width, self.columns);
+        T::run(self.level, Gemm {
+            a: Matrix::new(&self.gradients[part.rows.start * columns..], part.rows.len(), self.count, columns),
+            a_transposed: true,
+            b: part.keys,
+            c: MatrixMut::new(&mut self.dq, self.count, width, width),
+            init: Init::Keep,
+        });
+    }
+
+    fn add_to_keys(&self, part: &PartView<'_, T>, sums: &mut KeySums<'_, T>) {
+        let (columns, row) = (self.columns, part.first - sums.first);
+        let products = [
+            (&self.gradients, &self.queries, self.key_width, &mut *sums.dk),
+            (&self.weights, &self.grads, self.value_width, &mut *sums.dv),
+        ];
+        for (a, b, width, c) in products {
+            T::run(self.level, Gemm {
+                a: Matrix::new(&a[part.rows.start * columns..], part.rows.len(), self.count, columns),
+                a_transposed: false,
+                b: Matrix::new(b, self.count, width, width),
+                c: MatrixMut::new(&mut c[row * width..], part.rows.len(), width, width),
+                init: Init::Keep,
+            });
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The algorithm: what is pooled, what is selected, and how the two levels are summed. Plain Rust over the kernels.
+
+mod attend;
+mod backward;
+mod blocks;
+mod budget;
+mod coarse;
+mod coarse_backward;
+mod forward;
+mod gradient_tile;
+mod plan;
+mod problem;
+mod pyramid;
+mod scratch;
+mod select;
+mod strip;
+mod tile;
+
+pub use backward::{Gradients, Saved, backward};
+pub use budget::Budget;
+pub use forward::{Inputs, forward, forward_selecting};
+pub use plan::Plan;
+pub use problem::{Mask, Mode, Options, Problem};
+pub use select::select_blocks;

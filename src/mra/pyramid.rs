@@ -1,0 +1,65 @@
+//! Means over the valid tokens of each block: the coarse level of queries, keys and values.
+
+use super::blocks::Blocks;
+use super::problem::Problem;
+use super::scratch::Buffer;
+use crate::simd::{Element, Scalar};
+use crate::tensor::{Rows, Tensor};
+use crate::threads;
+use crate::tiles::Chunks;
+
+/// One row per block of each head, padded with zeros to whole vectors; the row of a block without valid tokens is 0.
+#[derive(Debug)]
+pub(crate) struct Pooled<T> {
+    means: Buffer<T>,
+    blocks: usize,
+    pub(crate) width: usize,
+}
+
+impl<T: Scalar> Pooled<T> {
+    /// Pools a tensor whose sequences are cut as `blocks_of(batch)` says.
+    pub(crate) fn new<'b, E: Element<Compute = T>>(problem: &Problem, tensor: &Tensor<'_, E>, blocks_of: impl Fn(usize) -> &'b Blocks + Sync) -> Self {
+        let [batch, heads, length, channels] = tensor.shape();
+        let width = problem.padded::<T>(channels);
+        let blocks = length.div_ceil(problem.block_size);
+        let mut means = Buffer::zeros(batch * heads * blocks * width);
+        let rows = Chunks::new(&mut means, width);
+        let threads = problem.threads_for(batch * heads * length * channels);
+        threads::for_each(threads, batch * heads * blocks, || Buffer::scratch(width), |line, task| {
+            let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
+            // SAFETY: each task has its own row.
+            let mean = unsafe { rows.get_mut(task) };
+            average(&tensor.head(item, head), blocks_of(item), block, line, mean);
+        });
+        Self { means, blocks, width }
+    }
+
+    /// The rows of one head; heads of all batch items are numbered through.
+    pub(crate) fn head(&self, head: usize) -> Rows<'_, T> {
+        let size = self.blocks * self.width;
+        Rows::new(&self.means[head * size..][..size], self.blocks, self.width, self.width)
+    }
+}
+
+/// Writes the mean of the valid tokens of a block.
+fn average<E: Element>(tokens: &Rows<'_, E>, blocks: &Blocks, block: usize, line: &mut [E::Compute], mean: &mut [E::Compute]) {
+    let count = blocks.count(block);
+    if count == 0 {
+        return;
+    }
+    for number in blocks.start(block)..blocks.start(block + 1) {
+        let row = tokens.row(blocks.token(number));
+        let row = E::as_compute(row).unwrap_or_else(|| {
+            E::widen(row, &mut line[..row.len()]);
+            &line[..row.len()]
+        });
+        for (sum, &x) in mean.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a count of tokens in a block")]
+    let weight = E::Compute::from_f64(1.0 / count as f64);
+    for sum in mean {
+        *sum = *sum * weight;
+    }
+}

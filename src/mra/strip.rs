@@ -1,0 +1,150 @@
+//! Strips of keys: what one step of the softmax runs over.
+//!
+//! The keys of several selected blocks are taken together, so that the state of the softmax is touched once per strip and
+//! not once per block. Keys and values are read where they lie if they are consecutive tokens of the compute type with whole
+//! vectors of channels; otherwise they are copied into the strip first, which also drops padded tokens.
+
+use std::ops::Range;
+
+use super::blocks::Blocks;
+use super::problem::Problem;
+use super::scratch::Buffer;
+use crate::kernels::{Matrix, MatrixMut, pack_rows};
+use crate::simd::{Element, Scalar};
+use crate::tensor::Rows;
+
+/// Keys of a strip, at most, unless one block has more.
+const STRIP_KEYS: usize = 128;
+
+/// The keys and values of one head.
+#[derive(Clone, Copy)]
+pub(crate) struct KeySource<'a, E: Element> {
+    keys: Rows<'a, E>,
+    values: Rows<'a, E>,
+    blocks: &'a Blocks,
+    in_place: bool,
+}
+
+impl<'a, E: Element> KeySource<'a, E> {
+    pub(crate) fn new(problem: &Problem, keys: Rows<'a, E>, values: Rows<'a, E>, blocks: &'a Blocks) -> Self {
+        let whole = |channels| problem.padded::<E::Compute>(channels) == channels;
+        let in_place = E::as_compute(&[]).is_some() && whole(keys.cols()) && whole(values.cols());
+        Self { keys, values, blocks, in_place }
+    }
+
+    /// The numbers of the valid keys of a block.
+    pub(crate) fn numbers(&self, block: usize) -> Range<usize> {
+        self.blocks.start(block)..self.blocks.start(block + 1)
+    }
+}
+
+/// Consecutive rows of a strip that lie together.
+#[derive(Clone)]
+struct Part {
+    /// Rows of the strip.
+    rows: Range<usize>,
+    /// Number of the first key.
+    first: usize,
+    in_place: bool,
+}
+
+/// The keys of one step.
+pub(crate) struct Strip<T> {
+    parts: Vec<Part>,
+    rows: usize,
+    capacity: usize,
+    keys: Buffer<T>,
+    values: Buffer<T>,
+    key_width: usize,
+    value_width: usize,
+}
+
+/// The keys and values of a part, and which keys they are.
+pub(crate) struct PartView<'a, T> {
+    pub(crate) keys: Matrix<'a, T>,
+    pub(crate) values: Matrix<'a, T>,
+    /// Rows of the strip.
+    pub(crate) rows: Range<usize>,
+    /// Number of the first key.
+    pub(crate) first: usize,
+}
+
+impl<T: Scalar> Strip<T> {
+    pub(crate) fn new(problem: &Problem, head_dim: usize, value_dim: usize) -> Self {
+        let capacity = Self::capacity(problem);
+        let (key_width, value_width) = (problem.padded::<T>(head_dim), problem.padded::<T>(value_dim));
+        Self {
+            parts: Vec::new(),
+            rows: 0,
+            capacity,
+            keys: Buffer::scratch(capacity * key_width),
+            values: Buffer::scratch(capacity * value_width),
+            key_width,
+            value_width,
+        }
+    }
+
+    /// The most keys of a strip.
+    pub(crate) fn capacity(problem: &Problem) -> usize {
+        STRIP_KEYS.max(problem.block_size)
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.parts.clear();
+        self.rows = 0;
+    }
+
+    /// Adds keys, unless there is no room for all of them.
+    pub(crate) fn push<E: Element<Compute = T>>(&mut self, source: &KeySource<'_, E>, numbers: Range<usize>) -> bool {
+        let rows = self.rows..self.rows + numbers.len();
+        if rows.end > self.capacity {
+            return false;
+        }
+        self.rows = rows.end;
+        let in_place = source.in_place && source.blocks.consecutive(numbers.clone());
+        if in_place {
+            if let Some(last) = self.parts.last_mut()
+                && last.in_place
+                && source.blocks.consecutive(last.first..numbers.end)
+                && last.first + last.rows.len() == numbers.start
+            {
+                last.rows.end = rows.end;
+                return true;
+            }
+        } else {
+            let tokens = || numbers.clone().map(|number| source.blocks.token(number));
+            pack_rows(tokens().map(|token| source.keys.row(token)), &mut staged(&mut self.keys, &rows, self.key_width));
+            pack_rows(tokens().map(|token| source.values.row(token)), &mut staged(&mut self.values, &rows, self.value_width));
+        }
+        self.parts.push(Part { rows, first: numbers.start, in_place });
+        true
+    }
+
+    /// The parts, in order of the keys.
+    pub(crate) fn parts<'a, E: Element<Compute = T>>(&'a self, source: &'a KeySource<'_, E>) -> impl Iterator<Item = PartView<'a, T>> {
+        self.parts.iter().map(move |part| {
+            let count = part.rows.len();
+            let (keys, values) = if part.in_place {
+                let token = source.blocks.token(part.first);
+                (in_place(&source.keys, token, count), in_place(&source.values, token, count))
+            } else {
+                let of = |buffer: &'a Buffer<T>, width| Matrix::new(&buffer[part.rows.start * width..], count, width, width);
+                (of(&self.keys, self.key_width), of(&self.values, self.value_width))
+            };
+            PartView { keys, values, rows: part.rows.clone(), first: part.first }
+        })
+    }
+}
+
+fn staged<'a, T>(buffer: &'a mut Buffer<T>, rows: &Range<usize>, width: usize) -> MatrixMut<'a, T> {
+    MatrixMut::new(&mut buffer[rows.start * width..rows.end * width], rows.len(), width, width)
+}
+
+fn in_place<'a, E: Element>(rows: &Rows<'a, E>, token: usize, count: usize) -> Matrix<'a, E::Compute> {
+    let (data, stride) = rows.tail(token);
+    Matrix::new(E::as_compute(data).expect("the compute type"), count, rows.cols(), stride)
+}

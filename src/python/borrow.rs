@@ -1,0 +1,213 @@
+//! Tensors as Python hands them over: address, shape, strides and dtype, checked again before they are borrowed.
+
+use half::{bf16, f16};
+use pyo3::FromPyObject;
+
+use crate::error::{Error, Result};
+use crate::tensor::span;
+use crate::{Mask, Tensor, TensorMut};
+
+/// Element types, numbered as in `mra_attention._cpu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dtype {
+    F32,
+    F64,
+    Bf16,
+    F16,
+    Byte,
+}
+
+/// A type of elements that a descriptor can be borrowed as.
+pub(super) trait Stored {
+    const DTYPE: Dtype;
+}
+
+impl Stored for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+impl Stored for f64 {
+    const DTYPE: Dtype = Dtype::F64;
+}
+impl Stored for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+impl Stored for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+impl Stored for u8 {
+    const DTYPE: Dtype = Dtype::Byte;
+}
+
+/// `(data_ptr, shape, strides in elements, dtype)`.
+#[derive(FromPyObject)]
+pub(super) struct Descriptor(usize, Vec<usize>, Vec<usize>, u8);
+
+impl Descriptor {
+    pub(super) fn dtype(&self) -> Dtype {
+        [Dtype::F32, Dtype::F64, Dtype::Bf16, Dtype::F16].get(usize::from(self.3)).copied().unwrap_or(Dtype::Byte)
+    }
+
+    /// The shape of a four-dimensional tensor.
+    pub(super) fn shape(&self, name: &str) -> Result<[usize; 4]> {
+        self.dims(name).map(|(shape, _)| shape)
+    }
+
+    fn dims<const N: usize>(&self, name: &str) -> Result<([usize; N], [usize; N])> {
+        let (shape, strides) = (self.1.as_slice().try_into(), self.2.as_slice().try_into());
+        match (shape, strides) {
+            (Ok(shape), Ok(strides)) => Ok((shape, strides)),
+            _ => Err(Error::new(format!("{name}: shape {:?} and strides {:?}, expected {N} dimensions", self.1, self.2))),
+        }
+    }
+
+    /// The memory from the first element to the last one, in elements.
+    fn elements<E: Stored>(&self, name: &str) -> Result<(*mut E, usize)> {
+        if self.dtype() != E::DTYPE {
+            return Err(Error::new(format!("{name}: dtype {:?}, expected {:?}", self.dtype(), E::DTYPE)));
+        }
+        let len = span(&self.1, &self.2).filter(|&len| len.checked_mul(size_of::<E>()).is_some_and(|bytes| isize::try_from(bytes).is_ok()));
+        let Some(len) = len.filter(|_| self.1.len() == self.2.len()) else {
+            return Err(Error::new(format!("{name}: shape {:?} and strides {:?} do not make a tensor", self.1, self.2)));
+        };
+        if len == 0 {
+            return Ok((std::ptr::dangling_mut(), 0));
+        }
+        let data = self.0 as *mut E;
+        if data.is_null() || !data.is_aligned() {
+            return Err(Error::new(format!("{name}: address {:#x}, expected memory of {len} aligned elements", self.0)));
+        }
+        Ok((data, len))
+    }
+
+    /// Borrows the memory for reading.
+    ///
+    /// # Safety
+    /// - The memory belongs to a live tensor of this description, and nothing writes to it while it is borrowed.
+    unsafe fn slice<'a, E: Stored>(&self, name: &str) -> Result<&'a [E]> {
+        let (data, len) = self.elements::<E>(name)?;
+        // SAFETY: not null, aligned, of a length that fits; the rest is the caller's.
+        Ok(unsafe { std::slice::from_raw_parts(data, len) })
+    }
+
+    /// Borrows the memory for writing.
+    ///
+    /// # Safety
+    /// - The memory belongs to a live tensor of this description, and nothing else uses it while it is borrowed.
+    unsafe fn slice_mut<'a, E: Stored>(&self, name: &str) -> Result<&'a mut [E]> {
+        let (data, len) = self.elements::<E>(name)?;
+        // SAFETY: not null, aligned, of a length that fits; the rest is the caller's.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, len) })
+    }
+
+    /// A tensor `(B, H, L, D)`.
+    ///
+    /// # Safety
+    /// - As [`Self::slice`].
+    pub(super) unsafe fn tensor<'a, E: Stored>(&self, name: &str) -> Result<Tensor<'a, E>> {
+        let (shape, strides) = self.dims(name)?;
+        // SAFETY: the caller's.
+        Tensor::new(name, unsafe { self.slice(name) }?, shape, strides)
+    }
+
+    /// A tensor `(B, H, L)` as `(B, H, L, 1)`.
+    ///
+    /// # Safety
+    /// - As [`Self::slice`].
+    pub(super) unsafe fn rows<'a, E: Stored>(&self, name: &str) -> Result<Tensor<'a, E>> {
+        let ([b, h, l], [sb, sh, sl]) = self.dims(name)?;
+        // SAFETY: the caller's.
+        Tensor::new(name, unsafe { self.slice(name) }?, [b, h, l, 1], [sb, sh, sl, 1])
+    }
+
+    /// A tensor `(B, H, L, D)` to write.
+    ///
+    /// # Safety
+    /// - As [`Self::slice_mut`].
+    pub(super) unsafe fn tensor_mut<'a, E: Stored>(&self, name: &str) -> Result<TensorMut<'a, E>> {
+        let (shape, strides) = self.dims(name)?;
+        // SAFETY: the caller's.
+        TensorMut::new(name, unsafe { self.slice_mut(name) }?, shape, strides)
+    }
+
+    /// A tensor `(B, H, L)` to write, as `(B, H, L, 1)`.
+    ///
+    /// # Safety
+    /// - As [`Self::slice_mut`].
+    pub(super) unsafe fn rows_mut<'a, E: Stored>(&self, name: &str) -> Result<TensorMut<'a, E>> {
+        let ([b, h, l], [sb, sh, sl]) = self.dims(name)?;
+        // SAFETY: the caller's.
+        TensorMut::new(name, unsafe { self.slice_mut(name) }?, [b, h, l, 1], [sb, sh, sl, 1])
+    }
+
+    /// A mask `(B, L)`.
+    ///
+    /// # Safety
+    /// - As [`Self::slice`].
+    pub(super) unsafe fn mask<'a>(&self, name: &str) -> Result<Mask<'a>> {
+        let (shape, strides) = self.dims(name)?;
+        // SAFETY: the caller's.
+        Mask::new(name, unsafe { self.slice(name) }?, shape, strides)
+    }
+
+    /// Contiguous bytes of any shape.
+    ///
+    /// # Safety
+    /// - As [`Self::slice`].
+    pub(super) unsafe fn bytes<'a>(&self, name: &str) -> Result<&'a [u8]> {
+        self.check_contiguous(name)?;
+        // SAFETY: the caller's.
+        unsafe { self.slice(name) }
+    }
+
+    /// Contiguous bytes of any shape, to write.
+    ///
+    /// # Safety
+    /// - As [`Self::slice_mut`].
+    pub(super) unsafe fn bytes_mut<'a>(&self, name: &str) -> Result<&'a mut [u8]> {
+        self.check_contiguous(name)?;
+        // SAFETY: the caller's.
+        unsafe { self.slice_mut(name) }
+    }
+
+    fn check_contiguous(&self, name: &str) -> Result<()> {
+        let count = self.1.iter().try_fold(1usize, |count, &n| count.checked_mul(n));
+        if count.is_some() && count == span(&self.1, &self.2) {
+            return Ok(());
+        }
+        Err(Error::new(format!("{name}: shape {:?} with strides {:?}, expected a contiguous tensor", self.1, self.2)))
+    }
+
+    /// The addresses from the first byte to behind the last one.
+    fn addresses(&self) -> std::ops::Range<usize> {
+        let size = match self.dtype() {
+            Dtype::F64 => 8,
+            Dtype::F32 => 4,
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::Byte => 1,
+        };
+        let bytes = span(&self.1, &self.2).and_then(|len| len.checked_mul(size)).unwrap_or(0);
+        self.0..self.0.saturating_add(bytes)
+    }
+}
+
+/// The tensors that a call writes.
+pub(super) struct Writes<'a>(&'a [(&'a str, &'a Descriptor)]);
+
+impl<'a> Writes<'a> {
+    pub(super) fn new(outputs: &'a [(&'a str, &'a Descriptor)]) -> Self {
+        Self(outputs)
+    }
+
+    /// Checks that no output shares memory with an input or another output.
+    pub(super) fn disjoint_from(&self, inputs: &[(&str, &Descriptor)]) -> Result<()> {
+        for (index, (name, output)) in self.0.iter().enumerate() {
+            for (other_name, other) in self.0[index + 1..].iter().chain(inputs) {
+                let (a, b) = (output.addresses(), other.addresses());
+                if !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end {
+                    return Err(Error::new(format!("{name}: shares memory with {other_name}, expected a tensor of its own")));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! The native module `mra_attention._core`: borrow the tensors, release the interpreter, compute, map the error.
+
+mod borrow;
+
+use numpy::{IntoPyArray, PyArray4, PyReadonlyArray4, ndarray::Array4};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::{Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting};
+use borrow::{Descriptor, Dtype, Writes};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        PyValueError::new_err(error.to_string())
+    }
+}
+
+/// Calls `$body` with `$element` as the element type of a dtype.
+macro_rules! with_element {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F32 => { type $element = f32; $body }
+            Dtype::F64 => { type $element = f64; $body }
+            Dtype::Bf16 => { type $element = half::bf16; $body }
+            Dtype::F16 => { type $element = half::f16; $body }
+            Dtype::Byte => Err(Error::new("query: dtype bool or uint8, expected a floating point type")),
+        }
+    };
+}
+
+/// The numbers that every call takes.
+#[derive(Clone, Copy)]
+struct Settings {
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    threads: usize,
+}
+
+impl Settings {
+    fn problem(self, query: &Descriptor, key: &Descriptor, key_mask: Option<&Descriptor>, query_mask: Option<&Descriptor>) -> crate::Result<Problem> {
+        // SAFETY: the Python layer keeps every tensor alive during the call; `Descriptor` has checked the rest.
+        let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
+        let options = Options {
+            block_size: self.block_size,
+            scale: Some(self.scale),
+            mode: if self.sparse { Mode::Sparse } else { Mode::Full },
+            key_mask: mask("key_mask", key_mask)?,
+            query_mask: mask("query_mask", query_mask)?,
+            threads: self.threads,
+            level: Level::current()?,
+        };
+        Problem::new(query.shape("query")?, key.shape("key")?, &options)
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
+#[pyfunction]
+#[pyo3(signature = (query, key, key_mask, query_mask, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+fn select_blocks(
+    py: Python<'_>,
+    query: Descriptor,
+    key: Descriptor,
+    key_mask: Option<Descriptor>,
+    query_mask: Option<Descriptor>,
+    plan: Descriptor,
+    scale: f64,
+    block_size: usize,
+    blocks_per_row: f64,
+    num_blocks: Option<usize>,
+    first_blocks: usize,
+    diagonal_blocks: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let settings = Settings { scale, block_size, sparse: false, threads };
+    let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
+    py.detach(|| {
+        Writes::new(&[("plan", &plan)]).disjoint_from(&[("query", &query), ("key", &key)])?;
+        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        with_element!(query.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
+            let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.bytes_mut("plan")?) };
+            crate::select_blocks(&problem, &query, &key, &budget, bits)
+        })
+    })
+    .map_err(PyErr::from)
+}
+
+#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
+#[pyfunction(name = "forward")]
+#[pyo3(signature = (query, key, value, key_mask, query_mask, plan_in, plan_out, out, lse, *, scale, block_size, sparse, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+fn forward_py(
+    py: Python<'_>,
+    query: Descriptor,
+    key: Descriptor,
+    value: Descriptor,
+    key_mask: Option<Descriptor>,
+    query_mask: Option<Descriptor>,
+    plan_in: Option<Descriptor>,
+    plan_out: Descriptor,
+    out: Descriptor,
+    lse: Descriptor,
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    blocks_per_row: f64,
+    num_blocks: Option<usize>,
+    first_blocks: usize,
+    diagonal_blocks: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let settings = Settings { scale, block_size, sparse, threads };
+    let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
+    py.detach(|| {
+        Writes::new(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)])
+            .disjoint_from(&[("query", &query), ("key", &key), ("value", &value)])?;
+        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        with_element!(query.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
+            unsafe {
+                let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
+                let bits = plan_out.bytes_mut("plan_out")?;
+                let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
+                let Some(plan_in) = plan_in else {
+                    return forward_selecting(&problem, &inputs, &budget, bits, &mut out, &mut lse);
+                };
+                let plan_in = plan_in.bytes("plan")?;
+                let plan = Plan::from_bits(&problem, plan_in)?;
+                if bits.len() != plan_in.len() {
+                    return Err(Error::new(format!("plan_out: {} bytes, expected {}", bits.len(), plan_in.len())));
+                }
+                bits.copy_from_slice(plan_in);
+                forward(&problem, &inputs, &plan, &mut out, &mut lse)
+            }
+        })
+    })
+    .map_err(PyErr::from)
+}
+
+#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
+#[pyfunction(name = "backward")]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, threads))]
+fn backward_py(
+    py: Python<'_>,
+    grad_out: Descriptor,
+    grad_lse: Option<Descriptor>,
+    query: Descriptor,
+    key: Descriptor,
+    value: Descriptor,
+    out: Descriptor,
+    lse: Descriptor,
+    key_mask: Option<Descriptor>,
+    query_mask: Option<Descriptor>,
+    plan: Descriptor,
+    grad_query: Descriptor,
+    grad_key: Descriptor,
+    grad_value: Descriptor,
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    threads: usize,
+) -> PyResult<()> {
+    let settings = Settings { scale, block_size, sparse, threads };
+    py.detach(|| {
+        Writes::new(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)]).disjoint_from(&[
+            ("grad_out", &grad_out),
+            ("query", &query),
+            ("key", &key),
+            ("value", &value),
+            ("out", &out),
+            ("lse", &lse),
+        ])?;
+        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        with_element!(query.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
+            unsafe {
+                let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
+                let saved = Saved {
+                    grad_out: grad_out.tensor("grad_out")?,
+                    grad_lse: grad_lse.as_ref().map(|tensor| tensor.rows("grad_lse")).transpose()?,
+                    out: out.tensor("out")?,
+                    lse: lse.rows("lse")?,
+                };
+                let mut gradients = Gradients {
+                    query: grad_query.tensor_mut("grad_query")?,
+                    key: grad_key.tensor_mut("grad_key")?,
+                    value: grad_value.tensor_mut("grad_value")?,
+                };
+                let plan = Plan::from_bits(&problem, plan.bytes("plan")?)?;
+                backward(&problem, &inputs, &saved, &plan, &mut gradients)
+            }
+        })
+    })
+    .map_err(PyErr::from)
+}
+
+/// One bool per block from a plan's bits.
+#[pyfunction]
+fn block_mask<'py>(py: Python<'py>, plan: PyReadonlyArray4<'py, u8>, num_key_blocks: usize) -> PyResult<Bound<'py, PyArray4<bool>>> {
+    let plan = plan.as_array();
+    let (batch, heads, rows, bytes) = plan.dim();
+    if bytes != Plan::row_bytes(num_key_blocks) {
+        return Err(PyValueError::new_err(format!("plan: {bytes} bytes in a row, expected {} for {num_key_blocks} key blocks", Plan::row_bytes(num_key_blocks))));
+    }
+    let mask = Array4::from_shape_fn((batch, heads, rows, num_key_blocks), |(b, h, i, j)| plan[[b, h, i, j / 8]] >> (j % 8) & 1 == 1);
+    Ok(mask.into_pyarray(py))
+}
+
+/// The instruction set in use.
+#[pyfunction]
+fn isa() -> PyResult<&'static str> {
+    Ok(Level::current()?.name())
+}
+
+/// The instruction sets of this CPU, the best one last.
+#[pyfunction]
+fn available_isas() -> Vec<&'static str> {
+    Level::available().into_iter().map(Level::name).collect()
+}
+
+/// How the module was built.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("profile", env!("MRA_ATTENTION_PROFILE"))?;
+    info.set_item("rustc", env!("MRA_ATTENTION_RUSTC"))?;
+    info.set_item("target", env!("MRA_ATTENTION_TARGET"))?;
+    Ok(info)
+}
+
+/// Native functions of the package; `mra_attention.functional` is the public surface.
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(select_blocks, module)?)?;
+    module.add_function(wrap_pyfunction!(forward_py, module)?)?;
+    module.add_function(wrap_pyfunction!(backward_py, module)?)?;
+    module.add_function(wrap_pyfunction!(block_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(isa, module)?)?;
+    module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)
+}

@@ -1,0 +1,125 @@
+//! NEON.
+
+use std::arch::aarch64::{
+    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vaddq_s32, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
+    vdupq_n_f32, vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
+    vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64,
+};
+use std::arch::is_aarch64_feature_detected as detected;
+
+use super::exp2::{Exponent, exp2};
+use super::{Kernel, Simd};
+
+/// 128-bit vectors of aarch64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neon(());
+
+impl Neon {
+    /// The token, if this CPU has the instructions.
+    pub fn detect() -> Option<Self> {
+        detected!("neon").then_some(Self(()))
+    }
+
+    /// Runs `kernel` compiled for these instructions.
+    #[inline]
+    pub(super) fn run<T, K: Kernel<T>>(self, kernel: K) -> K::Output
+    where
+        Self: Simd<T>,
+    {
+        #[target_feature(enable = "neon")]
+        fn compiled<T, S: Simd<T>, K: Kernel<T>>(simd: S, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` exists, so `detect` has seen the feature.
+        unsafe { compiled(self, kernel) }
+    }
+}
+
+macro_rules! operations {
+    ($t:ty, $v:ty, exp2 = $exp2:expr, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
+     $fma:ident, $greater:ident, $select:ident) => {
+        impl Simd<$t> for Neon {
+            type V = $v;
+            const LANES: usize = size_of::<$v>() / size_of::<$t>();
+            const TILE_ROWS: usize = 8;
+
+            #[inline(always)]
+            fn splat(self, x: $t) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $splat(x) }
+            }
+            #[inline(always)]
+            unsafe fn load(self, p: *const $t) -> Self::V {
+                // SAFETY: the token proves the instruction; the caller vouches for LANES readable scalars.
+                unsafe { $load(p) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, p: *mut $t, v: Self::V) {
+                // SAFETY: the token proves the instruction; the caller vouches for LANES writable scalars.
+                unsafe { $store(p, v) }
+            }
+            #[inline(always)]
+            fn add(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $add(a, b) }
+            }
+            #[inline(always)]
+            fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $sub(a, b) }
+            }
+            #[inline(always)]
+            fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $mul(a, b) }
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $fma(c, a, b) }
+            }
+            #[inline(always)]
+            fn max(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instructions.
+                unsafe { $select($greater(a, b), a, b) }
+            }
+            #[inline(always)]
+            fn exp2(self, x: Self::V) -> Self::V {
+                $exp2(self, x)
+            }
+        }
+    };
+}
+
+operations!(f32, float32x4_t, exp2 = exp2, vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32,
+    vfmaq_f32, vcgtq_f32, vbslq_f32);
+operations!(f64, float64x2_t, exp2 = exp2_by_lane, vdupq_n_f64, vld1q_f64, vst1q_f64, vaddq_f64, vsubq_f64, vmulq_f64,
+    vfmaq_f64, vcgtq_f64, vbslq_f64);
+
+/// `exp2` of doubles, lane by lane: float64 is there to check with, not for speed.
+#[inline(always)]
+fn exp2_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
+    // SAFETY: the token proves that the CPU has the instructions.
+    unsafe {
+        let x = vsetq_lane_f64::<0>(vgetq_lane_f64::<0>(x).exp2(), x);
+        vsetq_lane_f64::<1>(vgetq_lane_f64::<1>(x).exp2(), x)
+    }
+}
+
+impl Exponent for Neon {
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
+    }
+    #[inline(always)]
+    fn round(self, x: Self::V) -> Self::V {
+        // SAFETY: the token proves that the CPU has the instruction.
+        unsafe { vrndnq_f32(x) }
+    }
+    #[inline(always)]
+    fn power_of_two(self, n: Self::V) -> Self::V {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)))) }
+    }
+}

@@ -1,0 +1,83 @@
+//! Which instruction set runs.
+
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::Neon;
+use super::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
+use crate::error::{Error, Result};
+
+/// The environment variable that picks a lower level than the best one of the CPU.
+pub const ISA_VARIABLE: &str = "MRA_ATTENTION_ISA";
+
+/// An instruction set that this CPU has; the payload is the proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// What the compiler makes of plain loops for the baseline of the target.
+    Portable(Portable),
+    /// AVX2 with FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+}
+
+impl Level {
+    /// Every level of this CPU, the best one last.
+    pub fn available() -> Vec<Self> {
+        let mut levels = vec![Self::Portable(Portable)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            levels.extend(Avx2::detect().map(Self::Avx2));
+            levels.extend(Avx512::detect().map(Self::Avx512));
+        }
+        #[cfg(target_arch = "aarch64")]
+        levels.extend(Neon::detect().map(Self::Neon));
+        levels
+    }
+
+    /// The name, as [`ISA_VARIABLE`] takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable(_) => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => "neon",
+        }
+    }
+
+    /// The level of that name.
+    ///
+    /// # Errors
+    /// If this CPU has no such level.
+    pub fn from_name(name: &str) -> Result<Self> {
+        let available = Self::available();
+        available.iter().copied().find(|level| level.name() == name).ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|level| level.name()).collect();
+            Error::new(format!("{ISA_VARIABLE}={name:?}: this CPU has {}", names.join(", ")))
+        })
+    }
+
+    /// The level in use: the best one of the CPU, or the one that the environment variable names. Read once.
+    ///
+    /// # Errors
+    /// If the variable names a level that this CPU does not have.
+    pub fn current() -> Result<Self> {
+        static LEVEL: OnceLock<Result<Level>> = OnceLock::new();
+        LEVEL
+            .get_or_init(|| match std::env::var(ISA_VARIABLE) {
+                Ok(name) => Self::from_name(&name),
+                Err(_) => Ok(*Self::available().last().expect("the portable level is always there")),
+            })
+            .clone()
+    }
+}

@@ -1,0 +1,65 @@
+//! The vector operations that the kernels need, and no more.
+//!
+//! An instruction set is a token ([`Avx2`](x86::Avx2), ...) that can only be made on a CPU that has it; possession of the token is
+//! the proof that its instructions may run. The kernels are written once, generic over [`Simd`], and started through
+//! [`Scalar::run`], the single place that picks an instruction set: it calls the kernel inside a function compiled
+//! for that instruction set. For that to work everything a kernel calls must be inlined into it, hence
+//! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`.
+
+mod exp2;
+mod level;
+mod portable;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+
+pub use level::Level;
+pub use scalar::{Element, Scalar};
+
+/// Operations on vectors of `LANES` scalars of type `T`.
+pub trait Simd<T>: Copy {
+    /// The vector.
+    type V: Copy;
+    /// Scalars per vector.
+    const LANES: usize;
+    /// Rows of the register tile of a matrix product: rows times two vectors of sums, beside the operands, fill the registers.
+    const TILE_ROWS: usize;
+
+    /// All lanes `x`.
+    fn splat(self, x: T) -> Self::V;
+    /// Reads `LANES` scalars.
+    ///
+    /// # Safety
+    /// - `p` points to at least `LANES` initialised scalars of one allocation.
+    unsafe fn load(self, p: *const T) -> Self::V;
+    /// Writes `LANES` scalars.
+    ///
+    /// # Safety
+    /// - `p` points to at least `LANES` scalars of one allocation that nothing else accesses.
+    unsafe fn store(self, p: *mut T, v: Self::V);
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the instruction set has fused multiply-add.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger of both lanes; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// 2 to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp2`](self::exp2).
+    fn exp2(self, x: Self::V) -> Self::V;
+}
+
+/// A computation on one tile, written once for all instruction sets.
+///
+/// `run` must be `#[inline(always)]`: it is compiled anew inside a function that enables the instruction set.
+pub trait Kernel<T> {
+    /// What the computation returns.
+    type Output;
+    /// Computes with the instructions of `simd`.
+    fn run<S: Simd<T>>(self, simd: S) -> Self::Output;
+}

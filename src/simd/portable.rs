@@ -1,0 +1,85 @@
+//! The fallback: plain loops over short arrays, which the compiler vectorises with whatever the target has by default.
+
+use super::Simd;
+use super::exp2::{Exponent, exp2};
+
+/// The token of the fallback; every CPU has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Portable;
+
+const LANES: usize = 4;
+
+macro_rules! portable {
+    ($t:ty, exp2 = $exp2:expr) => {
+        impl Simd<$t> for Portable {
+            type V = [$t; LANES];
+            const LANES: usize = LANES;
+            const TILE_ROWS: usize = 4;
+
+            #[inline(always)]
+            fn splat(self, x: $t) -> Self::V {
+                [x; LANES]
+            }
+            #[inline(always)]
+            unsafe fn load(self, p: *const $t) -> Self::V {
+                // SAFETY: the caller vouches for LANES readable scalars; an array has the alignment of its elements.
+                unsafe { p.cast::<Self::V>().read() }
+            }
+            #[inline(always)]
+            unsafe fn store(self, p: *mut $t, v: Self::V) {
+                // SAFETY: the caller vouches for LANES writable scalars; an array has the alignment of its elements.
+                unsafe { p.cast::<Self::V>().write(v) }
+            }
+            #[inline(always)]
+            fn add(self, a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|l| a[l] + b[l])
+            }
+            #[inline(always)]
+            fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|l| a[l] - b[l])
+            }
+            #[inline(always)]
+            fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|l| a[l] * b[l])
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+                // Not `mul_add`: without the instruction that is a call of a slow function.
+                std::array::from_fn(|l| a[l] * b[l] + c[l])
+            }
+            #[inline(always)]
+            fn max(self, a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|l| if a[l] > b[l] { a[l] } else { b[l] })
+            }
+            #[inline(always)]
+            fn exp2(self, x: Self::V) -> Self::V {
+                $exp2(self, x)
+            }
+        }
+    };
+}
+
+portable!(f32, exp2 = exp2);
+portable!(f64, exp2 = |_, x: [f64; LANES]| x.map(f64::exp2));
+
+impl Exponent for Portable {
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|l| if a[l] < b[l] { a[l] } else { b[l] })
+    }
+    #[inline(always)]
+    fn round(self, x: Self::V) -> Self::V {
+        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.
+        const MAGIC: f32 = 12_582_912.0;
+        x.map(|x| (x + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    fn power_of_two(self, n: Self::V) -> Self::V {
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "n + 127 is an integer in [0, 255]; a NaN becomes 0 and is NaN again in the product"
+        )]
+        n.map(|n| f32::from_bits(((n + 127.0) as u32) << 23))
+    }
+}
