@@ -2,32 +2,32 @@
 //!
 //! ```text
 //! for each tile of rows r and columns n of C:
-//!     sums = init(C[r, n])
+//!     sums = 0
 //!     for k:  sums += A[r, k] * B[k, n]      A broadcast, B whole vectors
-//!     C[r, n] = sums
+//!     C[r, n] = sums, or C[r, n] + sums, or factor[r] * C[r, n] + sums
 //! ```
 //!
 //! - A tile of sums lives in registers for the whole loop over k. It is `TILE_ROWS` x 2 vectors: enough independent sums
 //!   to hide the latency of fused multiply-add, and fewer loads than multiplications.
 //! - Rows are dealt evenly to tiles (32 rows as 6 6 5 5 5 5, not 6 6 6 6 6 2): a tile with few rows has too few sums.
-//! - Each element is summed in the order of k, whatever the tiling, so a sum continued by a second call with the next
-//!   keys has the same bits as one call with all of them.
+//! - Each element is summed in the order of k, whatever the tiling, and C is added last: a long sum is thereby a sum of
+//!   short ones, with less rounding than one that starts from C.
 
 use super::{Matrix, MatrixMut};
 use crate::simd::{Kernel, Scalar, Simd};
 
-/// What the sums start from.
+/// What becomes of C.
 #[derive(Clone, Copy)]
 pub(crate) enum Init<'a, T> {
-    /// Zero: C is only written.
+    /// It is overwritten.
     Zero,
-    /// C.
+    /// It is added to.
     Keep,
-    /// C with row r multiplied by the r-th of these.
+    /// Row r is multiplied by the r-th of these, then added to.
     ScaleRows(&'a [T]),
 }
 
-/// `C = init(C) + A B`, or with the transpose of `a` as A.
+/// `C = A B`, or `C + A B`, or `factors C + A B`, or with the transpose of `a` as A.
 pub(crate) struct Gemm<'a, 'c, T> {
     /// A, or its transpose.
     pub(crate) a: Matrix<'a, T>,
@@ -37,7 +37,7 @@ pub(crate) struct Gemm<'a, 'c, T> {
     pub(crate) b: Matrix<'a, T>,
     /// C, with as many columns as B.
     pub(crate) c: MatrixMut<'c, T>,
-    /// What the sums start from.
+    /// What becomes of C.
     pub(crate) init: Init<'a, T>,
 }
 
@@ -170,21 +170,6 @@ impl<T: Scalar> Operands<'_, T> {
         unsafe {
             let c = self.c.add(row * self.c_stride + column);
             let mut sums = [[simd.splat(T::ZERO); VECTORS]; ROWS];
-            if !matches!(self.init, Init::Zero) {
-                for r in 0..ROWS {
-                    for v in 0..VECTORS {
-                        sums[r][v] = simd.load(c.add(r * self.c_stride + v * S::LANES));
-                    }
-                }
-            }
-            if let Init::ScaleRows(factors) = self.init {
-                for r in 0..ROWS {
-                    let factor = simd.splat(*factors.get_unchecked(row + r));
-                    for v in 0..VECTORS {
-                        sums[r][v] = simd.mul(sums[r][v], factor);
-                    }
-                }
-            }
             let (step, across) = if TRANSPOSED { (self.a_stride, 1) } else { (1, self.a_stride) };
             let mut a = self.a.add(row * across);
             let mut b = self.b.add(column);
@@ -205,7 +190,13 @@ impl<T: Scalar> Operands<'_, T> {
             }
             for r in 0..ROWS {
                 for v in 0..VECTORS {
-                    simd.store(c.add(r * self.c_stride + v * S::LANES), sums[r][v]);
+                    let place = c.add(r * self.c_stride + v * S::LANES);
+                    let sum = match self.init {
+                        Init::Zero => sums[r][v],
+                        Init::Keep => simd.add(simd.load(place), sums[r][v]),
+                        Init::ScaleRows(factors) => simd.mul_add(simd.load(place), simd.splat(*factors.get_unchecked(row + r)), sums[r][v]),
+                    };
+                    simd.store(place, sum);
                 }
             }
         }

@@ -8,13 +8,13 @@ use crate::simd::{Kernel, Scalar, Simd};
 /// ```text
 /// for each query t:
 ///     m  = max(maximum[t], logits[.., t])
-///     rescale[t] = 2^(maximum[t] - m)
-///     logits[s, t] = 2^(logits[s, t] - m)           for each key s
+///     rescale[t] = exp(maximum[t] - m)
+///     logits[s, t] = exp(logits[s, t] - m)           for each key s
 ///     sum[t] = sum[t] * rescale[t] + sum of those
 ///     maximum[t] = m
 /// ```
 ///
-/// Logits are in units of log2. Where all of a query's logits are `-inf` so far, its weights are 0, not NaN.
+/// Where all of a query's logits are `-inf` so far, its weights are 0, not NaN.
 pub(crate) struct OnlineSoftmax<'a, T> {
     /// One row per key, one column per query; becomes the weights.
     pub(crate) logits: MatrixMut<'a, T>,
@@ -44,7 +44,7 @@ impl<T: Scalar> Kernel<T> for OnlineSoftmax<'_, T> {
                 let maximum = column_maximum(simd, column, keys, stride, before);
                 // -inf - -inf is NaN; the lowest finite number in its place leaves the weights 0.
                 let finite = simd.max(lowest, maximum);
-                let rescale = simd.exp2(simd.sub(before, finite));
+                let rescale = simd.exp(simd.sub(before, finite));
                 let sum = exponentials(simd, column, keys, stride, finite);
                 let sum = simd.mul_add(simd.load(self.sum.as_ptr().add(query)), rescale, sum);
                 simd.store(self.maximum.as_mut_ptr().add(query), maximum);
@@ -70,39 +70,39 @@ unsafe fn column_maximum<T: Scalar, S: Simd<T>>(simd: S, column: *const T, keys:
     simd.max(simd.max(chains[0], chains[1]), simd.max(chains[2], chains[3]))
 }
 
-/// Replaces each `x` of a column of vectors by `2^(x - maximum)` and returns their sum.
+/// Replaces each `x` of a column of vectors by `exp(x - maximum)` and returns their sum.
 ///
 /// # Safety
 /// - `keys` vectors, `stride` scalars apart, are writable from `column` on.
 #[inline(always)]
 unsafe fn exponentials<T: Scalar, S: Simd<T>>(simd: S, column: *mut T, keys: usize, stride: usize, maximum: S::V) -> S::V {
-    let mut sum = simd.splat(T::ZERO);
+    let mut sums = [simd.splat(T::ZERO); 4];
     for key in 0..keys {
         // SAFETY: the caller's.
         unsafe {
             let place = column.add(key * stride);
-            let weight = simd.exp2(simd.sub(simd.load(place), maximum));
+            let weight = simd.exp(simd.sub(simd.load(place), maximum));
             simd.store(place, weight);
-            sum = simd.add(sum, weight);
+            sums[key % 4] = simd.add(sums[key % 4], weight);
         }
     }
-    sum
+    simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]))
 }
 
 /// The gradient with respect to the logits.
 ///
 /// ```text
-/// weights[s, t]   = 2^(weights[s, t] - lse[t])                                   (was the logit)
+/// weights[s, t]   = exp(weights[s, t] - lse[t])                                 (was the logit)
 /// gradients[s, t] = factor * weights[s, t] * (gradients[s, t] - delta[t])        (was <g_t, v_s>)
 /// ```
 ///
 /// docs/definitions.md, section 2, Backward.
 pub(crate) struct LogitGradient<'a, T> {
-    /// One row per key, one column per query: logits in units of log2, become the weights.
+    /// One row per key, one column per query: logits, become the weights.
     pub(crate) weights: MatrixMut<'a, T>,
     /// `<g_t, v_s>`, becomes the gradient.
     pub(crate) gradients: MatrixMut<'a, T>,
-    /// In units of log2.
+    /// The logarithm of the sum of exponentials of each query.
     pub(crate) lse: &'a [T],
     /// What all keys share: `<g_t, out_t>` less the gradient of the lse.
     pub(crate) delta: &'a [T],
@@ -128,7 +128,7 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
                 let delta = simd.load(self.delta.as_ptr().add(query));
                 for key in 0..keys {
                     let (weight, gradient) = (weights.add(key * stride + query), gradients.add(key * stride + query));
-                    let w = simd.exp2(simd.sub(simd.load(weight), lse));
+                    let w = simd.exp(simd.sub(simd.load(weight), lse));
                     simd.store(weight, w);
                     let g = simd.mul(simd.mul(w, factor), simd.sub(simd.load(gradient), delta));
                     simd.store(gradient, g);

@@ -21,7 +21,7 @@ pub(crate) struct Attend<T> {
     line: Buffer<T>,
     logits: Buffer<T>,
     rescale: Buffer<T>,
-    /// The largest logit so far, in units of log2.
+    /// The largest logit so far.
     pub(crate) maximum: Buffer<T>,
     /// The sum of weights so far, relative to the maximum.
     pub(crate) sum: Buffer<T>,
@@ -49,13 +49,13 @@ impl<T: Scalar> Attend<T> {
         }
     }
 
-    /// Starts a tile of these queries; `factor` is the scale in units of log2.
-    pub(crate) fn start<'a, E: Element<Compute = T>>(&mut self, queries: impl ExactSizeIterator<Item = &'a [E]>, factor: T) {
+    /// Starts a tile of these queries.
+    pub(crate) fn start<'a, E: Element<Compute = T>>(&mut self, queries: impl ExactSizeIterator<Item = &'a [E]>, scale: T) {
         self.queries = queries.len();
         self.columns = self.queries.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(queries, factor, &mut self.line, &mut packed);
+        pack_transposed(queries, scale, &mut self.line, &mut packed);
         self.maximum[..columns].fill(T::NEG_INFINITY);
         self.sum[..columns].fill(T::ZERO);
         self.values[..self.queries * self.width].fill(T::ZERO);
@@ -117,6 +117,6 @@ impl<T: Scalar> Attend<T> {
             *value = *value * inverse;
         }
         E::narrow(row, out);
-        *lse = T::from_f64(std::f64::consts::LN_2) * (self.maximum[query] + sum.log2());
+        *lse = self.maximum[query] + sum.ln();
     }
 }

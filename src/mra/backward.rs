@@ -95,7 +95,7 @@ pub(crate) fn one_pass(groups: usize, threads: usize) -> bool {
     groups % threads == 0 || groups >= 4 * threads
 }
 
-/// Lse in units of log2 and delta of every query, heads and tokens numbered through.
+/// Lse and delta of every query, heads and tokens numbered through.
 fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -> Vec<QueryTerms<E::Compute>> {
     let length = problem.query_len;
     let unset = QueryTerms { lse: E::Compute::NAN, delta: E::Compute::NAN };
@@ -119,8 +119,8 @@ fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -> Vec<Query
             let product = grad_line.iter().zip(out_line.iter()).fold(E::Compute::ZERO, |sum, (&g, &o)| sum + g * o);
             let lse = lses.row(token)[0];
             terms[token] = QueryTerms {
-                // A query that saw no key has weights 2^(x - inf) = 0.
-                lse: if lse == E::Compute::NEG_INFINITY { E::Compute::INFINITY } else { lse * E::Compute::from_f64(std::f64::consts::LOG2_E) },
+                // A query that saw no key has weights exp(x - inf) = 0.
+                lse: if lse == E::Compute::NEG_INFINITY { E::Compute::INFINITY } else { lse },
                 delta: grad_lses.map_or(product, |grad_lses| product - grad_lses.row(token)[0]),
             };
         }
@@ -222,7 +222,7 @@ impl<E: Element> Pass<'_, '_, E> {
 
     /// The query heads of a group, heads of all batch items numbered through.
     fn heads_of(&self, group: usize) -> Range<usize> {
-        let size = self.problem.heads / self.problem.kv_heads;
+        let size = self.problem.group_size();
         group * size..(group + 1) * size
     }
 

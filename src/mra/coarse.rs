@@ -1,7 +1,7 @@
 //! The coarse level: attention among pooled tokens, without the selected blocks.
 //!
 //! It is the same softmax as the exact one, over pooled keys, with two differences: a pooled key stands for as many keys
-//! as its block has valid ones, so log2 of that count is added to its logits; and where a block is selected its logit
+//! as its block has valid ones, so the logarithm of that count is added to its logits; and where a block is selected its logit
 //! is `-inf`.
 
 use std::ops::Range;
@@ -54,7 +54,7 @@ impl<T: Scalar> Coarse<T> {
             let source = KeySource::new(problem, keys.head(kv), values.head(kv), &all);
             let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
             let pooled = queries.head(head);
-            attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), problem.log2_scale());
+            attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale));
             for_strips(nk, Strip::<T>::capacity(problem), |blocks| {
                 strip.clear();
                 strip.push(&source, blocks.clone());
@@ -87,11 +87,11 @@ pub(crate) fn for_strips(len: usize, most: usize, mut body: impl FnMut(Range<usi
     (0..len).step_by(most).for_each(|start| body(start..(start + most).min(len)));
 }
 
-/// Adds log2 of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
+/// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
 pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
         #[allow(clippy::cast_precision_loss, reason = "a count of tokens in a block")]
-        let weight = T::from_f64((keys.count(block) as f64).log2());
+        let weight = T::from_f64((keys.count(block) as f64).ln());
         for logit in row {
             *logit += weight;
         }

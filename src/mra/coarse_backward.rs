@@ -104,7 +104,7 @@ struct Pass<'a, T: Scalar> {
 
 impl<T: Scalar> Pass<'_, T> {
     fn by_groups(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
-        let (nk, heads) = (self.problem.key_blocks(), self.problem.heads / self.problem.kv_heads);
+        let (nk, heads) = (self.problem.key_blocks(), self.problem.group_size());
         let dq = Chunks::new(&mut gradients.dq, heads * self.problem.query_blocks() * gradients.key_width);
         let dk = Chunks::new(&mut gradients.dk, nk * gradients.key_width);
         let dv = Chunks::new(&mut gradients.dv, nk * gradients.value_width);
@@ -147,7 +147,7 @@ impl<T: Scalar> Pass<'_, T> {
 
     fn by_columns(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
         let (problem, nk) = (self.problem, self.problem.key_blocks());
-        let (heads, key_width, value_width) = (problem.heads / problem.kv_heads, gradients.key_width, gradients.value_width);
+        let (heads, key_width, value_width) = (problem.group_size(), gradients.key_width, gradients.value_width);
         let strips = nk.div_ceil(TILE_QUERIES);
         let (to_dk, to_dv) = (Chunks::new(&mut gradients.dk, key_width), Chunks::new(&mut gradients.dv, value_width));
         let scratch = || (self.buffers(), Buffer::scratch(TILE_QUERIES * key_width), Buffer::scratch(TILE_QUERIES * value_width));
@@ -238,7 +238,7 @@ impl<T: Scalar> BlockSums<T> {
             let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
             total.lse = lse;
             for token in tokens().filter(|&token| terms[token].lse != T::INFINITY) {
-                let weight = (lse - terms[token].lse).exp2();
+                let weight = (lse - terms[token].lse).exp();
                 E::widen(rows.row(token), &mut line[..value_dim]);
                 for (sum, &g) in sum.iter_mut().zip(&line[..value_dim]) {
                     *sum += weight * g;

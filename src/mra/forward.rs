@@ -131,7 +131,7 @@ impl<E: Element> BlockRow<'_, E> {
             }
         }
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
-            attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), self.problem.log2_scale());
+            attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), E::Compute::from_f64(self.problem.scale));
             if let Some(coarse) = self.coarse {
                 attend.resume(&coarse.state(self.head, self.i));
             }

@@ -1,13 +1,13 @@
 //! The gradient of a tile of queries against strips of keys.
 //!
 //! ```text
-//! weights   = 2^(keys queries^T - lse)                      recomputed, one row per key
+//! weights   = exp(scale * keys queries^T - lse)           recomputed, one row per key
 //! gradients = scale * weights * (values grads^T - delta)
 //! dq += gradients^T keys        dk += gradients queries        dv += weights grads
 //! ```
 //!
-//! Every sum runs over keys or queries in ascending order, whether the rows of the plan or its columns drive the loop; so
-//! one pass that computes all three and two passes that compute dq and then dk and dv give the same bits.
+//! Every sum runs over keys or queries in the same order and in the same pieces, whether the rows of the plan or its columns
+//! drive the loop; so one pass that computes all three and two passes that compute dq and then dk and dv give the same bits.
 
 use super::problem::Problem;
 use super::scratch::Buffer;
@@ -19,7 +19,6 @@ use crate::simd::{Element, Level, Scalar};
 pub(crate) struct GradientTile<T> {
     level: Level,
     scale: T,
-    log2_scale: T,
     head_dim: usize,
     value_dim: usize,
     /// Channels of a key, rounded up to whole vectors.
@@ -41,7 +40,7 @@ pub(crate) struct GradientTile<T> {
     pub(crate) dq: Buffer<T>,
 }
 
-/// What a tile needs to know of one query: in units of log2 the lse, and what is subtracted from `<g, v>`.
+/// What a tile needs to know of one query: its lse, and what is subtracted from `<g, v>`.
 #[derive(Clone, Copy)]
 pub(crate) struct QueryTerms<T> {
     pub(crate) lse: T,
@@ -73,7 +72,6 @@ impl<T: Scalar> GradientTile<T> {
         Self {
             level: problem.level,
             scale: T::from_f64(problem.scale),
-            log2_scale: problem.log2_scale(),
             head_dim,
             value_dim,
             key_width,
@@ -106,7 +104,7 @@ impl<T: Scalar> GradientTile<T> {
         pack_rows(queries.clone(), &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
         pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
         let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
-        pack_transposed(queries, self.log2_scale, &mut self.line, &mut packed);
+        pack_transposed(queries, self.scale, &mut self.line, &mut packed);
         let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
         pack_transposed(grads, T::from_f64(1.0), &mut self.line, &mut packed);
         self.lse[..columns].fill(T::ZERO);

@@ -139,19 +139,19 @@ impl Problem {
         self.key_len.div_ceil(self.block_size)
     }
 
+    /// Query heads that share a key head.
+    pub(crate) fn group_size(&self) -> usize {
+        self.heads.checked_div(self.kv_heads).unwrap_or(0)
+    }
+
     /// The key head that a query head shares with its group.
     pub(crate) fn kv_head(&self, head: usize) -> usize {
-        head / (self.heads / self.kv_heads)
+        head / self.group_size()
     }
 
     /// The key head of a query head, where the heads of all batch items are numbered through.
     pub(crate) fn kv_row(&self, head: usize) -> usize {
         head / self.heads * self.kv_heads + self.kv_head(head % self.heads)
-    }
-
-    /// The scale of logits in units of log2, in which `2^x` takes the place of `exp(x)`.
-    pub(crate) fn log2_scale<T: crate::simd::Scalar>(&self) -> T {
-        T::from_f64(self.scale * std::f64::consts::LOG2_E)
     }
 
     /// Heads of all batch items.

@@ -1,13 +1,13 @@
 //! NEON.
 
 use std::arch::aarch64::{
-    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vaddq_s32, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
+    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vsubq_s32, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
     vdupq_n_f32, vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
     vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64,
 };
 use std::arch::is_aarch64_feature_detected as detected;
 
-use super::exp2::{Exponent, exp2};
+use super::exp::{Exponent, exp};
 use super::{Kernel, Simd};
 
 /// 128-bit vectors of aarch64.
@@ -36,7 +36,7 @@ impl Neon {
 }
 
 macro_rules! operations {
-    ($t:ty, $v:ty, exp2 = $exp2:expr, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
+    ($t:ty, $v:ty, exp = $exp:expr, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
      $fma:ident, $greater:ident, $select:ident) => {
         impl Simd<$t> for Neon {
             type V = $v;
@@ -84,25 +84,25 @@ macro_rules! operations {
                 unsafe { $select($greater(a, b), a, b) }
             }
             #[inline(always)]
-            fn exp2(self, x: Self::V) -> Self::V {
-                $exp2(self, x)
+            fn exp(self, x: Self::V) -> Self::V {
+                $exp(self, x)
             }
         }
     };
 }
 
-operations!(f32, float32x4_t, exp2 = exp2, vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32,
+operations!(f32, float32x4_t, exp = exp, vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32,
     vfmaq_f32, vcgtq_f32, vbslq_f32);
-operations!(f64, float64x2_t, exp2 = exp2_by_lane, vdupq_n_f64, vld1q_f64, vst1q_f64, vaddq_f64, vsubq_f64, vmulq_f64,
+operations!(f64, float64x2_t, exp = exp_by_lane, vdupq_n_f64, vld1q_f64, vst1q_f64, vaddq_f64, vsubq_f64, vmulq_f64,
     vfmaq_f64, vcgtq_f64, vbslq_f64);
 
-/// `exp2` of doubles, lane by lane: float64 is there to check with, not for speed.
+/// `exp` of doubles, lane by lane: float64 is there to check with, not for speed.
 #[inline(always)]
-fn exp2_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
+fn exp_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
     // SAFETY: the token proves that the CPU has the instructions.
     unsafe {
-        let x = vsetq_lane_f64::<0>(vgetq_lane_f64::<0>(x).exp2(), x);
-        vsetq_lane_f64::<1>(vgetq_lane_f64::<1>(x).exp2(), x)
+        let x = vsetq_lane_f64::<0>(vgetq_lane_f64::<0>(x).exp(), x);
+        vsetq_lane_f64::<1>(vgetq_lane_f64::<1>(x).exp(), x)
     }
 }
 
@@ -118,8 +118,8 @@ impl Exponent for Neon {
         unsafe { vrndnq_f32(x) }
     }
     #[inline(always)]
-    fn power_of_two(self, n: Self::V) -> Self::V {
+    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)))) }
+        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vsubq_s32(vdupq_n_s32(127), vcvtnq_s32_f32(n)))) }
     }
 }

@@ -10,7 +10,7 @@ use super::x86::{Avx2, Avx512};
 use crate::error::{Error, Result};
 
 /// The environment variable that picks a lower level than the best one of the CPU.
-pub const ISA_VARIABLE: &str = "MRA_ATTENTION_ISA";
+const ISA_VARIABLE: &str = "MRA_ATTENTION_ISA";
 
 /// An instruction set that this CPU has; the payload is the proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

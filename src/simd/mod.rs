@@ -6,7 +6,7 @@
 //! for that instruction set. For that to work everything a kernel calls must be inlined into it, hence
 //! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`.
 
-mod exp2;
+mod exp;
 mod level;
 mod portable;
 mod scalar;
@@ -50,8 +50,8 @@ pub trait Simd<T>: Copy {
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger of both lanes; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// 2 to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp2`](self::exp2).
-    fn exp2(self, x: Self::V) -> Self::V;
+    /// `e` to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp`](self::exp).
+    fn exp(self, x: Self::V) -> Self::V;
 }
 
 /// A computation on one tile, written once for all instruction sets.

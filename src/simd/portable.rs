@@ -1,7 +1,7 @@
 //! The fallback: plain loops over short arrays, which the compiler vectorises with whatever the target has by default.
 
 use super::Simd;
-use super::exp2::{Exponent, exp2};
+use super::exp::{Exponent, exp};
 
 /// The token of the fallback; every CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub struct Portable;
 const LANES: usize = 4;
 
 macro_rules! portable {
-    ($t:ty, exp2 = $exp2:expr) => {
+    ($t:ty, exp = $exp:expr) => {
         impl Simd<$t> for Portable {
             type V = [$t; LANES];
             const LANES: usize = LANES;
@@ -52,15 +52,15 @@ macro_rules! portable {
                 std::array::from_fn(|l| if a[l] > b[l] { a[l] } else { b[l] })
             }
             #[inline(always)]
-            fn exp2(self, x: Self::V) -> Self::V {
-                $exp2(self, x)
+            fn exp(self, x: Self::V) -> Self::V {
+                $exp(self, x)
             }
         }
     };
 }
 
-portable!(f32, exp2 = exp2);
-portable!(f64, exp2 = |_, x: [f64; LANES]| x.map(f64::exp2));
+portable!(f32, exp = exp);
+portable!(f64, exp = |_, x: [f64; LANES]| x.map(f64::exp));
 
 impl Exponent for Portable {
     #[inline(always)]
@@ -74,12 +74,12 @@ impl Exponent for Portable {
         x.map(|x| (x + MAGIC) - MAGIC)
     }
     #[inline(always)]
-    fn power_of_two(self, n: Self::V) -> Self::V {
+    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
         #[allow(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            reason = "n + 127 is an integer in [0, 255]; a NaN becomes 0 and is NaN again in the product"
+            reason = "127 - n is an integer in [0, 255]; a NaN becomes 0 and is NaN again in the product"
         )]
-        n.map(|n| f32::from_bits(((n + 127.0) as u32) << 23))
+        n.map(|n| f32::from_bits(((127.0 - n) as u32) << 23))
     }
 }

@@ -32,10 +32,10 @@ pub trait Scalar:
 
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
-    /// Logarithm to base 2.
-    fn log2(self) -> Self;
-    /// 2 to the power `self`.
-    fn exp2(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
+    /// `e` to the power `self`.
+    fn exp(self) -> Self;
     /// The total order of IEEE 754.
     fn total_cmp(&self, other: &Self) -> std::cmp::Ordering;
 
@@ -71,12 +71,12 @@ macro_rules! scalar {
                 x as $t
             }
             #[inline(always)]
-            fn log2(self) -> Self {
-                self.log2()
+            fn ln(self) -> Self {
+                self.ln()
             }
             #[inline(always)]
-            fn exp2(self) -> Self {
-                self.exp2()
+            fn exp(self) -> Self {
+                self.exp()
             }
             #[inline(always)]
             fn total_cmp(&self, other: &Self) -> std::cmp::Ordering {

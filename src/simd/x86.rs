@@ -1,17 +1,17 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::{
-    __m256, __m256d, __m512, __m512d, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_epi32, _mm256_add_pd, _mm256_add_ps,
+    __m256, __m256d, __m512, __m512d, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_sub_epi32, _mm256_add_pd, _mm256_add_ps,
     _mm256_castsi256_ps, _mm256_cvtps_epi32, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd,
     _mm256_max_ps, _mm256_min_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd, _mm256_set1_ps,
     _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps, _mm512_add_pd, _mm512_add_ps,
     _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_ps,
-    _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_storeu_pd,
+    _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_pd,
     _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
-use super::exp2::{Exponent, exp2};
+use super::exp::{Exponent, exp};
 use super::{Kernel, Simd};
 
 macro_rules! token {
@@ -48,7 +48,7 @@ token!(Avx2, "256-bit vectors with fused multiply-add.", "avx2,fma", ["avx2", "f
 token!(Avx512, "512-bit vectors.", "avx512f,avx2,fma", ["avx512f", "avx2", "fma"]);
 
 macro_rules! operations {
-    ($token:ident, $t:ty, $v:ty, $rows:literal, exp2 = $exp2:expr,
+    ($token:ident, $t:ty, $v:ty, $rows:literal, exp = $exp:expr,
      $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
         impl Simd<$t> for $token {
             type V = $v;
@@ -96,36 +96,36 @@ macro_rules! operations {
                 unsafe { $max(a, b) }
             }
             #[inline(always)]
-            fn exp2(self, x: Self::V) -> Self::V {
-                $exp2(self, x)
+            fn exp(self, x: Self::V) -> Self::V {
+                $exp(self, x)
             }
         }
     };
 }
 
-/// `exp2` of doubles, lane by lane: float64 is there to check with, not for speed.
+/// `exp` of doubles, lane by lane: float64 is there to check with, not for speed.
 #[inline(always)]
-fn exp2_by_lane<S: Simd<f64>>(simd: S, x: S::V) -> S::V {
+fn exp_by_lane<S: Simd<f64>>(simd: S, x: S::V) -> S::V {
     let mut lanes = [0.0; 8];
     assert!(S::LANES <= lanes.len());
     // SAFETY: `lanes` has room for a whole vector, asserted above.
     unsafe { simd.store(lanes.as_mut_ptr(), x) };
     for lane in &mut lanes[..S::LANES] {
-        *lane = lane.exp2();
+        *lane = lane.exp();
     }
     // SAFETY: `lanes` holds a whole vector.
     unsafe { simd.load(lanes.as_ptr()) }
 }
 
 // AVX2 has 16 registers: 6 rows x 2 vectors of sums, 2 vectors of one operand and 1 broadcast of the other.
-operations!(Avx2, f32, __m256, 6, exp2 = exp2, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps,
+operations!(Avx2, f32, __m256, 6, exp = exp, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps,
     _mm256_sub_ps, _mm256_mul_ps, _mm256_fmadd_ps, _mm256_max_ps);
-operations!(Avx2, f64, __m256d, 6, exp2 = exp2_by_lane, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd,
+operations!(Avx2, f64, __m256d, 6, exp = exp_by_lane, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd,
     _mm256_sub_pd, _mm256_mul_pd, _mm256_fmadd_pd, _mm256_max_pd);
 // AVX-512 has 32 registers. 8 rows divide the usual 32 queries or keys of a block; 12 rows would leave a short last tile.
-operations!(Avx512, f32, __m512, 8, exp2 = exp2, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps,
+operations!(Avx512, f32, __m512, 8, exp = exp, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps,
     _mm512_sub_ps, _mm512_mul_ps, _mm512_fmadd_ps, _mm512_max_ps);
-operations!(Avx512, f64, __m512d, 8, exp2 = exp2_by_lane, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_add_pd,
+operations!(Avx512, f64, __m512d, 8, exp = exp_by_lane, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_add_pd,
     _mm512_sub_pd, _mm512_mul_pd, _mm512_fmadd_pd, _mm512_max_pd);
 
 impl Exponent for Avx2 {
@@ -140,10 +140,10 @@ impl Exponent for Avx2 {
         unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
     #[inline(always)]
-    fn power_of_two(self, n: Self::V) -> Self::V {
+    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instructions.
         unsafe {
-            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            let biased = _mm256_sub_epi32(_mm256_set1_epi32(127), _mm256_cvtps_epi32(n));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
         }
     }
@@ -161,9 +161,9 @@ impl Exponent for Avx512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
     #[inline(always)]
-    fn power_of_two(self, n: Self::V) -> Self::V {
+    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
         // 2^-127 is a denormal, which the other instruction sets round to 0.
         // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), n) }
+        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), _mm512_sub_ps(_mm512_setzero_ps(), n)) }
     }
 }
