@@ -37,7 +37,8 @@ impl<'a, E> Tensor<'a, E> {
     pub(crate) fn head(&self, batch: usize, head: usize) -> Rows<'a, E> {
         assert!(batch < self.shape[0] && head < self.shape[1], "head ({batch}, {head}) of a tensor of shape {:?}", self.shape);
         let [_, _, rows, cols] = self.shape;
-        let data = if rows == 0 || cols == 0 { &[][..] } else { &self.data[batch * self.strides[0] + head * self.strides[1]..] };
+        let data =
+            if rows == 0 || cols == 0 { &[][..] } else { &self.data[batch * self.strides[0] + head * self.strides[1]..] };
         Rows { data, rows, cols, stride: self.strides[2] }
     }
 }
@@ -80,7 +81,11 @@ pub(crate) struct Rows<'a, E> {
 impl<'a, E> Rows<'a, E> {
     /// The rows of a matrix stored row by row, `stride` apart.
     pub(crate) fn new(data: &'a [E], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * stride + cols <= data.len(), "{rows} x {cols}, stride {stride}, in {} elements", data.len());
+        assert!(
+            rows == 0 || (rows - 1) * stride + cols <= data.len(),
+            "{rows} x {cols}, stride {stride}, in {} elements",
+            data.len()
+        );
         Self { data, rows, cols, stride }
     }
 

@@ -30,7 +30,9 @@ impl<'a, E> TensorMut<'a, E> {
     pub fn new(name: &str, data: &'a mut [E], shape: [usize; 4], strides: [usize; 4]) -> Result<Self> {
         check_strides(name, data.len(), shape, strides)?;
         if overlaps(shape, strides) {
-            return Err(Error::new(format!("{name}: shape {shape:?} with strides {strides:?} has elements that share a place")));
+            return Err(Error::new(format!(
+                "{name}: shape {shape:?} with strides {strides:?} has elements that share a place"
+            )));
         }
         Ok(Self { data: data.as_mut_ptr(), shape, strides, borrow: PhantomData })
     }

@@ -116,14 +116,38 @@ macro_rules! for_row_tiles {
         for tile in 0..tiles {
             let height = base + usize::from(tile < taller);
             match height {
-                1 => { const $rows: usize = 1; $body }
-                2 => { const $rows: usize = 2; $body }
-                3 => { const $rows: usize = 3; $body }
-                4 => { const $rows: usize = 4; $body }
-                5 => { const $rows: usize = 5; $body }
-                6 => { const $rows: usize = 6; $body }
-                7 => { const $rows: usize = 7; $body }
-                _ => { const $rows: usize = 8; $body }
+                1 => {
+                    const $rows: usize = 1;
+                    $body
+                }
+                2 => {
+                    const $rows: usize = 2;
+                    $body
+                }
+                3 => {
+                    const $rows: usize = 3;
+                    $body
+                }
+                4 => {
+                    const $rows: usize = 4;
+                    $body
+                }
+                5 => {
+                    const $rows: usize = 5;
+                    $body
+                }
+                6 => {
+                    const $rows: usize = 6;
+                    $body
+                }
+                7 => {
+                    const $rows: usize = 7;
+                    $body
+                }
+                _ => {
+                    const $rows: usize = 8;
+                    $body
+                }
             }
             $row += height;
         }
@@ -165,7 +189,12 @@ impl<T: Scalar> Operands<'_, T> {
     /// - Rows `row..row + ROWS` and columns `column..column + VECTORS * LANES` of C are in bounds, and so is what they
     ///   are computed from.
     #[inline(always)]
-    unsafe fn tile<S: Simd<T>, const ROWS: usize, const VECTORS: usize, const TRANSPOSED: bool>(&self, simd: S, row: usize, column: usize) {
+    unsafe fn tile<S: Simd<T>, const ROWS: usize, const VECTORS: usize, const TRANSPOSED: bool>(
+        &self,
+        simd: S,
+        row: usize,
+        column: usize,
+    ) {
         // SAFETY: in bounds by the contract of this function.
         unsafe {
             let c = self.c.add(row * self.c_stride + column);
@@ -194,7 +223,9 @@ impl<T: Scalar> Operands<'_, T> {
                     let sum = match self.init {
                         Init::Zero => sums[r][v],
                         Init::Keep => simd.add(simd.load(place), sums[r][v]),
-                        Init::ScaleRows(factors) => simd.mul_add(simd.load(place), simd.splat(*factors.get_unchecked(row + r)), sums[r][v]),
+                        Init::ScaleRows(factors) => {
+                            simd.mul_add(simd.load(place), simd.splat(*factors.get_unchecked(row + r)), sums[r][v])
+                        }
                     };
                     simd.store(place, sum);
                 }

@@ -3,29 +3,58 @@
 use super::MatrixMut;
 use crate::simd::{Element, Scalar};
 
+/// Rows and channels that are transposed at once: what the compiler keeps in registers of the narrowest vectors.
+const SQUARE: usize = 4;
+
 /// Writes `factor * row` as column `column` of `to`, for each of `rows`; the remaining columns become 0.
 ///
-/// `to` has one row per channel. `line` is scratch for one row.
+/// `to` has one row per channel. `lines` is scratch for four rows, `to.rows` each.
 pub(crate) fn pack_transposed<'a, E: Element>(
-    rows: impl ExactSizeIterator<Item = &'a [E]>,
+    mut rows: impl ExactSizeIterator<Item = &'a [E]>,
     factor: E::Compute,
-    line: &mut [E::Compute],
+    lines: &mut [E::Compute],
     to: &mut MatrixMut<'_, E::Compute>,
 ) {
     let (channels, columns, stride) = (to.rows, to.cols, to.stride);
-    let used = rows.len();
+    assert!(lines.len() >= SQUARE * channels, "scratch for {SQUARE} rows of {channels}");
     let data = to.data_mut();
-    for (column, row) in rows.enumerate() {
-        let row = E::as_compute(row).unwrap_or_else(|| {
-            E::widen(row, &mut line[..channels]);
-            &line[..channels]
-        });
-        for (channel, &x) in row.iter().enumerate() {
-            data[channel * stride + column] = x * factor;
+    for column in (0..columns).step_by(SQUARE) {
+        let mut group: [&[E::Compute]; SQUARE] = [&[]; SQUARE];
+        let mut free = &mut *lines;
+        for member in &mut group {
+            let (line, rest) = free.split_at_mut(channels);
+            free = rest;
+            *member = match rows.next() {
+                Some(row) => E::as_compute(row).unwrap_or_else(|| {
+                    E::widen(row, line);
+                    line
+                }),
+                None => {
+                    line.fill(E::Compute::ZERO);
+                    line
+                }
+            };
+        }
+        let width = SQUARE.min(columns - column);
+        transpose(group, factor, &mut data[column..], stride, channels, width);
+    }
+}
+
+/// Writes four rows as `width` columns.
+#[inline]
+fn transpose<T: Scalar>(rows: [&[T]; SQUARE], factor: T, to: &mut [T], stride: usize, channels: usize, width: usize) {
+    let whole = if width == SQUARE { channels - channels % SQUARE } else { 0 };
+    for channel in (0..whole).step_by(SQUARE) {
+        let square: [[T; SQUARE]; SQUARE] = rows.map(|row| std::array::from_fn(|c| row[channel..channel + SQUARE][c]));
+        for c in 0..SQUARE {
+            let column: [T; SQUARE] = std::array::from_fn(|r| square[r][c] * factor);
+            to[(channel + c) * stride..][..SQUARE].copy_from_slice(&column);
         }
     }
-    for channel in 0..channels {
-        data[channel * stride + used..channel * stride + columns].fill(E::Compute::ZERO);
+    for channel in whole..channels {
+        for (place, row) in to[channel * stride..][..width].iter_mut().zip(rows) {
+            *place = row[channel] * factor;
+        }
     }
 }
 

@@ -33,7 +33,10 @@ impl<T: Scalar> Kernel<T> for OnlineSoftmax<'_, T> {
     fn run<S: Simd<T>>(mut self, simd: S) {
         let (keys, queries, stride) = (self.logits.rows, self.logits.cols, self.logits.stride);
         assert_eq!(queries % S::LANES, 0, "queries are whole vectors");
-        assert!(queries <= self.maximum.len() && queries <= self.sum.len() && queries <= self.rescale.len(), "a state for each query");
+        assert!(
+            queries <= self.maximum.len() && queries <= self.sum.len() && queries <= self.rescale.len(),
+            "a state for each query"
+        );
         let logits = self.logits.as_mut_ptr();
         let lowest = simd.splat(T::LOWEST);
         for query in (0..queries).step_by(S::LANES) {

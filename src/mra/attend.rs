@@ -18,7 +18,7 @@ pub(crate) struct Attend<T> {
     pub(crate) width: usize,
     channels: usize,
     packed: Buffer<T>,
-    line: Buffer<T>,
+    lines: Buffer<T>,
     logits: Buffer<T>,
     rescale: Buffer<T>,
     /// The largest logit so far.
@@ -40,7 +40,7 @@ impl<T: Scalar> Attend<T> {
             width,
             channels: problem.head_dim,
             packed: Buffer::scratch(problem.head_dim * columns),
-            line: Buffer::scratch(problem.padded::<T>(problem.head_dim)),
+            lines: Buffer::scratch(4 * problem.head_dim),
             logits: Buffer::scratch(Strip::<T>::capacity(problem) * columns),
             rescale: Buffer::scratch(columns),
             maximum: Buffer::scratch(columns),
@@ -55,41 +55,55 @@ impl<T: Scalar> Attend<T> {
         self.columns = self.queries.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(queries, scale, &mut self.line, &mut packed);
+        pack_transposed(queries, scale, &mut self.lines, &mut packed);
         self.maximum[..columns].fill(T::NEG_INFINITY);
         self.sum[..columns].fill(T::ZERO);
         self.values[..self.queries * self.width].fill(T::ZERO);
     }
 
     /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand.
-    pub(crate) fn strip<E: Element<Compute = T>>(&mut self, strip: &Strip<T>, source: &KeySource<'_, E>, adjust: impl FnOnce(&mut [T])) {
+    pub(crate) fn strip<E: Element<Compute = T>>(
+        &mut self,
+        strip: &Strip<T>,
+        source: &KeySource<'_, E>,
+        adjust: impl FnOnce(&mut [T]),
+    ) {
         let (columns, width) = (self.columns, self.width);
         for part in strip.parts(source) {
             let logits = &mut self.logits[part.rows.start * columns..part.rows.end * columns];
-            T::run(self.level, Gemm {
-                a: part.keys.columns(self.channels),
-                a_transposed: false,
-                b: Matrix::new(&self.packed, self.channels, columns, columns),
-                c: MatrixMut::new(logits, part.rows.len(), columns, columns),
-                init: Init::Zero,
-            });
+            T::run(
+                self.level,
+                Gemm {
+                    a: part.keys.columns(self.channels),
+                    a_transposed: false,
+                    b: Matrix::new(&self.packed, self.channels, columns, columns),
+                    c: MatrixMut::new(logits, part.rows.len(), columns, columns),
+                    init: Init::Zero,
+                },
+            );
         }
         adjust(&mut self.logits[..strip.rows() * columns]);
-        T::run(self.level, OnlineSoftmax {
-            logits: MatrixMut::new(&mut self.logits, strip.rows(), columns, columns),
-            maximum: &mut self.maximum,
-            sum: &mut self.sum,
-            rescale: &mut self.rescale,
-        });
+        T::run(
+            self.level,
+            OnlineSoftmax {
+                logits: MatrixMut::new(&mut self.logits, strip.rows(), columns, columns),
+                maximum: &mut self.maximum,
+                sum: &mut self.sum,
+                rescale: &mut self.rescale,
+            },
+        );
         for part in strip.parts(source) {
             let weights = &self.logits[part.rows.start * columns..part.rows.end * columns];
-            T::run(self.level, Gemm {
-                a: Matrix::new(weights, part.rows.len(), self.queries, columns),
-                a_transposed: true,
-                b: part.values,
-                c: MatrixMut::new(&mut self.values, self.queries, width, width),
-                init: if part.rows.start == 0 { Init::ScaleRows(&self.rescale) } else { Init::Keep },
-            });
+            T::run(
+                self.level,
+                Gemm {
+                    a: Matrix::new(weights, part.rows.len(), self.queries, columns),
+                    a_transposed: true,
+                    b: part.values,
+                    c: MatrixMut::new(&mut self.values, self.queries, width, width),
+                    init: if part.rows.start == 0 { Init::ScaleRows(&self.rescale) } else { Init::Keep },
+                },
+            );
         }
     }
 }

@@ -146,7 +146,8 @@ impl<E: Element> Pass<'_, '_, E> {
         let problem = self.problem;
         let scratch = || {
             let (tile, strip) = self.buffers();
-            let (dk, dv) = (Buffer::scratch(problem.key_len * tile.key_width), Buffer::scratch(problem.key_len * tile.value_width));
+            let (dk, dv) =
+                (Buffer::scratch(problem.key_len * tile.key_width), Buffer::scratch(problem.key_len * tile.value_width));
             (tile, strip, dk, dv)
         };
         threads::for_each(threads, problem.batch * problem.kv_heads, scratch, |(tile, strip, dk, dv), group| {
@@ -169,12 +170,17 @@ impl<E: Element> Pass<'_, '_, E> {
     /// One task for each block of queries: dq.
     fn by_rows(&self, threads: usize) {
         let nq = self.problem.query_blocks();
-        threads::for_each(threads, self.problem.all_heads() * nq, || self.buffers(), |(tile, strip), task| {
-            let (head, i) = (task / nq, task % nq);
-            let source = self.source(self.problem.kv_row(head));
-            // SAFETY: each task has its own block of queries.
-            unsafe { self.row(head, i, tile, strip, &source, None) };
-        });
+        threads::for_each(
+            threads,
+            self.problem.all_heads() * nq,
+            || self.buffers(),
+            |(tile, strip), task| {
+                let (head, i) = (task / nq, task % nq);
+                let source = self.source(self.problem.kv_row(head));
+                // SAFETY: each task has its own block of queries.
+                unsafe { self.row(head, i, tile, strip, &source, None) };
+            },
+        );
     }
 
     /// One task for each block of keys: dk and dv.
@@ -182,7 +188,8 @@ impl<E: Element> Pass<'_, '_, E> {
         let (problem, nk) = (self.problem, self.problem.key_blocks());
         let scratch = || {
             let (tile, strip) = self.buffers();
-            let (dk, dv) = (Buffer::scratch(problem.block_size * tile.key_width), Buffer::scratch(problem.block_size * tile.value_width));
+            let (dk, dv) =
+                (Buffer::scratch(problem.block_size * tile.key_width), Buffer::scratch(problem.block_size * tile.value_width));
             (tile, strip, dk, dv)
         };
         threads::for_each(threads, problem.batch * problem.kv_heads * nk, scratch, |(tile, strip, dk, dv), task| {

@@ -99,7 +99,14 @@ pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, 
 }
 
 /// Sets the logits of selected blocks to `-inf`.
-pub(crate) fn exclude<T: Scalar>(logits: &mut [T], columns: usize, plan: &Plan, head: usize, rows: Range<usize>, blocks: Range<usize>) {
+pub(crate) fn exclude<T: Scalar>(
+    logits: &mut [T],
+    columns: usize,
+    plan: &Plan,
+    head: usize,
+    rows: Range<usize>,
+    blocks: Range<usize>,
+) {
     for (column, i) in rows.enumerate() {
         let selected = plan.row(head, i);
         let first = selected.partition_point(|&j| (j as usize) < blocks.start);

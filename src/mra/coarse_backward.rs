@@ -81,7 +81,15 @@ pub(crate) fn coarse_backward<E: Element>(
         key_width,
         value_width,
     };
-    let pass = Pass { problem, plan, pyramid: &pyramid, values: &values, sums: &sums, all: Blocks::new(nk, 1), value_dim: grad_out.shape()[3] };
+    let pass = Pass {
+        problem,
+        plan,
+        pyramid: &pyramid,
+        values: &values,
+        sums: &sums,
+        all: Blocks::new(nk, 1),
+        value_dim: grad_out.shape()[3],
+    };
     let threads = problem.threads_for(problem.all_heads() * nq * nk * 3 * (key_width + value_width));
     if one_pass(groups, threads) {
         pass.by_groups(threads, &mut gradients);
@@ -108,41 +116,51 @@ impl<T: Scalar> Pass<'_, T> {
         let dq = Chunks::new(&mut gradients.dq, heads * self.problem.query_blocks() * gradients.key_width);
         let dk = Chunks::new(&mut gradients.dk, nk * gradients.key_width);
         let dv = Chunks::new(&mut gradients.dv, nk * gradients.value_width);
-        threads::for_each(threads, self.problem.batch * self.problem.kv_heads, || self.buffers(), |(tile, strip), group| {
-            // SAFETY: each task has its own group of heads.
-            let (dq, dk, dv) = unsafe { (dq.get_mut(group), dk.get_mut(group), dv.get_mut(group)) };
-            let size = dq.len() / heads;
-            for index in 0..heads {
-                for rows in tiles(0..self.problem.query_blocks()) {
-                    let head = group * heads + index;
-                    self.start(head, rows.clone(), tile);
-                    for_strips(nk, Strip::<T>::capacity(self.problem), |blocks| {
-                        let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: 0 };
-                        self.strip(head, rows.clone(), blocks, tile, strip, true, Some(sums));
-                    });
-                    let to = &mut dq[index * size..][rows.start * tile.key_width..rows.end * tile.key_width];
-                    to.copy_from_slice(&tile.dq[..to.len()]);
+        threads::for_each(
+            threads,
+            self.problem.batch * self.problem.kv_heads,
+            || self.buffers(),
+            |(tile, strip), group| {
+                // SAFETY: each task has its own group of heads.
+                let (dq, dk, dv) = unsafe { (dq.get_mut(group), dk.get_mut(group), dv.get_mut(group)) };
+                let size = dq.len() / heads;
+                for index in 0..heads {
+                    for rows in tiles(0..self.problem.query_blocks()) {
+                        let head = group * heads + index;
+                        self.start(head, rows.clone(), tile);
+                        for_strips(nk, Strip::<T>::capacity(self.problem), |blocks| {
+                            let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: 0 };
+                            self.strip(head, rows.clone(), blocks, tile, strip, true, Some(sums));
+                        });
+                        let to = &mut dq[index * size..][rows.start * tile.key_width..rows.end * tile.key_width];
+                        to.copy_from_slice(&tile.dq[..to.len()]);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 
     fn by_rows(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
         let (nq, width) = (self.problem.query_blocks(), gradients.key_width);
         let tiles_of_head = nq.div_ceil(TILE_QUERIES);
         let dq = Chunks::new(&mut gradients.dq, width);
-        threads::for_each(threads, self.problem.all_heads() * tiles_of_head, || self.buffers(), |(tile, strip), task| {
-            let (head, index) = (task / tiles_of_head, task % tiles_of_head);
-            let rows = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nq);
-            self.start(head, rows.clone(), tile);
-            for_strips(self.problem.key_blocks(), Strip::<T>::capacity(self.problem), |blocks| {
-                self.strip(head, rows.clone(), blocks, tile, strip, true, None);
-            });
-            for (query, i) in rows.enumerate() {
-                // SAFETY: each task has its own rows.
-                unsafe { dq.get_mut(head * nq + i) }.copy_from_slice(&tile.dq[query * width..][..width]);
-            }
-        });
+        threads::for_each(
+            threads,
+            self.problem.all_heads() * tiles_of_head,
+            || self.buffers(),
+            |(tile, strip), task| {
+                let (head, index) = (task / tiles_of_head, task % tiles_of_head);
+                let rows = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nq);
+                self.start(head, rows.clone(), tile);
+                for_strips(self.problem.key_blocks(), Strip::<T>::capacity(self.problem), |blocks| {
+                    self.strip(head, rows.clone(), blocks, tile, strip, true, None);
+                });
+                for (query, i) in rows.enumerate() {
+                    // SAFETY: each task has its own rows.
+                    unsafe { dq.get_mut(head * nq + i) }.copy_from_slice(&tile.dq[query * width..][..width]);
+                }
+            },
+        );
     }
 
     fn by_columns(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
@@ -150,7 +168,8 @@ impl<T: Scalar> Pass<'_, T> {
         let (heads, key_width, value_width) = (problem.group_size(), gradients.key_width, gradients.value_width);
         let strips = nk.div_ceil(TILE_QUERIES);
         let (to_dk, to_dv) = (Chunks::new(&mut gradients.dk, key_width), Chunks::new(&mut gradients.dv, value_width));
-        let scratch = || (self.buffers(), Buffer::scratch(TILE_QUERIES * key_width), Buffer::scratch(TILE_QUERIES * value_width));
+        let scratch =
+            || (self.buffers(), Buffer::scratch(TILE_QUERIES * key_width), Buffer::scratch(TILE_QUERIES * value_width));
         threads::for_each(threads, problem.batch * problem.kv_heads * strips, scratch, |((tile, strip), dk, dv), task| {
             let (group, index) = (task / strips, task % strips);
             let blocks = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nk);
@@ -226,26 +245,33 @@ impl<T: Scalar> BlockSums<T> {
         let mut sums = vec![QueryTerms { lse: T::INFINITY, delta: T::ZERO }; problem.all_heads() * nq];
         let (grad_rows, sum_rows) = (Chunks::new(&mut grads, width), Chunks::new(&mut sums, 1));
         let threads = problem.threads_for(problem.all_heads() * problem.query_len * value_dim);
-        threads::for_each(threads, problem.all_heads() * nq, || Buffer::scratch(width), |line, task| {
-            let (head, i) = (task / nq, task % nq);
-            let batch = head / problem.heads;
-            let rows = grad_out.head(batch, head % problem.heads);
-            let blocks = problem.queries(batch);
-            let tokens = || (blocks.start(i)..blocks.start(i + 1)).map(|number| blocks.token(number));
-            let terms = &terms[head * problem.query_len..][..problem.query_len];
-            let lse = tokens().map(|token| terms[token].lse).fold(T::INFINITY, |least, lse| if lse < least { lse } else { least });
-            // SAFETY: each task has its own block.
-            let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
-            total.lse = lse;
-            for token in tokens().filter(|&token| terms[token].lse != T::INFINITY) {
-                let weight = (lse - terms[token].lse).exp();
-                E::widen(rows.row(token), &mut line[..value_dim]);
-                for (sum, &g) in sum.iter_mut().zip(&line[..value_dim]) {
-                    *sum += weight * g;
+        threads::for_each(
+            threads,
+            problem.all_heads() * nq,
+            || Buffer::scratch(width),
+            |line, task| {
+                let (head, i) = (task / nq, task % nq);
+                let batch = head / problem.heads;
+                let rows = grad_out.head(batch, head % problem.heads);
+                let blocks = problem.queries(batch);
+                let tokens = || (blocks.start(i)..blocks.start(i + 1)).map(|number| blocks.token(number));
+                let terms = &terms[head * problem.query_len..][..problem.query_len];
+                let lse = tokens()
+                    .map(|token| terms[token].lse)
+                    .fold(T::INFINITY, |least, lse| if lse < least { lse } else { least });
+                // SAFETY: each task has its own block.
+                let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
+                total.lse = lse;
+                for token in tokens().filter(|&token| terms[token].lse != T::INFINITY) {
+                    let weight = (lse - terms[token].lse).exp();
+                    E::widen(rows.row(token), &mut line[..value_dim]);
+                    for (sum, &g) in sum.iter_mut().zip(&line[..value_dim]) {
+                        *sum += weight * g;
+                    }
+                    total.delta += weight * terms[token].delta;
                 }
-                total.delta += weight * terms[token].delta;
-            }
-        });
+            },
+        );
         Self { grads, terms: sums, blocks: nq, width }
     }
 

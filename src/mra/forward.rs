@@ -89,7 +89,9 @@ pub(crate) fn forward_with<E: Element>(
     let nq = problem.query_blocks();
     let exact = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
     let (out, lse) = (&*out, &*lse);
-    let scratch = || (Attend::new(problem, tile_columns::<E::Compute>(problem), value_dim), Strip::new(problem, problem.head_dim, value_dim));
+    let scratch = || {
+        (Attend::new(problem, tile_columns::<E::Compute>(problem), value_dim), Strip::new(problem, problem.head_dim, value_dim))
+    };
     threads::for_each(problem.threads_for(exact), problem.all_heads() * nq, scratch, |(attend, strip), task| {
         let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq };
         // SAFETY: each task has its own block of queries, and writes only its rows.
@@ -131,7 +133,8 @@ impl<E: Element> BlockRow<'_, E> {
             }
         }
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
-            attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), E::Compute::from_f64(self.problem.scale));
+            attend
+                .start(tile.clone().map(|number| queries.row(blocks.token(number))), E::Compute::from_f64(self.problem.scale));
             if let Some(coarse) = self.coarse {
                 attend.resume(&coarse.state(self.head, self.i));
             }

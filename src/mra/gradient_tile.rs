@@ -33,7 +33,7 @@ pub(crate) struct GradientTile<T> {
     grads: Buffer<T>,
     lse: Buffer<T>,
     delta: Buffer<T>,
-    line: Buffer<T>,
+    lines: Buffer<T>,
     weights: Buffer<T>,
     gradients: Buffer<T>,
     /// The gradient of the queries: a row of `key_width` for each.
@@ -84,7 +84,7 @@ impl<T: Scalar> GradientTile<T> {
             grads: Buffer::scratch(columns * value_width),
             lse: Buffer::scratch(columns),
             delta: Buffer::scratch(columns),
-            line: Buffer::scratch(key_width.max(value_width)),
+            lines: Buffer::scratch(4 * head_dim.max(value_dim)),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
             dq: Buffer::scratch(columns * key_width),
@@ -104,9 +104,9 @@ impl<T: Scalar> GradientTile<T> {
         pack_rows(queries.clone(), &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
         pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
         let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
-        pack_transposed(queries, self.scale, &mut self.line, &mut packed);
+        pack_transposed(queries, self.scale, &mut self.lines, &mut packed);
         let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
-        pack_transposed(grads, T::from_f64(1.0), &mut self.line, &mut packed);
+        pack_transposed(grads, T::from_f64(1.0), &mut self.lines, &mut packed);
         self.lse[..columns].fill(T::ZERO);
         self.delta[..columns].fill(T::ZERO);
         for (query, terms) in terms.enumerate() {
@@ -131,13 +131,16 @@ impl<T: Scalar> GradientTile<T> {
             self.logits_and_products(&part);
         }
         adjust(&mut self.weights[..strip.rows() * columns], columns);
-        T::run(self.level, LogitGradient {
-            weights: MatrixMut::new(&mut self.weights, strip.rows(), columns, columns),
-            gradients: MatrixMut::new(&mut self.gradients, strip.rows(), columns, columns),
-            lse: &self.lse,
-            delta: &self.delta,
-            factor: self.scale,
-        });
+        T::run(
+            self.level,
+            LogitGradient {
+                weights: MatrixMut::new(&mut self.weights, strip.rows(), columns, columns),
+                gradients: MatrixMut::new(&mut self.gradients, strip.rows(), columns, columns),
+                lse: &self.lse,
+                delta: &self.delta,
+                factor: self.scale,
+            },
+        );
         for part in strip.parts(source) {
             if let Some(sums) = &mut sums {
                 self.add_to_keys(&part, sums);
@@ -151,31 +154,40 @@ impl<T: Scalar> GradientTile<T> {
     fn logits_and_products(&mut self, part: &PartView<'_, T>) {
         let columns = self.columns;
         let lanes = part.rows.start * columns..part.rows.end * columns;
-        T::run(self.level, Gemm {
-            a: part.keys.columns(self.head_dim),
-            a_transposed: false,
-            b: Matrix::new(&self.packed_queries, self.head_dim, columns, columns),
-            c: MatrixMut::new(&mut self.weights[lanes.clone()], part.rows.len(), columns, columns),
-            init: Init::Zero,
-        });
-        T::run(self.level, Gemm {
-            a: part.values.columns(self.value_dim),
-            a_transposed: false,
-            b: Matrix::new(&self.packed_grads, self.value_dim, columns, columns),
-            c: MatrixMut::new(&mut self.gradients[lanes], part.rows.len(), columns, columns),
-            init: Init::Zero,
-        });
+        T::run(
+            self.level,
+            Gemm {
+                a: part.keys.columns(self.head_dim),
+                a_transposed: false,
+                b: Matrix::new(&self.packed_queries, self.head_dim, columns, columns),
+                c: MatrixMut::new(&mut self.weights[lanes.clone()], part.rows.len(), columns, columns),
+                init: Init::Zero,
+            },
+        );
+        T::run(
+            self.level,
+            Gemm {
+                a: part.values.columns(self.value_dim),
+                a_transposed: false,
+                b: Matrix::new(&self.packed_grads, self.value_dim, columns, columns),
+                c: MatrixMut::new(&mut self.gradients[lanes], part.rows.len(), columns, columns),
+                init: Init::Zero,
+            },
+        );
     }
 
     fn add_to_queries(&mut self, part: &PartView<'_, T>) {
         let (width, columns) = (self.key_width, self.columns);
-        T::run(self.level, Gemm {
-            a: Matrix::new(&self.gradients[part.rows.start * columns..], part.rows.len(), self.count, columns),
-            a_transposed: true,
-            b: part.keys,
-            c: MatrixMut::new(&mut self.dq, self.count, width, width),
-            init: Init::Keep,
-        });
+        T::run(
+            self.level,
+            Gemm {
+                a: Matrix::new(&self.gradients[part.rows.start * columns..], part.rows.len(), self.count, columns),
+                a_transposed: true,
+                b: part.keys,
+                c: MatrixMut::new(&mut self.dq, self.count, width, width),
+                init: Init::Keep,
+            },
+        );
     }
 
     fn add_to_keys(&self, part: &PartView<'_, T>, sums: &mut KeySums<'_, T>) {
@@ -185,13 +197,16 @@ impl<T: Scalar> GradientTile<T> {
             (&self.weights, &self.grads, self.value_width, &mut *sums.dv),
         ];
         for (a, b, width, c) in products {
-            T::run(self.level, Gemm {
-                a: Matrix::new(&a[part.rows.start * columns..], part.rows.len(), self.count, columns),
-                a_transposed: false,
-                b: Matrix::new(b, self.count, width, width),
-                c: MatrixMut::new(&mut c[row * width..], part.rows.len(), width, width),
-                init: Init::Keep,
-            });
+            T::run(
+                self.level,
+                Gemm {
+                    a: Matrix::new(&a[part.rows.start * columns..], part.rows.len(), self.count, columns),
+                    a_transposed: false,
+                    b: Matrix::new(b, self.count, width, width),
+                    c: MatrixMut::new(&mut c[row * width..], part.rows.len(), width, width),
+                    init: Init::Keep,
+                },
+            );
         }
     }
 }

@@ -101,7 +101,11 @@ fn ones(bytes: &[u8]) -> impl Iterator<Item = usize> {
 /// Lists by column from lists by row: a counting sort.
 fn transpose(rows: &Lists, heads: usize, query_blocks: usize, key_blocks: usize) -> Lists {
     let mut offsets = vec![0; heads * key_blocks + 1];
-    let entries = || (0..heads).flat_map(move |head| (0..query_blocks).flat_map(move |i| rows.get(head * query_blocks + i).iter().map(move |&j| (head, i, j))));
+    let entries = || {
+        (0..heads).flat_map(move |head| {
+            (0..query_blocks).flat_map(move |i| rows.get(head * query_blocks + i).iter().map(move |&j| (head, i, j)))
+        })
+    };
     for (head, _, j) in entries() {
         offsets[head * key_blocks + j as usize + 1] += 1;
     }

@@ -29,7 +29,10 @@ impl<'a> Mask<'a> {
     pub fn new(name: &str, valid: &'a [u8], shape: [usize; 2], strides: [usize; 2]) -> Result<Self> {
         match crate::tensor::span(&shape, &strides) {
             Some(needed) if needed <= valid.len() => Ok(Self { valid, shape, strides }),
-            _ => Err(Error::new(format!("{name}: shape {shape:?} with strides {strides:?} reaches beyond its {} bytes", valid.len()))),
+            _ => Err(Error::new(format!(
+                "{name}: shape {shape:?} with strides {strides:?} reaches beyond its {} bytes",
+                valid.len()
+            ))),
         }
     }
 }
@@ -83,7 +86,9 @@ impl Problem {
         let [batch, heads, query_len, head_dim] = query;
         let [key_batch, kv_heads, key_len, key_dim] = key;
         if batch != key_batch || head_dim != key_dim {
-            return Err(Error::new(format!("key: shape {key:?} does not fit query of shape {query:?}: batch and head_dim must be equal")));
+            return Err(Error::new(format!(
+                "key: shape {key:?} does not fit query of shape {query:?}: batch and head_dim must be equal"
+            )));
         }
         if heads != kv_heads && (kv_heads == 0 || heads % kv_heads != 0) {
             return Err(Error::new(format!("key: {kv_heads} heads, expected a divisor of the {heads} heads of query")));

@@ -18,19 +18,28 @@ pub(crate) struct Pooled<T> {
 
 impl<T: Scalar> Pooled<T> {
     /// Pools a tensor whose sequences are cut as `blocks_of(batch)` says.
-    pub(crate) fn new<'b, E: Element<Compute = T>>(problem: &Problem, tensor: &Tensor<'_, E>, blocks_of: impl Fn(usize) -> &'b Blocks + Sync) -> Self {
+    pub(crate) fn new<'b, E: Element<Compute = T>>(
+        problem: &Problem,
+        tensor: &Tensor<'_, E>,
+        blocks_of: impl Fn(usize) -> &'b Blocks + Sync,
+    ) -> Self {
         let [batch, heads, length, channels] = tensor.shape();
         let width = problem.padded::<T>(channels);
         let blocks = length.div_ceil(problem.block_size);
         let mut means = Buffer::zeros(batch * heads * blocks * width);
         let rows = Chunks::new(&mut means, width);
         let threads = problem.threads_for(batch * heads * length * channels);
-        threads::for_each(threads, batch * heads * blocks, || Buffer::scratch(width), |line, task| {
-            let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
-            // SAFETY: each task has its own row.
-            let mean = unsafe { rows.get_mut(task) };
-            average(&tensor.head(item, head), blocks_of(item), block, line, mean);
-        });
+        threads::for_each(
+            threads,
+            batch * heads * blocks,
+            || Buffer::scratch(width),
+            |line, task| {
+                let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
+                // SAFETY: each task has its own row.
+                let mean = unsafe { rows.get_mut(task) };
+                average(&tensor.head(item, head), blocks_of(item), block, line, mean);
+            },
+        );
         Self { means, blocks, width }
     }
 

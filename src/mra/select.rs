@@ -15,9 +15,9 @@ use std::ops::Range;
 
 use super::blocks::Blocks;
 use super::budget::Budget;
+use super::forward::Pyramid;
 use super::plan::Plan;
 use super::problem::Problem;
-use super::forward::Pyramid;
 use super::scratch::Buffer;
 use crate::error::{Error, Result};
 use crate::kernels::{Gemm, Init, Matrix, MatrixMut, pack_transposed};
@@ -32,7 +32,13 @@ use crate::tiles::Chunks;
 ///
 /// # Errors
 /// If the tensors do not have the shapes of the problem, `bits` not the length of its plan, or the budget is invalid.
-pub fn select_blocks<E: Element>(problem: &Problem, query: &Tensor<'_, E>, key: &Tensor<'_, E>, budget: &Budget, bits: &mut [u8]) -> Result<()> {
+pub fn select_blocks<E: Element>(
+    problem: &Problem,
+    query: &Tensor<'_, E>,
+    key: &Tensor<'_, E>,
+    budget: &Budget,
+    bits: &mut [u8],
+) -> Result<()> {
     Problem::expect("query", query.shape(), [problem.batch, problem.heads, problem.query_len, problem.head_dim])?;
     Problem::expect("key", key.shape(), [problem.batch, problem.kv_heads, problem.key_len, problem.head_dim])?;
     select_from(problem, &Pyramid::new(problem, query, key), budget, bits)
@@ -53,19 +59,24 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
     }
     let bits = Chunks::new(bits, bytes_per_head);
     let threads = problem.threads_for(problem.all_heads() * nq * nk * problem.head_dim);
-    threads::for_each(threads, problem.all_heads(), || Distances::<T>::new(problem), |distances, head| {
-        let batch = head / problem.heads;
-        let (query_blocks, key_blocks) = (problem.queries(batch), problem.keys(batch));
-        let live = query_blocks.live() * key_blocks.live();
-        if live == 0 {
-            return;
-        }
-        distances.multiply(problem, &pyramid.queries.head(head), &pyramid.keys.head(problem.kv_row(head)));
-        let forced = distances.subtract_from_best(query_blocks, key_blocks, budget);
-        let number = budget.blocks(query_blocks.live()).max(forced).min(live);
-        // SAFETY: each task has its own head.
-        distances.take_smallest(number, unsafe { bits.get_mut(head) });
-    });
+    threads::for_each(
+        threads,
+        problem.all_heads(),
+        || Distances::<T>::new(problem),
+        |distances, head| {
+            let batch = head / problem.heads;
+            let (query_blocks, key_blocks) = (problem.queries(batch), problem.keys(batch));
+            let live = query_blocks.live() * key_blocks.live();
+            if live == 0 {
+                return;
+            }
+            distances.multiply(problem, &pyramid.queries.head(head), &pyramid.keys.head(problem.kv_row(head)));
+            let forced = distances.subtract_from_best(query_blocks, key_blocks, budget);
+            let number = budget.blocks(query_blocks.live()).max(forced).min(live);
+            // SAFETY: each task has its own head.
+            distances.take_smallest(number, unsafe { bits.get_mut(head) });
+        },
+    );
     Ok(())
 }
 
@@ -73,7 +84,7 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
 struct Distances<T> {
     values: Buffer<T>,
     keys: Buffer<T>,
-    line: Buffer<T>,
+    lines: Buffer<T>,
     rows: usize,
     columns: usize,
     stride: usize,
@@ -86,7 +97,7 @@ impl<T: Scalar> Distances<T> {
         Self {
             values: Buffer::scratch(rows * stride),
             keys: Buffer::scratch(problem.head_dim * stride),
-            line: Buffer::scratch(problem.padded::<T>(problem.head_dim)),
+            lines: Buffer::scratch(4 * problem.head_dim),
             rows,
             columns,
             stride,
@@ -98,15 +109,18 @@ impl<T: Scalar> Distances<T> {
         let (channels, stride) = (problem.head_dim, self.stride);
         let key_rows = (0..self.columns).map(|j| &keys.row(j)[..channels]);
         let mut packed = MatrixMut::new(&mut self.keys, channels, stride, stride);
-        pack_transposed(key_rows, T::from_f64(problem.scale), &mut self.line, &mut packed);
+        pack_transposed(key_rows, T::from_f64(problem.scale), &mut self.lines, &mut packed);
         let (data, query_stride) = queries.tail(0);
-        T::run(problem.level, Gemm {
-            a: Matrix::new(data, self.rows, channels, query_stride),
-            a_transposed: false,
-            b: Matrix::new(&self.keys, channels, stride, stride),
-            c: MatrixMut::new(&mut self.values, self.rows, stride, stride),
-            init: Init::Zero,
-        });
+        T::run(
+            problem.level,
+            Gemm {
+                a: Matrix::new(data, self.rows, channels, query_stride),
+                a_transposed: false,
+                b: Matrix::new(&self.keys, channels, stride, stride),
+                c: MatrixMut::new(&mut self.values, self.rows, stride, stride),
+                init: Init::Zero,
+            },
+        );
     }
 
     /// Turns logits into distances and returns how many blocks are forced.
@@ -182,7 +196,8 @@ impl<T: Scalar> Distances<T> {
         }
         // An odd step visits all columns even where their number is a power of two.
         let step = (total / SAMPLES) | 1;
-        let mut sample: Vec<T> = (0..total).step_by(step).map(|n| self.values[n / self.columns * self.stride + n % self.columns]).collect();
+        let mut sample: Vec<T> =
+            (0..total).step_by(step).map(|n| self.values[n / self.columns * self.stride + n % self.columns]).collect();
         let expected = number * sample.len() / total;
         // Half as many again and some: the number below the bound varies by about the square root.
         let position = (expected + expected / 2 + 16).min(sample.len() - 1);

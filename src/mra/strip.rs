@@ -125,7 +125,10 @@ impl<T: Scalar> Strip<T> {
     }
 
     /// The parts, in order of the keys.
-    pub(crate) fn parts<'a, E: Element<Compute = T>>(&'a self, source: &'a KeySource<'_, E>) -> impl Iterator<Item = PartView<'a, T>> {
+    pub(crate) fn parts<'a, E: Element<Compute = T>>(
+        &'a self,
+        source: &'a KeySource<'_, E>,
+    ) -> impl Iterator<Item = PartView<'a, T>> {
         self.parts.iter().map(move |part| {
             let count = part.rows.len();
             let (keys, values) = if part.in_place {

@@ -65,7 +65,8 @@ impl Descriptor {
         if self.dtype() != E::DTYPE {
             return Err(Error::new(format!("{name}: dtype {:?}, expected {:?}", self.dtype(), E::DTYPE)));
         }
-        let len = span(&self.1, &self.2).filter(|&len| len.checked_mul(size_of::<E>()).is_some_and(|bytes| isize::try_from(bytes).is_ok()));
+        let len = span(&self.1, &self.2)
+            .filter(|&len| len.checked_mul(size_of::<E>()).is_some_and(|bytes| isize::try_from(bytes).is_ok()));
         let Some(len) = len.filter(|_| self.1.len() == self.2.len()) else {
             return Err(Error::new(format!("{name}: shape {:?} and strides {:?} do not make a tensor", self.1, self.2)));
         };

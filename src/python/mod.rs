@@ -7,7 +7,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::{Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting};
+use crate::{
+    Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
+};
 use borrow::{Descriptor, Dtype, Writes};
 
 impl From<Error> for PyErr {
@@ -20,10 +22,22 @@ impl From<Error> for PyErr {
 macro_rules! with_element {
     ($dtype:expr, $element:ident => $body:expr) => {
         match $dtype {
-            Dtype::F32 => { type $element = f32; $body }
-            Dtype::F64 => { type $element = f64; $body }
-            Dtype::Bf16 => { type $element = half::bf16; $body }
-            Dtype::F16 => { type $element = half::f16; $body }
+            Dtype::F32 => {
+                type $element = f32;
+                $body
+            }
+            Dtype::F64 => {
+                type $element = f64;
+                $body
+            }
+            Dtype::Bf16 => {
+                type $element = half::bf16;
+                $body
+            }
+            Dtype::F16 => {
+                type $element = half::f16;
+                $body
+            }
             Dtype::Byte => Err(Error::new("query: dtype bool or uint8, expected a floating point type")),
         }
     };
@@ -39,7 +53,13 @@ struct Settings {
 }
 
 impl Settings {
-    fn problem(self, query: &Descriptor, key: &Descriptor, key_mask: Option<&Descriptor>, query_mask: Option<&Descriptor>) -> crate::Result<Problem> {
+    fn problem(
+        self,
+        query: &Descriptor,
+        key: &Descriptor,
+        key_mask: Option<&Descriptor>,
+        query_mask: Option<&Descriptor>,
+    ) -> crate::Result<Problem> {
         // SAFETY: the Python layer keeps every tensor alive during the call; `Descriptor` has checked the rest.
         let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
         let options = Options {
@@ -197,13 +217,21 @@ fn backward_py(
 
 /// One bool per block from a plan's bits.
 #[pyfunction]
-fn block_mask<'py>(py: Python<'py>, plan: PyReadonlyArray4<'py, u8>, num_key_blocks: usize) -> PyResult<Bound<'py, PyArray4<bool>>> {
+fn block_mask<'py>(
+    py: Python<'py>,
+    plan: PyReadonlyArray4<'py, u8>,
+    num_key_blocks: usize,
+) -> PyResult<Bound<'py, PyArray4<bool>>> {
     let plan = plan.as_array();
     let (batch, heads, rows, bytes) = plan.dim();
     if bytes != Plan::row_bytes(num_key_blocks) {
-        return Err(PyValueError::new_err(format!("plan: {bytes} bytes in a row, expected {} for {num_key_blocks} key blocks", Plan::row_bytes(num_key_blocks))));
+        return Err(PyValueError::new_err(format!(
+            "plan: {bytes} bytes in a row, expected {} for {num_key_blocks} key blocks",
+            Plan::row_bytes(num_key_blocks)
+        )));
     }
-    let mask = Array4::from_shape_fn((batch, heads, rows, num_key_blocks), |(b, h, i, j)| plan[[b, h, i, j / 8]] >> (j % 8) & 1 == 1);
+    let mask =
+        Array4::from_shape_fn((batch, heads, rows, num_key_blocks), |(b, h, i, j)| plan[[b, h, i, j / 8]] >> (j % 8) & 1 == 1);
     Ok(mask.into_pyarray(py))
 }
 

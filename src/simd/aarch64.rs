@@ -1,9 +1,9 @@
 //! NEON.
 
 use std::arch::aarch64::{
-    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vsubq_s32, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
+    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
     vdupq_n_f32, vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
-    vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64,
+    vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64, vsubq_s32,
 };
 use std::arch::is_aarch64_feature_detected as detected;
 
@@ -91,10 +91,34 @@ macro_rules! operations {
     };
 }
 
-operations!(f32, float32x4_t, exp = exp, vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32,
-    vfmaq_f32, vcgtq_f32, vbslq_f32);
-operations!(f64, float64x2_t, exp = exp_by_lane, vdupq_n_f64, vld1q_f64, vst1q_f64, vaddq_f64, vsubq_f64, vmulq_f64,
-    vfmaq_f64, vcgtq_f64, vbslq_f64);
+operations!(
+    f32,
+    float32x4_t,
+    exp = exp,
+    vdupq_n_f32,
+    vld1q_f32,
+    vst1q_f32,
+    vaddq_f32,
+    vsubq_f32,
+    vmulq_f32,
+    vfmaq_f32,
+    vcgtq_f32,
+    vbslq_f32
+);
+operations!(
+    f64,
+    float64x2_t,
+    exp = exp_by_lane,
+    vdupq_n_f64,
+    vld1q_f64,
+    vst1q_f64,
+    vaddq_f64,
+    vsubq_f64,
+    vmulq_f64,
+    vfmaq_f64,
+    vcgtq_f64,
+    vbslq_f64
+);
 
 /// `exp` of doubles, lane by lane: float64 is there to check with, not for speed.
 #[inline(always)]

@@ -1,13 +1,13 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::{
-    __m256, __m256d, __m512, __m512d, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_sub_epi32, _mm256_add_pd, _mm256_add_ps,
+    __m256, __m256d, __m512, __m512d, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_pd, _mm256_add_ps,
     _mm256_castsi256_ps, _mm256_cvtps_epi32, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd,
-    _mm256_max_ps, _mm256_min_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd, _mm256_set1_ps,
-    _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps, _mm512_add_pd, _mm512_add_ps,
-    _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_ps,
-    _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_pd,
-    _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
+    _mm256_max_ps, _mm256_min_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd,
+    _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps,
+    _mm512_add_pd, _mm512_add_ps, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd,
+    _mm512_max_ps, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_pd,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
@@ -118,15 +118,67 @@ fn exp_by_lane<S: Simd<f64>>(simd: S, x: S::V) -> S::V {
 }
 
 // AVX2 has 16 registers: 6 rows x 2 vectors of sums, 2 vectors of one operand and 1 broadcast of the other.
-operations!(Avx2, f32, __m256, 6, exp = exp, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps,
-    _mm256_sub_ps, _mm256_mul_ps, _mm256_fmadd_ps, _mm256_max_ps);
-operations!(Avx2, f64, __m256d, 6, exp = exp_by_lane, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd,
-    _mm256_sub_pd, _mm256_mul_pd, _mm256_fmadd_pd, _mm256_max_pd);
+operations!(
+    Avx2,
+    f32,
+    __m256,
+    6,
+    exp = exp,
+    _mm256_set1_ps,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_add_ps,
+    _mm256_sub_ps,
+    _mm256_mul_ps,
+    _mm256_fmadd_ps,
+    _mm256_max_ps
+);
+operations!(
+    Avx2,
+    f64,
+    __m256d,
+    6,
+    exp = exp_by_lane,
+    _mm256_set1_pd,
+    _mm256_loadu_pd,
+    _mm256_storeu_pd,
+    _mm256_add_pd,
+    _mm256_sub_pd,
+    _mm256_mul_pd,
+    _mm256_fmadd_pd,
+    _mm256_max_pd
+);
 // AVX-512 has 32 registers. 8 rows divide the usual 32 queries or keys of a block; 12 rows would leave a short last tile.
-operations!(Avx512, f32, __m512, 8, exp = exp, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps,
-    _mm512_sub_ps, _mm512_mul_ps, _mm512_fmadd_ps, _mm512_max_ps);
-operations!(Avx512, f64, __m512d, 8, exp = exp_by_lane, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_add_pd,
-    _mm512_sub_pd, _mm512_mul_pd, _mm512_fmadd_pd, _mm512_max_pd);
+operations!(
+    Avx512,
+    f32,
+    __m512,
+    8,
+    exp = exp,
+    _mm512_set1_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_add_ps,
+    _mm512_sub_ps,
+    _mm512_mul_ps,
+    _mm512_fmadd_ps,
+    _mm512_max_ps
+);
+operations!(
+    Avx512,
+    f64,
+    __m512d,
+    8,
+    exp = exp_by_lane,
+    _mm512_set1_pd,
+    _mm512_loadu_pd,
+    _mm512_storeu_pd,
+    _mm512_add_pd,
+    _mm512_sub_pd,
+    _mm512_mul_pd,
+    _mm512_fmadd_pd,
+    _mm512_max_pd
+);
 
 impl Exponent for Avx2 {
     #[inline(always)]
