@@ -17,6 +17,7 @@
 mod error;
 mod kernels;
 mod mra;
+pub mod reference;
 mod simd;
 mod tensor;
 mod threads;

@@ -24,15 +24,14 @@ pub(crate) fn pack_transposed<'a, E: Element>(
         for member in &mut group {
             let (line, rest) = free.split_at_mut(channels);
             free = rest;
-            *member = match rows.next() {
-                Some(row) => E::as_compute(row).unwrap_or_else(|| {
+            *member = if let Some(row) = rows.next() {
+                E::as_compute(row).unwrap_or_else(|| {
                     E::widen(row, line);
                     line
-                }),
-                None => {
-                    line.fill(E::Compute::ZERO);
-                    line
-                }
+                })
+            } else {
+                line.fill(E::Compute::ZERO);
+                line
             };
         }
         let width = SQUARE.min(columns - column);

@@ -92,7 +92,7 @@ pub fn backward<E: Element>(
 
 /// Whether so many groups of heads keep the threads busy: then one pass saves two products of seven.
 pub(crate) fn one_pass(groups: usize, threads: usize) -> bool {
-    groups % threads == 0 || groups >= 4 * threads
+    groups.is_multiple_of(threads) || groups >= 4 * threads
 }
 
 /// Lse and delta of every query, heads and tokens numbered through.

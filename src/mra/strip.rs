@@ -13,7 +13,7 @@ use crate::kernels::{Matrix, MatrixMut, pack_rows};
 use crate::simd::{Element, Scalar};
 use crate::tensor::Rows;
 
-/// Keys of a strip, at most, unless one block has more.
+/// Keys of a strip, at most, unless one block has more or there are fewer in all.
 const STRIP_KEYS: usize = 128;
 
 /// The keys and values of one head.
@@ -86,7 +86,7 @@ impl<T: Scalar> Strip<T> {
 
     /// The most keys of a strip.
     pub(crate) fn capacity(problem: &Problem) -> usize {
-        STRIP_KEYS.max(problem.block_size)
+        STRIP_KEYS.max(problem.block_size).min(problem.key_len).max(1)
     }
 
     pub(crate) fn rows(&self) -> usize {

@@ -1,5 +1,11 @@
 //! The native module `mra_attention._core`: borrow the tensors, release the interpreter, compute, map the error.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    clippy::too_many_arguments,
+    reason = "pyo3 passes what it extracted by value; the arguments are the operators' schema (mra_attention._ops)"
+)]
+
 mod borrow;
 
 use numpy::{IntoPyArray, PyArray4, PyReadonlyArray4, ndarray::Array4};
@@ -75,7 +81,6 @@ impl Settings {
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
 #[pyfunction]
 #[pyo3(signature = (query, key, key_mask, query_mask, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn select_blocks(
@@ -107,7 +112,6 @@ fn select_blocks(
     .map_err(PyErr::from)
 }
 
-#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
 #[pyfunction(name = "forward")]
 #[pyo3(signature = (query, key, value, key_mask, query_mask, plan_in, plan_out, out, lse, *, scale, block_size, sparse, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn forward_py(
@@ -158,7 +162,6 @@ fn forward_py(
     .map_err(PyErr::from)
 }
 
-#[allow(clippy::too_many_arguments, reason = "the operator's schema: docs of mra_attention._ops")]
 #[pyfunction(name = "backward")]
 #[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, threads))]
 fn backward_py(

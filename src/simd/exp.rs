@@ -45,3 +45,104 @@ pub(crate) fn exp<S: Exponent>(simd: S, x: S::V) -> S::V {
     p = simd.mul_add(p, f, simd.splat(1.0));
     simd.mul(p, simd.power_of_two_of_minus(minus_n))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::MAX_ULPS;
+    use crate::simd::{Kernel, Level, Scalar, Simd};
+
+    /// Replaces each number by its exponential; the length is a whole number of vectors.
+    struct Exponentials<'a>(&'a mut [f32]);
+
+    impl Kernel<f32> for Exponentials<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd<f32>>(self, simd: S) {
+            assert_eq!(self.0.len() % S::LANES, 0);
+            for vector in self.0.chunks_exact_mut(S::LANES) {
+                // SAFETY: the chunk holds a whole vector.
+                unsafe { simd.store(vector.as_mut_ptr(), simd.exp(simd.load(vector.as_ptr()))) }
+            }
+        }
+    }
+
+    fn exponentials<const N: usize>(level: Level, mut x: [f32; N]) -> [f32; N] {
+        f32::run(level, Exponentials(&mut x));
+        x
+    }
+
+    /// The distance of `result` from `exact` in units in the last place of a float32 of that size.
+    fn ulps(result: f32, exact: f64) -> f64 {
+        let exponent = (exact.to_bits() >> 52) & 0x7ff;
+        // 2^-23 of the power of two below `exact`.
+        let ulp = f64::from_bits((exponent - 23) << 52);
+        (f64::from(result) - exact).abs() / ulp
+    }
+
+    /// Every 97th number, or with `MRA_ATTENTION_EXHAUSTIVE=1` every one: both signs, denormal and infinite ones.
+    fn numbers() -> impl Iterator<Item = f32> {
+        let exhaustive = std::env::var("MRA_ATTENTION_EXHAUSTIVE").is_ok_and(|value| value == "1");
+        (0..=u32::MAX).step_by(if exhaustive { 1 } else { 97 }).map(f32::from_bits)
+    }
+
+    #[test]
+    fn the_error_is_within_the_stated_bound() {
+        const CHUNK: usize = 4096;
+        let (smallest_normal, infinite_above) = ((-126f64).exp2(), 127.5f64.exp2());
+        for level in Level::available() {
+            let mut worst = (0.0, 0.0);
+            let mut numbers = numbers().filter(|x| !x.is_nan()).peekable();
+            while numbers.peek().is_some() {
+                let x: [f32; CHUNK] = std::array::from_fn(|_| numbers.next().unwrap_or(0.0));
+                for (x, result) in x.into_iter().zip(exponentials(level, x)) {
+                    let exact = f64::from(x).exp();
+                    if exact < smallest_normal {
+                        assert!((0.0..=f32::MIN_POSITIVE).contains(&result), "{}: exp({x:e}) = {result:e}", level.name());
+                    } else if exact > infinite_above {
+                        // Between 2^127.5 and the largest float32 the documented result is infinity.
+                        assert_eq!(result, f32::INFINITY, "{}: exp({x:e})", level.name());
+                    } else {
+                        let error = ulps(result, exact);
+                        if error > worst.0 {
+                            worst = (error, x);
+                        }
+                    }
+                }
+            }
+            let (error, x) = worst;
+            println!("{}: at most {error:.4} ulps, at x = {x:e}", level.name());
+            assert!(
+                error <= MAX_ULPS,
+                "{}: exp({x:e}) is off by {error} units in the last place, more than {MAX_ULPS}",
+                level.name()
+            );
+        }
+    }
+
+    #[test]
+    fn special_numbers() {
+        for level in Level::available() {
+            let x = [0.0, -0.0, f32::NEG_INFINITY, f32::INFINITY, f32::MIN, f32::MAX, 1e-40, -1e-40];
+            let expected = [1.0, 1.0, 0.0, f32::INFINITY, 0.0, f32::INFINITY, 1.0, 1.0];
+            let mut all = [0.0; 16];
+            all[..8].copy_from_slice(&x);
+            assert_eq!(exponentials(level, all)[..8], expected, "{}", level.name());
+        }
+    }
+
+    #[test]
+    fn not_a_number_stays_so_in_its_lane() {
+        let nans = [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(u32::MAX)];
+        for level in Level::available() {
+            for (lane, nan) in (0..16).flat_map(|lane| nans.map(|nan| (lane, nan))) {
+                let mut x = [1.0; 16];
+                x[lane] = nan;
+                let results = exponentials(level, x);
+                for (other, result) in results.into_iter().enumerate() {
+                    assert_eq!(result.is_nan(), other == lane, "{}: lane {other} of {x:?}", level.name());
+                }
+            }
+        }
+    }
+}

@@ -33,8 +33,10 @@ pub trait Scalar:
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
     /// Natural logarithm.
+    #[must_use]
     fn ln(self) -> Self;
     /// `e` to the power `self`.
+    #[must_use]
     fn exp(self) -> Self;
     /// The total order of IEEE 754.
     fn total_cmp(&self, other: &Self) -> std::cmp::Ordering;

@@ -1,0 +1,61 @@
+# One word per job. README, CI and pre-commit call these and nothing else; `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMPS := build/stamps
+SOURCES := $(shell find src -name '*.rs') build.rs Cargo.toml Cargo.lock pyproject.toml
+CHECKED := python tests/python benchmarks
+
+.PHONY: help demo test test-rust test-python test-isa test-oldest-torch test-tch lint format stubs wheel bench clean
+.DELETE_ON_ERROR:
+
+help: ## List the jobs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+demo: $(STAMPS)/module ## Train a small encoder twice, with torch's attention and with ours (about 3 minutes)
+	$(BIN)/python -m benchmarks.demo
+
+test: lint test-rust test-python ## Everything that must hold
+
+test-rust: ## Tests of the Rust crate, at every instruction set of this machine
+	cargo test --locked
+
+test-python: $(STAMPS)/module ## Tests of the Python package
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/module ## Formatting, lints, types; the stub against the module
+	cargo fmt --all --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features python,abi3 -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/pyright
+	$(BIN)/python -m mypy.stubtest mra_attention._core
+
+format: $(STAMPS)/environment ## Format everything
+	cargo fmt --all
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/ruff check --fix $(CHECKED)
+
+wheel: $(STAMPS)/environment ## Build the wheel into dist/
+	$(BIN)/maturin build --release --locked --out dist
+
+clean: ## Remove everything that was made here
+	rm -rf target build dist $(VENV)
+
+# The environment: torch is most of it (a download of gigabytes, minutes).
+$(STAMPS)/environment: pyproject.toml
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or later (https://rustup.rs)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the tools into $(VENV): minutes, the first time"
+	$(BIN)/python -m pip install --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install "torch>=2.5" numpy --group dev
+	@mkdir -p $(@D) && touch $@
+
+# The native module, built in place: the package is imported from python/.
+$(STAMPS)/module: $(STAMPS)/environment $(SOURCES)
+	@echo "Building the native module: about two minutes, the first time"
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked
+	@touch $@

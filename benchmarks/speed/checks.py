@@ -1,0 +1,72 @@
+"""What is timed must be right: results are compared with a dense float64 evaluation before a case is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mra_attention
+import torch
+from torch import Tensor
+
+ROWS_CHECKED = 4
+"""Query blocks of each head that are evaluated densely: all of them would need L * L numbers."""
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return ||actual - expected|| / ||expected|| in float64."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_forward(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[str, object], tolerance: float) -> None:
+    """Compare some blocks of query rows with docs/definitions.md, section 2.6, for the plan that is selected."""
+    keywords = dict(keywords)
+    mode = keywords.pop("mode", "full")
+    plan = mra_attention.plan(query, key, **keywords)
+    block = plan.block_size
+    out = mra_attention.scaled_dot_product_attention(query, key, value, plan=plan, mode=mode, resolutions=(block, 1))
+    blocks = torch.linspace(0, query.shape[2] // block - 1, ROWS_CHECKED).long()
+    expected = torch.cat([_dense_rows(query, key, value, plan, int(i), mode) for i in blocks], dim=2)
+    actual = torch.cat([out[:, :, i * block : (i + 1) * block] for i in blocks], dim=2)
+    error = relative_error(actual, expected)
+    if not error <= tolerance:
+        raise AssertionError(
+            f"forward of {tuple(query.shape)} {query.dtype} {keywords}: error {error:.1e} > {tolerance:.1e}"
+        )
+
+
+def _dense_rows(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.Plan, i: int, mode: object) -> Tensor:
+    """Return the output of query block i, all lengths being multiples of the block size."""
+    b = plan.block_size
+    q, k, v = (x.double() for x in (query[:, :, i * b : (i + 1) * b], key, value))
+    scale = query.shape[-1] ** -0.5
+    logits = scale * q @ k.transpose(-1, -2)
+    selected = plan.block_mask()[:, :, i].repeat_interleave(b, dim=-1)[:, :, None]
+    pooled_keys, pooled_values = (x.unflatten(2, (-1, b)).mean(3) for x in (k, v))
+    pooled = (scale * q.mean(2, keepdim=True) @ pooled_keys.transpose(-1, -2)).repeat_interleave(b, dim=-1)
+    logits = torch.where(selected, logits, pooled if mode == "full" else -torch.inf)
+    weights = logits.softmax(-1)
+    coarse = weights * ~selected
+    return (weights * selected) @ v + coarse @ pooled_values.repeat_interleave(b, dim=2)
+
+
+def check_gradients(
+    tensors: tuple[Tensor, ...], grad_out: Tensor, keywords: Mapping[str, object], tolerance: float
+) -> None:
+    """Compare gradients with those of the same plan in float64, which the tests compare with the definitions."""
+    keywords = dict(keywords)
+    mode = keywords.pop("mode", "full")
+    plan = mra_attention.plan(tensors[0], tensors[1], **keywords)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        out = mra_attention.scaled_dot_product_attention(
+            *leaves, plan=plan, mode=mode, resolutions=(plan.block_size, 1)
+        )
+        return torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+    for name, actual, expected in zip("qkv", gradients(tensors[0].dtype), gradients(torch.float64), strict=True):
+        error = relative_error(actual, expected)
+        if not error <= tolerance:
+            raise AssertionError(
+                f"d{name} of {tuple(tensors[0].shape)} {keywords}: error {error:.1e} > {tolerance:.1e}"
+            )

@@ -1,0 +1,83 @@
+"""The native module: pointers, shapes and strides in, results written in place.
+
+It validates everything that it is given again and raises ValueError (TypeError for a wrong Python type); the
+interpreter lock is released while it computes. Only `mra_attention._cpu` calls the functions that take descriptors.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+# (data pointer, sizes, strides in elements, dtype code)
+# dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8
+_Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int]
+
+class _BuildInfo(TypedDict):
+    version: str
+    profile: Literal["release", "debug"]
+    rustc: str
+    target: str
+
+__version__: Final[str]
+
+def select_blocks(
+    query: _Descriptor,
+    key: _Descriptor,
+    key_mask: _Descriptor | None,
+    query_mask: _Descriptor | None,
+    plan: _Descriptor,
+    *,
+    scale: float,
+    block_size: int,
+    blocks_per_row: float,
+    num_blocks: int | None,
+    first_blocks: int,
+    diagonal_blocks: int,
+    threads: int,
+) -> None: ...
+def forward(
+    query: _Descriptor,
+    key: _Descriptor,
+    value: _Descriptor,
+    key_mask: _Descriptor | None,
+    query_mask: _Descriptor | None,
+    plan_in: _Descriptor | None,
+    plan_out: _Descriptor,
+    out: _Descriptor,
+    lse: _Descriptor,
+    *,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks_per_row: float,
+    num_blocks: int | None,
+    first_blocks: int,
+    diagonal_blocks: int,
+    threads: int,
+) -> None: ...
+def backward(
+    grad_out: _Descriptor,
+    grad_lse: _Descriptor | None,
+    query: _Descriptor,
+    key: _Descriptor,
+    value: _Descriptor,
+    out: _Descriptor,
+    lse: _Descriptor,
+    key_mask: _Descriptor | None,
+    query_mask: _Descriptor | None,
+    plan: _Descriptor,
+    grad_query: _Descriptor,
+    grad_key: _Descriptor,
+    grad_value: _Descriptor,
+    *,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    threads: int,
+) -> None: ...
+def block_mask(plan: npt.NDArray[np.uint8], num_key_blocks: int) -> npt.NDArray[np.bool_]: ...
+def build_info() -> _BuildInfo: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...

@@ -1,0 +1,154 @@
+"""The CPU kernels of the operators: torch tensors in, pointers to the native module, torch tensors out."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _core  # pyright: ignore[reportPrivateUsage]
+from ._outputs import empty_grads, empty_outputs, empty_plan
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4}
+
+_Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or a copy if the elements of its rows are not adjacent."""
+    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _describe(tensor: Tensor) -> _Descriptor:
+    """Return what the native module reads. The caller keeps the tensor alive until the call is over."""
+    code = _DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise TypeError(f"mra_attention has no kernel for {tensor.dtype}; accepted: {list(_DTYPE_CODES)}")
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), code
+
+
+def _describe_optional(tensor: Tensor | None) -> _Descriptor | None:
+    return None if tensor is None else _describe(tensor)
+
+
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    blocks_per_row: float,
+    num_blocks: int | None,
+    first_blocks: int,
+    diagonal_blocks: int,
+) -> Tensor:
+    """Return the plan of the inputs."""
+    query, key = _rows(query), _rows(key)
+    key_mask = None if key_mask is None else _rows(key_mask)
+    query_mask = None if query_mask is None else _rows(query_mask)
+    plan = empty_plan(query, key, block_size)
+    _core.select_blocks(
+        _describe(query),
+        _describe(key),
+        _describe_optional(key_mask),
+        _describe_optional(query_mask),
+        _describe(plan),
+        scale=scale,
+        block_size=block_size,
+        blocks_per_row=blocks_per_row,
+        num_blocks=num_blocks,
+        first_blocks=first_blocks,
+        diagonal_blocks=diagonal_blocks,
+        threads=torch.get_num_threads(),
+    )
+    return plan
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    plan: Tensor | None,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks_per_row: float,
+    num_blocks: int | None,
+    first_blocks: int,
+    diagonal_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
+    out, lse, plan_out = empty_outputs(query, key, value, block_size)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    key_mask = None if key_mask is None else _rows(key_mask)
+    query_mask = None if query_mask is None else _rows(query_mask)
+    plan = None if plan is None else plan.contiguous()
+    _core.forward(
+        _describe(query),
+        _describe(key),
+        _describe(value),
+        _describe_optional(key_mask),
+        _describe_optional(query_mask),
+        _describe_optional(plan),
+        _describe(plan_out),
+        _describe(out),
+        _describe(lse),
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        blocks_per_row=blocks_per_row,
+        num_blocks=num_blocks,
+        first_blocks=first_blocks,
+        diagonal_blocks=diagonal_blocks,
+        threads=torch.get_num_threads(),
+    )
+    return out, lse, plan_out
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    plan: Tensor,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    grads = empty_grads(query, key, value)
+    grad_out, query, key, value, out = _rows(grad_out), _rows(query), _rows(key), _rows(value), _rows(out)
+    lse, plan = lse.contiguous(), plan.contiguous()
+    key_mask = None if key_mask is None else _rows(key_mask)
+    query_mask = None if query_mask is None else _rows(query_mask)
+    _core.backward(
+        _describe(grad_out),
+        _describe_optional(grad_lse),
+        _describe(query),
+        _describe(key),
+        _describe(value),
+        _describe(out),
+        _describe(lse),
+        _describe_optional(key_mask),
+        _describe_optional(query_mask),
+        _describe(plan),
+        _describe(grads[0]),
+        _describe(grads[1]),
+        _describe(grads[2]),
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        threads=torch.get_num_threads(),
+    )
+    return grads

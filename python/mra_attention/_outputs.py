@@ -1,0 +1,53 @@
+"""Fresh tensors for the results of the operators, allocated alike by the CPU kernels and by the fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _empty(like: Tensor, length: int, head_dim: int) -> Tensor:
+    """Allocate `(B, H, length, head_dim)`, with the heads inside the positions in memory where `like` has them so.
+
+    A model that stores `(B, L, H, D)` then gets an output that it can flatten without a copy. Strides are given rather
+    than a transpose taken: autograd forbids in-place changes of a view that was made inside a custom function.
+    """
+    if like.shape[2] == length and like.shape[3] == head_dim and like.is_contiguous():
+        return torch.empty_like(like)  # the same, faster
+    batch, heads = like.shape[:2]
+    _, head_stride, position_stride, _ = like.stride()
+    if head_stride < position_stride:
+        strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    else:
+        strides = (heads * length * head_dim, length * head_dim, head_dim, 1)
+    return torch.empty_strided((batch, heads, length, head_dim), strides, dtype=like.dtype, device=like.device)
+
+
+def empty_plan(query: Tensor, key: Tensor, block_size: int) -> Tensor:
+    """Allocate the bits of a plan: one byte for eight key blocks."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    batch, heads, query_length, _ = query.shape
+    rows = (query_length + block_size - 1) // block_size
+    columns = (key.shape[2] + block_size - 1) // block_size
+    return torch.empty((batch, heads, rows, (columns + 7) // 8), dtype=torch.uint8, device=query.device)
+
+
+def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the log-sum-exp and the plan."""
+    lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    shape = query.shape[:3]
+    return (
+        _empty(query, shape[2], value.shape[3]),
+        torch.empty(shape, dtype=lse_dtype, device=query.device),
+        empty_plan(query, key, block_size),
+    )
+
+
+def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the gradients of query, key and value."""
+    return (
+        _empty(query, query.shape[2], query.shape[3]),
+        _empty(key, key.shape[2], key.shape[3]),
+        _empty(value, value.shape[2], value.shape[3]),
+    )

@@ -1,0 +1,326 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks, _masks, _ops, _shapes
+from ._plan import Plan
+
+__all__ = ["plan", "scaled_dot_product_attention"]
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    query_padding_mask: Tensor | None = None,
+    plan: Plan | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    query_padding_mask: Tensor | None = None,
+    plan: Plan | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    query_padding_mask: Tensor | None = None,
+    plan: Plan | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-resolution attention, with the signature of torch.nn.functional.scaled_dot_product_attention.
+
+    Queries and keys are cut into blocks. The blocks of the attention matrix with the largest average logits are
+    computed exactly, as many as the budget allows; every other block enters through the averages of its queries, keys
+    and values (`mode="full"`) or not at all (`mode="sparse"`). With every block in the budget the result is softmax
+    attention. Neither time nor memory for the exact part grows with the square of the length.
+
+    Parameters
+    ----------
+    query : Tensor
+        `(..., H, Lq, D)`, or `(Lq, D)` for one head; float32, float64, bfloat16 or float16, dense, on the CPU.
+    key : Tensor
+        `(..., Hk, Lk, D)`, dtype as `query`. `Lk` may differ from `Lq`, and no length need be a multiple of the block
+        size. Leading dimensions broadcast as in torch's own attention.
+    value : Tensor
+        `(..., Hk, Lk, Dv)`, dtype as `query`. `Dv` may differ from `D`.
+    attn_mask : Tensor, optional
+        Key padding mask: bool, True where the key may be attended to, of a shape that broadcasts to `(B, 1, 1, Lk)`.
+        A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. In self-attention pass `query_padding_mask`
+        as well, or padded positions take part in the averages of the query blocks.
+    dropout_p : float, default 0.0
+        Only 0.0 is supported.
+    is_causal : bool, default False
+        Only False is supported.
+    scale : float, optional
+        Factor of the logits; `1 / sqrt(D)` by default.
+    enable_gqa : bool, default False
+        Whether groups of `H // Hk` query heads share a head of key and value; `H` must be a multiple of `Hk`.
+    resolutions : sequence of int, default (32, 1)
+        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
+    blocks_per_row : float, default 4.0
+        The budget: the number of exact blocks for each query block, on average over the query blocks of a head that
+        have a valid token. `floor(blocks_per_row * query_blocks + 0.5)` blocks of a head are exact.
+    num_blocks : int, optional
+        The budget as the number of exact blocks of a head; overrides `blocks_per_row`. Either budget is raised to the
+        forced blocks and limited to the blocks that have a valid query and a valid key.
+    mode : {"full", "sparse"}, default "full"
+        Whether blocks outside the budget enter through their averages or are left out.
+    first_blocks : int, default 0
+        Blocks of the first `first_blocks` rows and columns of blocks are always exact.
+    diagonal_blocks : int, default 0
+        If positive, blocks `(i, j)` with `|i - j| <= diagonal_blocks // 2` are always exact. So is, whatever the
+        arguments, the best block of every row.
+    query_padding_mask : Tensor, optional
+        bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0.
+    plan : Plan, optional
+        A selection made by `mra_attention.plan`, used in place of a new one. The arguments of the budget must then be
+        left at their defaults.
+    return_lse : bool, default False
+        Whether to return the logarithm of the softmax denominators as well.
+
+    Returns
+    -------
+    out : Tensor
+        `(..., H, Lq, Dv)`, dtype as `query`. If `query` is stored as `(B, L, H, D)`, so is the output: transposing and
+        flattening it copies nothing.
+    lse : Tensor
+        Only with `return_lse=True`: `(..., H, Lq)`, float64 for float64 inputs and float32 for all others. It can be
+        differentiated.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type, or a tensor a dtype or layout that is not accepted.
+    ValueError
+        If an argument has a value that is not accepted, or shapes do not fit together.
+    NotImplementedError
+        For what is to come: `is_causal=True`, `dropout_p > 0`, masks that depend on the query or the head, additive
+        masks, causal bias objects, more than two resolutions, nested tensors, devices other than the CPU; and when
+        the call is differentiated in forward mode or twice.
+
+    Notes
+    -----
+    Definition: docs/definitions.md, section 2 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for Approximate
+    Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
+
+    A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
+    never reaches a result, not even a NaN.
+
+    The result and the gradients are deterministic: the same bits on every run, for any number of threads. As many
+    threads are used as `torch.get_num_threads()` says. Under `torch.autocast("cpu")` inputs are cast as for torch's
+    own attention. The selection of blocks is constant for differentiation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mra_attention import scaled_dot_product_attention
+    >>> query, key, value = torch.randn(3, 1, 4, 1000, 64).unbind()
+    >>> scaled_dot_product_attention(query, key, value).shape
+    torch.Size([1, 4, 1000, 64])
+    """
+    sparse = _checks.is_sparse(mode)
+    _checks.check_dropout(dropout_p)
+    _checks.check_bool("return_lse", return_lse)
+    if plan is not None:
+        _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    inputs, lead, key_mask, query_mask = _arrange(
+        (query, key, value), attn_mask, is_causal, enable_gqa, query_padding_mask
+    )
+    query, key, value = inputs
+    if plan is not None:
+        _checks.check_plan(plan, query, key, block_size)
+    scale = _checks.scale_or_default(scale, query.shape[3])
+    bits = None if plan is None else plan.bits
+    out, lse, _ = _ops.forward(query, key, value, key_mask, query_mask, bits, scale, block_size, sparse, *selection)
+    if lead is not None:
+        out = out.reshape(*lead, *out.shape[2:])
+    if not return_lse:
+        return out
+    return out, lse if lead is None else lse.reshape(*lead, lse.shape[2])
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    query_padding_mask: Tensor | None = None,
+) -> Plan:
+    """Select the blocks that `scaled_dot_product_attention` computes exactly, without computing attention.
+
+    With the same arguments, `scaled_dot_product_attention` makes the same selection; given as its argument `plan`, the
+    selection stays fixed while the inputs change.
+
+    Parameters
+    ----------
+    query : Tensor
+        `(..., H, Lq, D)`; see `scaled_dot_product_attention`, as for all other arguments.
+    key : Tensor
+        `(..., Hk, Lk, D)`, dtype as `query`.
+    attn_mask : Tensor, optional
+        Key padding mask: bool, broadcastable to `(B, 1, 1, Lk)`.
+    is_causal : bool, default False
+        Only False is supported.
+    scale : float, optional
+        Factor of the logits; `1 / sqrt(D)` by default.
+    enable_gqa : bool, default False
+        Whether groups of `H // Hk` query heads share a head of the key.
+    resolutions : sequence of int, default (32, 1)
+        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
+    blocks_per_row : float, default 4.0
+        The budget: blocks for each query block, on average.
+    num_blocks : int, optional
+        The budget: blocks of a head; overrides `blocks_per_row`.
+    mode : {"full", "sparse"}, default "full"
+        Accepted so that both functions take the same arguments; the selection is the same in both modes.
+    first_blocks, diagonal_blocks : int, default 0
+        Blocks that are always selected.
+    query_padding_mask : Tensor, optional
+        bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
+
+    Returns
+    -------
+    Plan
+        For each of the `B * H` heads of the inputs, batch dimensions flattened.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `scaled_dot_product_attention`.
+
+    Notes
+    -----
+    Definition: docs/definitions.md, section 2 (arXiv 2207.10284, algorithm 1). Deterministic: the same selection on
+    every run, for any number of threads; of equal scores the lower block index is taken. Nothing is differentiated.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import mra_attention
+    >>> query, key = torch.randn(2, 1, 4, 1000, 64).unbind()
+    >>> selection = mra_attention.plan(query, key, blocks_per_row=2)
+    >>> selection.num_blocks
+    tensor([[64, 64, 64, 64]])
+    """
+    _checks.is_sparse(mode)
+    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    inputs, _, key_mask, query_mask = _arrange((query, key), attn_mask, is_causal, enable_gqa, query_padding_mask)
+    query, key = inputs
+    scale = _checks.scale_or_default(scale, query.shape[3])
+    bits = _ops.select_blocks(query, key, key_mask, query_mask, scale, block_size, *selection)
+    return Plan(bits, query.shape[2], key.shape[2], block_size)
+
+
+def _selection(
+    resolutions: Sequence[int],
+    blocks_per_row: float,
+    num_blocks: int | None,
+    first_blocks: int,
+    diagonal_blocks: int,
+) -> tuple[int, tuple[float, int | None, int, int]]:
+    """Check what the selection depends on besides the inputs; return the block size and the rest."""
+    return _checks.block_size(resolutions), (
+        _checks.positive_float("blocks_per_row", blocks_per_row),
+        None if num_blocks is None else _checks.integer("num_blocks", num_blocks, 1),
+        _checks.integer("first_blocks", first_blocks, 0),
+        _checks.integer("diagonal_blocks", diagonal_blocks, 0),
+    )
+
+
+def _arrange(
+    inputs: tuple[Tensor, ...],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    query_padding_mask: Tensor | None,
+) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, Tensor | None, Tensor | None]:
+    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys and queries."""
+    if torch.is_autocast_enabled("cpu"):
+        inputs = _autocast(inputs)
+    _checks.check_inputs(*inputs)
+    _checks.check_causal(is_causal)
+    _checks.check_bool("enable_gqa", enable_gqa)
+    inputs, lead = _shapes.arrange(inputs, enable_gqa)
+    key_mask = query_mask = None
+    if attn_mask is not None or query_padding_mask is not None:
+        query_length, key_length = inputs[0].shape[2], inputs[1].shape[2]
+        lead_or_default = tuple(inputs[0].shape[:2]) if lead is None else lead
+        if attn_mask is not None:
+            key_mask = _masks.key_mask(attn_mask, lead_or_default, query_length, key_length)
+        if query_padding_mask is not None:
+            query_mask = _masks.query_mask(query_padding_mask, lead_or_default, query_length)
+    return inputs, lead, key_mask, query_mask
+
+
+def _autocast(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Cast the inputs as autocast casts those of torch's own attention: every CPU float but float64."""
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in inputs
+    )

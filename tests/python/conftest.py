@@ -1,0 +1,35 @@
+"""What all tests share: random numbers that repeat, memory that shows when nobody wrote to it, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.register_profile("slow", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison_new_memory():
+    """Let torch fill what `torch.empty` and its relatives return: NaN in floats, the largest value in integers.
+
+    The outputs of the operators are allocated that way, so an element that no kernel writes is seen.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Start every test with the same random numbers; the value is the seed."""
+    value = 0
+    torch.manual_seed(value)
+    return value

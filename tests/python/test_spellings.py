@@ -1,0 +1,137 @@
+"""What looks unusual and is accepted: other spellings of arguments, layouts of masks, autocast."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mra_attention import plan, scaled_dot_product_attention
+from torch import Tensor
+
+BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH, HEAD_DIM = 2, 4, 40, 48, 16
+
+
+def inputs() -> dict[str, Any]:
+    return {
+        "query": torch.randn(BATCH, HEADS, QUERY_LENGTH, HEAD_DIM),
+        "key": torch.randn(BATCH, HEADS, KEY_LENGTH, HEAD_DIM),
+        "value": torch.randn(BATCH, HEADS, KEY_LENGTH, HEAD_DIM),
+    }
+
+
+def boolean(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "resolutions-list": ({"resolutions": [16, 1]}, {"resolutions": (16, 1)}),
+    "resolutions-numpy": ({"resolutions": (np.int64(16), np.int32(1))}, {"resolutions": (16, 1)}),
+    "rate-int": ({"blocks_per_row": 2}, {"blocks_per_row": 2.0}),
+    "rate-numpy": ({"blocks_per_row": np.float32(1.5)}, {"blocks_per_row": 1.5}),
+    "rate-fraction": ({"blocks_per_row": Fraction(3, 2)}, {"blocks_per_row": 1.5}),
+    "num-blocks-numpy": ({"num_blocks": np.int64(3)}, {"num_blocks": 3}),
+    "scale-int": ({"scale": 1}, {"scale": 1.0}),
+    "scale-default": ({"scale": HEAD_DIM**-0.5}, {}),
+    "dropout-int": ({"dropout_p": 0}, {}),
+    "mask-1d": ({"attn_mask": boolean(48)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_other_spellings_mean_the_same(name):
+    unusual, usual = ACCEPTED[name]
+    given = inputs()
+    assert torch.equal(scaled_dot_product_attention(**given, **unusual), scaled_dot_product_attention(**given, **usual))
+
+
+@pytest.mark.parametrize(
+    "shape", ["(B,1,1,Lk)", "expanded over queries", "expanded over heads", "not contiguous", "from float"]
+)
+def test_spellings_of_a_key_mask(shape):
+    given = inputs()
+    mask = torch.rand(BATCH, KEY_LENGTH) > 0.4
+    expected = scaled_dot_product_attention(**given, attn_mask=mask[:, None, None, :])
+    spelled = {
+        "(B,1,1,Lk)": mask.view(BATCH, 1, 1, KEY_LENGTH),
+        "expanded over queries": mask[:, None, None, :].expand(BATCH, 1, QUERY_LENGTH, KEY_LENGTH),
+        "expanded over heads": mask[:, None, None, :].expand(BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH),
+        "not contiguous": mask.t().contiguous().t()[:, None, None, :],
+        "from float": mask.float().bool()[:, None, None, :],
+    }[shape]
+    assert torch.equal(scaled_dot_product_attention(**given, attn_mask=spelled), expected)
+    assert torch.equal(
+        plan(given["query"], given["key"], spelled).bits,
+        plan(given["query"], given["key"], mask[:, None, None, :]).bits,
+    )
+
+
+def test_mask_of_one_value_for_all_keys_of_an_item():
+    given = inputs()
+    mask = torch.tensor([True, False]).view(2, 1, 1, 1)
+    out, lse = scaled_dot_product_attention(**given, attn_mask=mask, return_lse=True)
+    alone = scaled_dot_product_attention(**given, return_lse=True)
+    assert torch.equal(out[0], alone[0][0])
+    assert torch.equal(lse[0], alone[1][0])
+    assert (out[1] == 0).all()
+    assert (lse[1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_query_mask_has_the_batch_dimensions_of_the_inputs(lead):
+    query, key, value = (torch.randn(*lead, 20, 8) for _ in range(3))
+    mask = torch.rand(*lead[:-1], 20) > 0.5
+    settings: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 1.0}
+    out = scaled_dot_product_attention(query, key, value, query_padding_mask=mask, **settings)
+    flat = [tensor.reshape(-1, lead[-1] if lead else 1, 20, 8) for tensor in (query, key, value)]
+    expected = scaled_dot_product_attention(*flat, query_padding_mask=mask.reshape(-1, 20), **settings)
+    assert torch.equal(out, expected.reshape(out.shape))
+    assert (out[~mask.unsqueeze(-2).expand(out.shape[:-1])] == 0).all() if lead else (out[~mask] == 0).all()
+
+
+def test_a_tensor_with_the_negative_bit_is_read_negated():
+    given = inputs()
+    negative = torch.randn(2, 4, 40, 16, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    out = scaled_dot_product_attention(**given | {"query": negative})
+    assert torch.equal(out, scaled_dot_product_attention(**given | {"query": negative.clone().resolve_neg()}))
+
+
+def test_parameters_are_tensors():
+    given = inputs()
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in given.items()}
+    assert torch.equal(scaled_dot_product_attention(**parameters), scaled_dot_product_attention(**given))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_for_torch_attention(dtype):
+    given = inputs()
+    with torch.autocast("cpu", dtype=dtype):
+        out = scaled_dot_product_attention(**given)
+        selection = plan(given["query"], given["key"])
+        theirs = torch.nn.functional.scaled_dot_product_attention(**given)
+    cast = {name: tensor.to(dtype) for name, tensor in given.items()}
+    assert out.dtype == theirs.dtype == dtype
+    assert torch.equal(out, scaled_dot_product_attention(**cast))
+    assert torch.equal(selection.bits, plan(cast["query"], cast["key"]).bits)
+
+
+def test_autocast_leaves_float64_alone():
+    given = {name: tensor.double() for name, tensor in inputs().items()}
+    with torch.autocast("cpu"):
+        assert scaled_dot_product_attention(**given).dtype == torch.float64
+
+
+def test_autocast_makes_mixed_inputs_equal_and_passes_gradients_back():
+    given = inputs()
+    given["key"] = given["key"].bfloat16()
+    given["query"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = scaled_dot_product_attention(**given)
+    (grad,) = torch.autograd.grad(out.float().sum(), given["query"])
+    assert grad.dtype == torch.float32
+    assert grad.isfinite().all()
+    assert grad.abs().max() > 0

@@ -1,0 +1,377 @@
+"""Every argument that is refused: the error, and that its message names argument, value and what is accepted."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mra_attention import Plan, plan, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH, HEAD_DIM = 2, 4, 40, 48, 16
+
+
+def inputs() -> dict[str, Any]:
+    return {
+        "query": torch.randn(BATCH, HEADS, QUERY_LENGTH, HEAD_DIM),
+        "key": torch.randn(BATCH, HEADS, KEY_LENGTH, HEAD_DIM),
+        "value": torch.randn(BATCH, HEADS, KEY_LENGTH, HEAD_DIM),
+    }
+
+
+def call(function: Any, arguments: dict[str, Any]) -> Any:
+    """Call with the arguments on top of valid inputs; an argument that `plan` does not have is left out."""
+    known = inspect.signature(function).parameters
+    return function(**{name: value for name, value in (inputs() | arguments).items() if name in known})
+
+
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
+        return torch.nested.nested_tensor([torch.randn(9, 4, 16), torch.randn(7, 4, 16)], layout=layout)
+
+
+def boolean(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def bits(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+FIT = Plan(bits(BATCH, HEADS, 2, 1), QUERY_LENGTH, KEY_LENGTH, 32)
+
+# name: (arguments, error, words of the message in their order)
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    # Tensors
+    "query-list": ({"query": [1.0]}, TypeError, ["query must be a torch.Tensor", "list"]),
+    "query-none": ({"query": None}, TypeError, ["query must be a torch.Tensor", "NoneType"]),
+    "key-numpy": ({"key": np.zeros((2, 4, 48, 16))}, TypeError, ["key must be a torch.Tensor", "ndarray"]),
+    "value-none": ({"value": None}, TypeError, ["value must be a torch.Tensor", "NoneType"]),
+    "query-int": ({"query": torch.ones(2, 4, 40, 16, dtype=torch.int64)}, TypeError, ["query", "float32", "int64"]),
+    "all-int": (
+        {name: torch.ones(2, 4, 40, 16, dtype=torch.int32) for name in ("query", "key", "value")},
+        TypeError,
+        ["query must be a float32, float64, bfloat16 or float16 tensor", "torch.int32"],
+    ),
+    "key-bool": ({"key": boolean(2, 4, 48, 16)}, TypeError, ["key", "float32", "torch.bool"]),
+    "value-complex": (
+        {"value": torch.zeros(2, 4, 48, 16, dtype=torch.complex64).conj()},
+        TypeError,
+        ["value", "float32", "torch.complex64"],
+    ),
+    "query-float8": (
+        {"query": torch.zeros(2, 4, 40, 16, dtype=torch.float8_e4m3fn)},
+        TypeError,
+        ["query", "float32", "torch.float8_e4m3fn"],
+    ),
+    "dtypes": (
+        {"key": torch.randn(2, 4, 48, 16, dtype=torch.float64)},
+        TypeError,
+        ["same dtype", "torch.float32, torch.float64", "autocast"],
+    ),
+    "query-jagged": ({"query": nested(torch.jagged)}, NotImplementedError, ["query", "nested", "later", "attn_mask"]),
+    "key-nested": ({"key": nested(torch.strided)}, NotImplementedError, ["key", "nested", "later", "attn_mask"]),
+    "query-sparse": (
+        {"query": torch.zeros(2, 4, 40, 16).to_sparse()},
+        TypeError,
+        ["query must be a dense (torch.strided) tensor", "torch.sparse_coo"],
+    ),
+    "all-meta": (
+        {name: torch.empty(2, 4, 40, 16, device="meta") for name in ("query", "key", "value")},
+        NotImplementedError,
+        ["query", "meta", "only cpu", "later"],
+    ),
+    "devices": ({"key": torch.empty(2, 4, 48, 16, device="meta")}, ValueError, ["same device", "cpu, meta"]),
+    # Shapes
+    "query-1d": ({"query": torch.randn(16)}, ValueError, ["query must have at least two dimensions", "(16,)"]),
+    "key-0d": ({"key": torch.tensor(1.0)}, ValueError, ["key must have at least two dimensions", "()"]),
+    "head-dim": (
+        {"key": torch.randn(2, 4, 48, 8)},
+        ValueError,
+        ["query and key must have the same head_dim", "16 in query (2, 4, 40, 16)", "8 in key (2, 4, 48, 8)"],
+    ),
+    "head-dim-0": (
+        {"query": torch.randn(2, 4, 40, 0), "key": torch.randn(2, 4, 48, 0)},
+        ValueError,
+        ["head_dim", "at least 1", "0 in query (2, 4, 40, 0)"],
+    ),
+    "lengths": (
+        {"value": torch.randn(2, 4, 47, 16)},
+        ValueError,
+        ["key and value must have the same length", "48 in key (2, 4, 48, 16)", "47 in value (2, 4, 47, 16)"],
+    ),
+    "batch": (
+        {"query": torch.randn(3, 4, 40, 16)},
+        ValueError,
+        ["batch dimensions must be equal or 1", "query (3, 4, 40, 16), key (2, 4, 48, 16)"],
+    ),
+    "heads": (
+        {"key": torch.randn(2, 3, 48, 16), "value": torch.randn(2, 3, 48, 16)},
+        ValueError,
+        ["numbers of heads", "equal or 1", "query (2, 4, 40, 16), key (2, 3, 48, 16)"],
+    ),
+    "heads-gqa-hint": (
+        {"key": torch.randn(2, 2, 48, 16), "value": torch.randn(2, 2, 48, 16)},
+        ValueError,
+        ["numbers of heads", "enable_gqa=True would group them", "key (2, 2, 48, 16)"],
+    ),
+    "gqa-indivisible": (
+        {"key": torch.randn(2, 3, 48, 16), "value": torch.randn(2, 3, 48, 16), "enable_gqa": True},
+        ValueError,
+        ["enable_gqa=True", "divides", "query (2, 4, 40, 16), key (2, 3, 48, 16)"],
+    ),
+    # attn_mask
+    "mask-list": ({"attn_mask": [True]}, TypeError, ["attn_mask must be a torch.Tensor", "list"]),
+    "mask-int": (
+        {"attn_mask": torch.ones(2, 1, 1, 48, dtype=torch.int64)},
+        TypeError,
+        ["attn_mask must be a bool tensor", "torch.int64"],
+    ),
+    "mask-float": (
+        {"attn_mask": torch.zeros(2, 1, 1, 48)},
+        NotImplementedError,
+        ["attn_mask is additive", "torch.float32", "later", "now: a key padding mask", "(batch, 1, 1, key length)"],
+    ),
+    "mask-causal-bias": (
+        {"attn_mask": causal_upper_left(40, 48)},
+        NotImplementedError,
+        ["attn_mask is a CausalBias", "later", "now: a key padding mask"],
+    ),
+    "mask-causal-bias-right": (
+        {"attn_mask": causal_lower_right(40, 48)},
+        NotImplementedError,
+        ["attn_mask is a CausalBias", "later", "now: a key padding mask"],
+    ),
+    "mask-per-query": (
+        {"attn_mask": boolean(2, 1, 40, 48)},
+        NotImplementedError,
+        ["attn_mask of shape (2, 1, 40, 48)", "every query", "later", "(batch, 1, 1, key length)"],
+    ),
+    "mask-per-head": (
+        {"attn_mask": boolean(2, 4, 1, 48)},
+        NotImplementedError,
+        ["attn_mask of shape (2, 4, 1, 48)", "every head", "later", "(batch, 1, 1, key length)"],
+    ),
+    "mask-wrong-length": (
+        {"attn_mask": boolean(2, 1, 1, 47)},
+        ValueError,
+        ["attn_mask must be broadcastable", "(2, 4, 40, 48)", "(2, 1, 1, 47)"],
+    ),
+    "mask-wrong-batch": (
+        {"attn_mask": boolean(3, 1, 1, 48)},
+        ValueError,
+        ["attn_mask must be broadcastable", "(2, 4, 40, 48)", "(3, 1, 1, 48)"],
+    ),
+    "mask-5d": (
+        {"attn_mask": boolean(1, 2, 1, 1, 48)},
+        ValueError,
+        ["attn_mask", "(2, 4, 40, 48)", "(1, 2, 1, 1, 48)"],
+    ),
+    "mask-0d": ({"attn_mask": torch.tensor(True)}, ValueError, ["attn_mask", "(2, 4, 40, 48)", "()"]),
+    "mask-batch-key": (
+        {"attn_mask": boolean(2, 48)},
+        ValueError,
+        ["attn_mask must be broadcastable", "(2, 4, 40, 48)", "(2, 48)", "mask[:, None, None, :]"],
+    ),
+    "mask-batch-key-square": (
+        {"query": torch.randn(2, 4, 2, 16), "attn_mask": boolean(2, 48)},
+        NotImplementedError,
+        ["attn_mask of shape (2, 48)", "every query", "later", "mask[:, None, None, :]"],
+    ),
+    "mask-sparse": ({"attn_mask": boolean(2, 1, 1, 48).to_sparse()}, TypeError, ["attn_mask", "dense", "sparse_coo"]),
+    "mask-meta": ({"attn_mask": boolean(2, 1, 1, 48).to("meta")}, NotImplementedError, ["attn_mask", "meta", "cpu"]),
+    # query_padding_mask
+    "query-mask-list": (
+        {"query_padding_mask": [True]},
+        TypeError,
+        ["query_padding_mask must be a torch.Tensor", "list"],
+    ),
+    "query-mask-float": (
+        {"query_padding_mask": torch.ones(2, 40)},
+        TypeError,
+        ["query_padding_mask must be a bool tensor", "torch.float32"],
+    ),
+    "query-mask-length": (
+        {"query_padding_mask": boolean(2, 39)},
+        ValueError,
+        ["query_padding_mask must be broadcastable", "(2, 40)", "(2, 39)"],
+    ),
+    "query-mask-batch": (
+        {"query_padding_mask": boolean(3, 40)},
+        ValueError,
+        ["query_padding_mask", "(2, 40)", "(3, 40)"],
+    ),
+    "query-mask-one": ({"query_padding_mask": boolean(2, 1)}, ValueError, ["query_padding_mask", "(2, 40)", "(2, 1)"]),
+    "query-mask-4d": (
+        {"query_padding_mask": boolean(2, 1, 1, 40)},
+        ValueError,
+        ["query_padding_mask", "(2, 40)", "(2, 1, 1, 40)"],
+    ),
+    "query-mask-meta": (
+        {"query_padding_mask": boolean(2, 40).to("meta")},
+        NotImplementedError,
+        ["query_padding_mask", "meta", "cpu"],
+    ),
+    # Switches
+    "causal": ({"is_causal": True}, NotImplementedError, ["is_causal=True", "later", "is_causal=False"]),
+    "causal-int": ({"is_causal": 1}, TypeError, ["is_causal must be True or False", "1"]),
+    "causal-none": ({"is_causal": None}, TypeError, ["is_causal must be True or False", "None"]),
+    "gqa-string": ({"enable_gqa": "yes"}, TypeError, ["enable_gqa must be True or False", "'yes'"]),
+    "return-lse-int": ({"return_lse": 1}, TypeError, ["return_lse must be True or False", "1"]),
+    "mode-unknown": ({"mode": "dense"}, ValueError, ["mode must be 'full' or 'sparse'", "'dense'"]),
+    "mode-none": ({"mode": None}, TypeError, ["mode must be the string 'full' or 'sparse'", "None"]),
+    "dropout": ({"dropout_p": 0.1}, NotImplementedError, ["dropout_p=0.1", "later", "dropout_p=0.0"]),
+    "dropout-negative": ({"dropout_p": -0.1}, ValueError, ["dropout_p must be a number in [0, 1]", "-0.1"]),
+    "dropout-large": ({"dropout_p": 1.5}, ValueError, ["dropout_p must be a number in [0, 1]", "1.5"]),
+    "dropout-nan": ({"dropout_p": math.nan}, ValueError, ["dropout_p must be a number in [0, 1]", "nan"]),
+    "dropout-string": ({"dropout_p": "0"}, TypeError, ["dropout_p must be a number in [0, 1]", "'0'"]),
+    "dropout-bool": ({"dropout_p": False}, TypeError, ["dropout_p must be a number in [0, 1]", "False"]),
+    # Numbers
+    "scale-inf": ({"scale": math.inf}, ValueError, ["scale must be None or a finite number", "inf"]),
+    "scale-nan": ({"scale": math.nan}, ValueError, ["scale must be None or a finite number", "nan"]),
+    "scale-huge": ({"scale": 10**400}, ValueError, ["scale must be None or a finite number", "1000"]),
+    "scale-string": ({"scale": "1"}, TypeError, ["scale must be None or a finite number", "'1'"]),
+    "scale-tensor": ({"scale": torch.tensor(0.5)}, TypeError, ["scale must be None or a finite number", "tensor(0.5"]),
+    "scale-bool": ({"scale": True}, TypeError, ["scale must be None or a finite number", "True"]),
+    "rate-0": ({"blocks_per_row": 0.0}, ValueError, ["blocks_per_row must be a positive, finite number", "0.0"]),
+    "rate-negative": ({"blocks_per_row": -1}, ValueError, ["blocks_per_row must be a positive, finite", "-1"]),
+    "rate-nan": ({"blocks_per_row": math.nan}, ValueError, ["blocks_per_row must be a positive, finite", "nan"]),
+    "rate-inf": ({"blocks_per_row": math.inf}, ValueError, ["blocks_per_row must be a positive, finite", "inf"]),
+    "rate-none": ({"blocks_per_row": None}, TypeError, ["blocks_per_row must be a positive, finite number", "None"]),
+    "rate-bool": ({"blocks_per_row": True}, TypeError, ["blocks_per_row must be a positive, finite number", "True"]),
+    "num-blocks-0": ({"num_blocks": 0}, ValueError, ["num_blocks must be an integer of at least 1", "0"]),
+    "num-blocks-negative": ({"num_blocks": -3}, ValueError, ["num_blocks must be an integer of at least 1", "-3"]),
+    "num-blocks-float": ({"num_blocks": 4.0}, TypeError, ["num_blocks must be an integer of at least 1", "4.0"]),
+    "num-blocks-bool": ({"num_blocks": True}, TypeError, ["num_blocks must be an integer of at least 1", "True"]),
+    "num-blocks-huge": (
+        {"num_blocks": 2**63},
+        ValueError,
+        ["num_blocks must be an integer", "below 2**63", str(2**63)],
+    ),
+    "first-negative": ({"first_blocks": -1}, ValueError, ["first_blocks must be an integer of at least 0", "-1"]),
+    "first-float": ({"first_blocks": 1.0}, TypeError, ["first_blocks must be an integer of at least 0", "1.0"]),
+    "diagonal-negative": (
+        {"diagonal_blocks": -1},
+        ValueError,
+        ["diagonal_blocks must be an integer of at least 0", "-1"],
+    ),
+    "diagonal-none": (
+        {"diagonal_blocks": None},
+        TypeError,
+        ["diagonal_blocks must be an integer of at least 0", "None"],
+    ),
+    # resolutions
+    "resolutions-int": (
+        {"resolutions": 32},
+        TypeError,
+        ["resolutions must be a tuple of integers", "(32, 1)", "got 32"],
+    ),
+    "resolutions-string": ({"resolutions": "ab"}, TypeError, ["resolutions must be a tuple of integers", "'ab'"]),
+    "resolutions-floats": ({"resolutions": (32.0, 1)}, TypeError, ["resolutions", "integers", "(32.0, 1)"]),
+    "resolutions-bool": ({"resolutions": (32, True)}, TypeError, ["resolutions", "integers", "(32, True)"]),
+    "resolutions-empty": ({"resolutions": ()}, ValueError, ["resolutions must end in 1", "(32, 1)", "got ()"]),
+    "resolutions-one": ({"resolutions": (1,)}, ValueError, ["resolutions must end in 1", "two entries", "got (1,)"]),
+    "resolutions-end": ({"resolutions": (32, 2)}, ValueError, ["resolutions must end in 1", "got (32, 2)"]),
+    "resolutions-small": ({"resolutions": (4, 1)}, ValueError, ["resolutions", "8 <= block_size <= 128", "got (4, 1)"]),
+    "resolutions-large": ({"resolutions": (256, 1)}, ValueError, ["resolutions", "8 <= block_size <= 128", "(256, 1)"]),
+    "resolutions-negative": ({"resolutions": (-32, 1)}, ValueError, ["resolutions must decrease", "(-32, 1)"]),
+    "resolutions-rising": (
+        {"resolutions": (8, 32, 1)},
+        ValueError,
+        ["resolutions must decrease", "32 does not follow 8"],
+    ),
+    "resolutions-indivisible": (
+        {"resolutions": (48, 32, 1)},
+        ValueError,
+        ["resolutions must decrease, each dividing", "32 does not follow 48", "(48, 32, 1)"],
+    ),
+    "resolutions-ladder": (
+        {"resolutions": (64, 16, 1)},
+        NotImplementedError,
+        ["resolutions=(64, 16, 1)", "later", "now: (block_size, 1)"],
+    ),
+    # plan
+    "plan-tensor": ({"plan": bits(2, 4, 2, 1)}, TypeError, ["plan must be None or a mra_attention.Plan", "Tensor"]),
+    "plan-batch": (
+        {"plan": Plan(bits(3, HEADS, 2, 1), QUERY_LENGTH, KEY_LENGTH, 32)},
+        ValueError,
+        ["plan was made for other inputs", "(3, 4, 40, 48) in the plan", "(2, 4, 40, 48)"],
+    ),
+    "plan-heads": ({"plan": Plan(bits(BATCH, 1, 2, 1), 40, 48, 32)}, ValueError, ["plan", "(2, 1, 40, 48)"]),
+    "plan-query-length": ({"plan": Plan(bits(2, 4, 2, 1), 41, 48, 32)}, ValueError, ["plan", "(2, 4, 41, 48)"]),
+    "plan-key-length": ({"plan": Plan(bits(2, 4, 2, 1), 40, 47, 32)}, ValueError, ["plan", "(2, 4, 40, 47)"]),
+    "plan-block-size": (
+        {"plan": Plan(bits(2, 4, 3, 1), 40, 48, 16)},
+        ValueError,
+        ["plan was made with block_size=16", "32", "resolutions=(16, 1)"],
+    ),
+    "plan-meta": (
+        {"plan": Plan(bits(2, 4, 2, 1).to("meta"), 40, 48, 32)},
+        NotImplementedError,
+        ["plan.bits", "meta", "cpu"],
+    ),
+    "plan-rate": (
+        {"plan": FIT, "blocks_per_row": 2.0},
+        ValueError,
+        ["blocks_per_row=2.0 cannot be used together with plan", "4.0", "mra_attention.plan"],
+    ),
+    "plan-num-blocks": ({"plan": FIT, "num_blocks": 7}, ValueError, ["num_blocks=7 cannot be used together with plan"]),
+    "plan-first": ({"plan": FIT, "first_blocks": 1}, ValueError, ["first_blocks=1 cannot be used together with plan"]),
+    "plan-diagonal": (
+        {"plan": FIT, "diagonal_blocks": 3},
+        ValueError,
+        ["diagonal_blocks=3 cannot be used together with plan"],
+    ),
+}
+
+ONLY_ATTENTION = {"value", "dropout_p", "return_lse", "plan"}  # the arguments that `plan` does not have
+
+
+def assert_refused(function: Any, name: str) -> None:
+    arguments, error, words = REFUSED[name]
+    with pytest.raises(error, match=".*".join(re.escape(word) for word in words)) as caught:
+        call(function, arguments)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_attention_refuses(name):
+    assert_refused(scaled_dot_product_attention, name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (arguments, _, _) in REFUSED.items() if not ONLY_ATTENTION & arguments.keys()]
+)
+def test_plan_refuses(name):
+    assert_refused(plan, name)
+
+
+def test_unknown_arguments_are_refused():
+    given = inputs() | {"block_per_row": 2}
+    with pytest.raises(TypeError, match="block_per_row"):
+        scaled_dot_product_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"bits": np.zeros((2, 4, 2, 1), np.uint8)}, TypeError, "bits must be a torch.uint8 tensor, got ndarray"),
+        ({"bits": boolean(2, 4, 2, 1)}, TypeError, "bits must be a torch.uint8 tensor, got a torch.bool tensor"),
+        ({"bits": bits(2, 4, 2)}, ValueError, r"bits must have the shape \(B, H, 2, 1\) .* got \(2, 4, 2\)"),
+        ({"bits": bits(2, 4, 3, 1)}, ValueError, r"bits must have the shape \(B, H, 2, 1\) .* got \(2, 4, 3, 1\)"),
+        ({"bits": bits(2, 4, 2, 2)}, ValueError, r"bits must have the shape \(B, H, 2, 1\) .* got \(2, 4, 2, 2\)"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1 .* block_size=0"),
+        ({"key_length": -1}, ValueError, "lengths at least 0, .* key_length=-1"),
+    ],
+)
+def test_plan_values_are_checked(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Plan(**({"bits": bits(2, 4, 2, 1), "query_length": 40, "key_length": 48, "block_size": 32} | arguments))

@@ -1,0 +1,14 @@
+//! Tests of the crate through its public interface, against the formulas of `mra_attention::reference`.
+//!
+//! Every test runs at every instruction set that the CPU has ([`support::levels`]). `MRA_ATTENTION_REQUIRE_ISA=avx2,avx512` in
+//! the environment makes it a failure that one of these is missing. `PROPTEST_CASES` sets the number of random cases.
+
+mod errors;
+mod extremes;
+mod grid;
+mod layouts;
+mod random;
+mod reference;
+mod selection;
+mod support;
+mod threads;

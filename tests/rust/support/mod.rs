@@ -1,0 +1,15 @@
+//! What the tests share: random cases, how they are computed, and how far results may be from the formulas.
+
+mod bounds;
+mod case;
+mod compute;
+mod levels;
+mod number;
+mod stored;
+
+pub(crate) use bounds::Bounds;
+pub(crate) use case::{Case, Data, Padding};
+pub(crate) use compute::{Expected, Outcome, Setup, check, compute, plan_bits, select};
+pub(crate) use levels::{levels, levels_required};
+pub(crate) use number::Number;
+pub(crate) use stored::{Layout, Stored};
