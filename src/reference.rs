@@ -227,7 +227,8 @@ impl Head<'_> {
                 if near || first || Some(place) == first_best {
                     selected[[i, j]] = true;
                 } else {
-                    candidates.push((c[[i, j]] - best, i, j));
+                    // Adding 0 turns -0 into 0, which it ties with.
+                    candidates.push((c[[i, j]] - best + 0.0, i, j));
                 }
             }
         }

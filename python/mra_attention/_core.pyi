@@ -10,6 +10,17 @@ from typing import Final, Literal, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "__version__",
+    "available_isas",
+    "backward",
+    "block_mask",
+    "build_info",
+    "forward",
+    "isa",
+    "select_blocks",
+]
+
 # (data pointer, sizes, strides in elements, dtype code)
 # dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8
 _Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int]

@@ -140,3 +140,124 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::RngExt;
+    use proptest::test_runner::{RngAlgorithm, TestRng};
+
+    use super::*;
+    use crate::simd::{Level, MAX_ULPS};
+
+    /// Half a unit in the last place of float32, and the relative error of an exponential.
+    const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+    const EXP: f64 = MAX_ULPS * 2.0 * ROUNDOFF;
+
+    /// Logits of which some are `-inf`, and some columns all so; in columns of their own what a lane without a query may hold.
+    fn logits(rng: &mut TestRng, keys: usize, queries: usize) -> Vec<f32> {
+        let number = |index: usize| {
+            let x = rng.random_range(-8.0..8.0);
+            if index % queries % 5 == 3 || rng.random_range(0..6) == 0 { f32::NEG_INFINITY } else { x }
+        };
+        (0..keys * queries).map(number).collect()
+    }
+
+    /// Three strips, one of them with a single key, against sums over all of them in float64.
+    #[test]
+    fn online_softmax_is_the_softmax_of_all_strips() {
+        for level in Level::available() {
+            let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[3; 32]);
+            let queries = 3 * f32::lanes(level);
+            let (mut maximum, mut sum) = (vec![f32::NEG_INFINITY; queries], vec![0f32; queries]);
+            let mut seen: Vec<Vec<f64>> = vec![Vec::new(); queries];
+            for keys in [7, 1, 130] {
+                let strip = logits(&mut rng, keys, queries);
+                let (before, mut weights, mut rescale) = (maximum.clone(), strip.clone(), vec![f32::NAN; queries]);
+                let step = OnlineSoftmax {
+                    logits: MatrixMut::new(&mut weights, keys, queries, queries),
+                    maximum: &mut maximum,
+                    sum: &mut sum,
+                    rescale: &mut rescale,
+                };
+                f32::run(level, step);
+                for t in 0..queries {
+                    let column = strip.iter().skip(t).step_by(queries).copied();
+                    seen[t].extend(column.clone().map(f64::from));
+                    let highest = seen[t].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    assert_eq!(f64::from(maximum[t]), highest, "{}", level.name());
+                    let weight = |x: f64| if x == f64::NEG_INFINITY { 0.0 } else { (x - highest).exp() };
+                    let near = |result: f32, exact: f64, relative: f64| {
+                        let error = (f64::from(result) - exact).abs();
+                        assert!(error <= relative * exact, "{}: {result:e} for {exact:e}", level.name());
+                    };
+                    // The argument of an exponential is a difference of at most 16, rounded.
+                    let of_weight = EXP + 16.0 * ROUNDOFF;
+                    for (x, w) in column.zip(weights.iter().skip(t).step_by(queries)) {
+                        near(*w, weight(f64::from(x)), of_weight);
+                    }
+                    near(rescale[t], weight(f64::from(before[t])), of_weight);
+                    // A sum is rounded once for each key and rescaled once for each strip.
+                    let total: f64 = seen[t].iter().map(|&x| weight(x)).sum();
+                    near(sum[t], total, 4.0 * of_weight + (seen[t].len() + 4) as f64 * ROUNDOFF);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn not_a_number_stays_in_its_query() {
+        for level in Level::available() {
+            let queries = 2 * f32::lanes(level);
+            for bad in 0..queries {
+                let mut weights = vec![1f32; 3 * queries];
+                weights[queries + bad] = f32::NAN;
+                let (mut maximum, mut sum, mut rescale) =
+                    (vec![f32::NEG_INFINITY; queries], vec![0f32; queries], vec![f32::NAN; queries]);
+                let step = OnlineSoftmax {
+                    logits: MatrixMut::new(&mut weights, 3, queries, queries),
+                    maximum: &mut maximum,
+                    sum: &mut sum,
+                    rescale: &mut rescale,
+                };
+                f32::run(level, step);
+                for t in 0..queries {
+                    assert_eq!(sum[t].is_nan(), t == bad, "{}: query {t}", level.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn logit_gradient_is_the_formula() {
+        for level in Level::available() {
+            let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[5; 32]);
+            let (keys, queries, factor) = (9, 3 * f32::lanes(level), -0.25f32);
+            let before = logits(&mut rng, keys, queries);
+            let products: Vec<f32> = (0..keys * queries).map(|_| rng.random_range(-2.0..2.0)).collect();
+            // A query that saw no key has lse +inf here.
+            let lse: Vec<f32> =
+                (0..queries).map(|t| if t % 7 == 2 { f32::INFINITY } else { rng.random_range(0.0..9.0) }).collect();
+            let delta: Vec<f32> = (0..queries).map(|_| rng.random_range(-2.0..2.0)).collect();
+            let (mut weights, mut gradients) = (before.clone(), products.clone());
+            let kernel = LogitGradient {
+                weights: MatrixMut::new(&mut weights, keys, queries, queries),
+                gradients: MatrixMut::new(&mut gradients, keys, queries, queries),
+                lse: &lse,
+                delta: &delta,
+                factor,
+            };
+            f32::run(level, kernel);
+            for index in 0..keys * queries {
+                let t = index % queries;
+                let weight = f64::from(before[index] - lse[t]).exp();
+                let gradient = f64::from(factor) * weight * (f64::from(products[index]) - f64::from(delta[t]));
+                let weight_error = (f64::from(weights[index]) - weight).abs();
+                let gradient_error = (f64::from(gradients[index]) - gradient).abs();
+                // The exponential alone: its argument is rounded above as it is in the kernel. Then three more roundings.
+                assert!(weight_error <= EXP * weight, "{}: {} for {weight}", level.name(), weights[index]);
+                let bound = (EXP + 3.0 * ROUNDOFF) * gradient.abs();
+                assert!(gradient_error <= bound, "{}: {} for {gradient}", level.name(), gradients[index]);
+            }
+        }
+    }
+}

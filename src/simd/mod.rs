@@ -16,6 +16,8 @@ mod x86;
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 
+#[cfg(test)]
+pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
 pub use scalar::{Element, Scalar};
 

@@ -16,7 +16,7 @@
 use mra_attention::reference::{Attention, Saved};
 use ndarray::{Array4, ArrayView4};
 
-use super::{Case, Data, Number};
+use super::{Case, Data, Number, Rounded};
 
 /// The most that an exponential of the compute type is off, in units in the last place: the bound of `simd::exp`.
 const EXP_ULPS: f64 = 1.5;
@@ -38,10 +38,17 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
-    pub(crate) fn new<E: Number>(case: &Case, data: &Data, attention: &Attention<'_>, plan: ArrayView4<'_, bool>, saved: &Saved<'_>) -> Self {
+    pub(crate) fn new<E: Number>(
+        case: &Case,
+        data: &Data,
+        attention: &Attention<'_>,
+        plan: ArrayView4<'_, bool>,
+        saved: &Saved<'_>,
+    ) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
-            [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group].map(|count| count.max(1) as f64);
+            [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
+                .map(|count| count.max(1) as f64);
         let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
         let logit = scale * norm(&data.query) * norm(&data.key) + b.ln();
         // Two steps that follow each other take more keys than fit into one; so does the coarse level with pooled keys.
@@ -78,7 +85,12 @@ fn norm(array: &Array4<f64>) -> f64 {
 }
 
 fn finite_norm(array: ArrayView4<'_, f64>) -> f64 {
-    array.rows().into_iter().map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt()).filter(|x| x.is_finite()).fold(0.0, f64::max)
+    array
+        .rows()
+        .into_iter()
+        .map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt())
+        .filter(|x| x.is_finite())
+        .fold(0.0, f64::max)
 }
 
 /// The largest sum of the weights of a key over the queries that share it: the gradient of a value whose outputs' are 1.

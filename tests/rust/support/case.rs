@@ -6,14 +6,14 @@ use ndarray::{Array2, Array3, Array4, Axis};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
-use super::Number;
+use super::Rounded;
 
 /// Which tokens are padding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Padding {
     /// No mask.
     None,
-    /// Sequences of different lengths; the last one of a batch is empty.
+    /// Sequences of different lengths.
     Right,
     /// A third of the tokens, anywhere.
     Holes,
@@ -96,7 +96,7 @@ impl Case {
     }
 
     /// The numbers, about as large as normally distributed ones with variance 1.
-    pub(crate) fn data<E: Number>(&self) -> Data {
+    pub(crate) fn data<E: Rounded>(&self) -> Data {
         let mut rng = self.rng();
         let query_mask = self.mask(self.query_padding, self.query_len, &mut rng);
         let key_mask = self.mask(self.key_padding, self.key_len, &mut rng);
@@ -114,7 +114,8 @@ impl Case {
         let key = numbers(self.kv_heads, self.key_len, self.head_dim, 1.0, key_mask.as_ref());
         let value = numbers(self.kv_heads, self.key_len, self.value_dim, 1.0, key_mask.as_ref());
         let grad_out = numbers(self.heads(), self.query_len, self.value_dim, 1.0, query_mask.as_ref());
-        let grad_lse = self.grad_lse.then(|| numbers(self.heads(), self.query_len, 1, 1.0, query_mask.as_ref()).remove_axis(Axis(3)));
+        let grad_lse =
+            self.grad_lse.then(|| numbers(self.heads(), self.query_len, 1, 1.0, query_mask.as_ref()).remove_axis(Axis(3)));
         Data { query, key, value, grad_out, grad_lse, query_mask, key_mask }
     }
 
@@ -125,7 +126,7 @@ impl Case {
         };
         match padding {
             Padding::None => None,
-            Padding::Right => mask(&mut |b, t, _| t < length * (batch - 1 - b) / batch.max(2)),
+            Padding::Right => mask(&mut |b, t, _| t < length * (batch - b) / (batch + 1)),
             Padding::Holes => mask(&mut |_, _, rng| rng.random_range(0..3) > 0),
             Padding::Blocks => mask(&mut |b, t, rng| (t / block + b) % 2 == 1 && rng.random_range(0..5) > 0),
             Padding::All => mask(&mut |_, _, _| false),
@@ -150,8 +151,8 @@ impl Data {
             query: self.query.view(),
             key: self.key.view(),
             value: self.value.view(),
-            query_mask: self.query_mask.as_ref().map(Array2::view),
-            key_mask: self.key_mask.as_ref().map(Array2::view),
+            query_mask: self.query_mask.as_ref().map(|array| array.view()),
+            key_mask: self.key_mask.as_ref().map(|array| array.view()),
             block_size: case.block_size,
             scale: case.scale,
             mode: case.mode,

@@ -1,11 +1,11 @@
 //! One call of the crate, and its comparison with the formulas.
 
 use mra_attention::reference::{Gradients as Expect, Saved as SavedExactly};
-use mra_attention::{Gradients, Inputs, Level, Mask, Options, Plan, Problem, Saved, backward, forward, select_blocks};
+use mra_attention::{Gradients, Inputs, Level, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, select_blocks};
 use ndarray::{Array2, Array3, Array4, ArrayView4, Axis};
 
 use super::case::poison;
-use super::{Bounds, Case, Data, Layout, Number, Stored};
+use super::{Bounds, Case, Data, Layout, Number, Rounded, Stored};
 
 /// How a case is computed.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +19,12 @@ impl Setup {
     pub(crate) fn new(level: Level) -> Self {
         Self { level, threads: 1, layout: Layout::Contiguous }
     }
+}
+
+/// Blocks of 4, no masks, full mode, one thread.
+pub(crate) fn options() -> Options<'static> {
+    let level = *Level::available().last().expect("the portable level is always there");
+    Options { block_size: 4, scale: None, mode: Mode::Full, key_mask: None, query_mask: None, threads: 1, level }
 }
 
 /// What the formulas give for a case. Backward starts from `out` and `lse` as the type of the tensor holds them.
@@ -51,7 +57,7 @@ impl Expected {
             out: saved_out.view(),
             lse: saved_lse.view(),
             grad_out: data.grad_out.view(),
-            grad_lse: data.grad_lse.as_ref().map(Array3::view),
+            grad_lse: data.grad_lse.as_ref().map(|array| array.view()),
         };
         let gradients = attention.backward(plan.view(), &saved);
         let bounds = Bounds::new::<E>(case, data, &attention, plan.view(), &saved);
@@ -184,7 +190,7 @@ pub(crate) fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, se
 }
 
 /// Every element within `bound` of what is expected, and half a unit in the last place for the rounding to its type.
-fn assert_close<E: Number>(results: &Array4<E>, expected: ArrayView4<'_, f64>, bound: f64, context: impl Fn() -> String) {
+fn assert_close<E: Rounded>(results: &Array4<E>, expected: ArrayView4<'_, f64>, bound: f64, context: impl Fn() -> String) {
     assert_eq!(results.dim(), expected.dim(), "{}", context());
     assert!(bound.is_finite(), "{}: no bound", context());
     for ((index, result), &expected) in results.indexed_iter().zip(expected) {

@@ -9,7 +9,7 @@ mod stored;
 
 pub(crate) use bounds::Bounds;
 pub(crate) use case::{Case, Data, Padding};
-pub(crate) use compute::{Expected, Outcome, Setup, check, compute, plan_bits, select};
+pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
 pub(crate) use levels::{levels, levels_required};
-pub(crate) use number::Number;
+pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};

@@ -1,10 +1,10 @@
 //! The types that tensors store, with their rounding.
 
 use half::{bf16, f16};
-use mra_attention::Element;
+use mra_attention::{Element, Scalar};
 
-/// A type of tensor elements.
-pub(crate) trait Number: Element<Compute: Number> + std::fmt::Debug {
+/// A floating-point type and its rounding.
+pub(crate) trait Rounded: Copy + std::fmt::Debug {
     /// For messages.
     const NAME: &'static str;
     /// The largest relative error of rounding to this type: half a unit in the last place.
@@ -17,9 +17,19 @@ pub(crate) trait Number: Element<Compute: Number> + std::fmt::Debug {
     fn exact(self) -> f64;
 }
 
+/// A type of tensor elements.
+pub(crate) trait Number: Rounded + Element<Compute = <Self as Number>::Wide> {
+    /// What is computed with: `Compute`, with a bound that a supertrait cannot state.
+    type Wide: Rounded + Scalar;
+}
+
 macro_rules! number {
     ($t:ident, roundoff = $roundoff:expr, underflow = $underflow:expr, |$x:ident| $round:expr) => {
         impl Number for $t {
+            type Wide = <$t as Element>::Compute;
+        }
+
+        impl Rounded for $t {
             const NAME: &'static str = stringify!($t);
             const ROUNDOFF: f64 = $roundoff;
             const UNDERFLOW: f64 = $underflow;

@@ -3,7 +3,7 @@
 use mra_attention::{Tensor, TensorMut};
 use ndarray::{Array4, ArrayView4};
 
-use super::Number;
+use super::Rounded;
 
 /// How a tensor (batch, head, token, channel) lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(crate) struct Stored<E> {
     strides: [usize; 4],
 }
 
-impl<E: Number> Stored<E> {
+impl<E: Rounded> Stored<E> {
     /// Nothing but NaN: an output before it is written.
     pub(crate) fn unset((b, h, l, d): (usize, usize, usize, usize), layout: Layout) -> Self {
         let row = d + 3;
@@ -33,7 +33,11 @@ impl<E: Number> Stored<E> {
             Layout::Expanded => [0, 0, row, 1],
         };
         let shape = [b, h, l, d];
-        let len = if shape.contains(&0) { 0 } else { shape.iter().zip(strides).map(|(n, stride)| (n - 1) * stride).sum::<usize>() + 1 };
+        let len = if shape.contains(&0) {
+            0
+        } else {
+            shape.iter().zip(strides).map(|(n, stride)| (n - 1) * stride).sum::<usize>() + 1
+        };
         Self { data: vec![E::round(f64::NAN); len], shape, strides }
     }
 

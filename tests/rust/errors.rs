@@ -1,0 +1,237 @@
+//! What cannot be computed with is refused, with a message that names the argument, before anything is written.
+
+use mra_attention::{
+    Budget, Error, Gradients, Inputs, Level, Mask, Options, Plan, Problem, Result, Saved, Tensor, TensorMut, backward, forward,
+    forward_selecting, select_blocks,
+};
+
+use crate::support::options;
+
+#[track_caller]
+fn refused<T>(result: Result<T>, argument: &str) {
+    let message = result.err().map(|error: Error| error.to_string()).expect("an error");
+    assert!(message.starts_with(argument), "{message:?} does not start with {argument:?}");
+}
+
+const QUERY: [usize; 4] = [2, 4, 10, 8];
+const KEY: [usize; 4] = [2, 2, 7, 8];
+
+#[test]
+fn tensors_lie_within_their_memory() {
+    let data = [0f32; 24];
+    for (shape, strides) in [
+        ([1, 2, 3, 4], [24, 12, 4, 2]),
+        ([1, 2, 3, 4], [24, 12, 4, 0]),
+        ([1, 2, 3, 5], [24, 12, 4, 1]),
+        ([2, 2, 3, 4], [1, 12, 4, 1]),
+        ([2, 1, 1, 1], [usize::MAX, 1, 1, 1]),
+        ([usize::MAX, 3, 1, 1], [usize::MAX, 1, 1, 1]),
+    ] {
+        refused(Tensor::new("value", &data, shape, strides), "value");
+        refused(TensorMut::new("grad_value", &mut data.clone(), shape, strides), "grad_value");
+    }
+    assert!(Tensor::new("value", &data, [1, 2, 3, 4], [24, 12, 4, 1]).is_ok());
+    assert!(Tensor::new("value", &data, [9, 2, 3, 1], [0, 12, 4, 7]).is_ok(), "a dimension of size 1 has no stride");
+    assert!(Tensor::new("value", &data[..0], [1, 0, 3, 4], [usize::MAX, 5, 4, 3]).is_ok(), "nor has a tensor without elements");
+    refused(TensorMut::new("out", &mut [0f32; 24], [2, 2, 3, 4], [0, 12, 4, 1]), "out");
+    refused(Mask::new("key_mask", &[1; 13], [2, 7], [7, 1]), "key_mask");
+    refused(Mask::new("key_mask", &[1; 13], [2, 7], [usize::MAX, 1]), "key_mask");
+}
+
+#[test]
+fn shapes_fit_each_other() {
+    let new = |query, key| Problem::new(query, key, &options());
+    assert!(new(QUERY, KEY).is_ok());
+    refused(new(QUERY, [3, 2, 7, 8]), "key");
+    refused(new(QUERY, [2, 2, 7, 9]), "key");
+    refused(new(QUERY, [2, 3, 7, 8]), "key");
+    refused(new(QUERY, [2, 0, 7, 8]), "key");
+    refused(new(QUERY, [2, 8, 7, 8]), "key");
+    refused(new([2, 4, 10, 0], [2, 2, 7, 0]), "query");
+}
+
+#[test]
+fn options_are_meant() {
+    let new = |options: &Options<'_>| Problem::new(QUERY, KEY, options);
+    for block_size in [0, Problem::MAX_BLOCK + 1, usize::MAX] {
+        refused(new(&Options { block_size, ..options() }), "block_size");
+    }
+    for scale in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        refused(new(&Options { scale: Some(scale), ..options() }), "scale");
+    }
+    refused(new(&Options { threads: 0, ..options() }), "threads");
+    let bytes = [1; 20];
+    for shape in [[2, 6], [1, 7], [7, 2], [2, 8], [0, 7]] {
+        let mask = Mask::new("mask", &bytes, shape, [shape[1], 1]).unwrap();
+        refused(new(&Options { key_mask: Some(mask), ..options() }), "key_mask");
+        refused(new(&Options { query_mask: Some(mask), ..options() }), "query_mask");
+    }
+    let error = Level::from_name("avx1024").unwrap_err().to_string();
+    assert!(error.contains("avx1024") && error.contains("portable"), "{error}");
+}
+
+#[test]
+fn budgets_are_positive() {
+    let budget = Budget { blocks_per_row: 1.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
+    assert_eq!(budget.validate(), Ok(()));
+    for blocks_per_row in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(Budget { blocks_per_row, ..budget }.validate(), "blocks_per_row");
+    }
+    refused(Budget { num_blocks: Some(0), ..budget }.validate(), "num_blocks");
+    let (query, key) = ([0f32; 640], [0f32; 224]);
+    let problem = Problem::new(QUERY, KEY, &options()).unwrap();
+    let (query, key) = (contiguous(&query, QUERY), contiguous(&key, KEY));
+    let mut bits = vec![0; 2 * 4 * 3];
+    assert!(select_blocks(&problem, &query, &key, &budget, &mut bits).is_ok());
+    refused(select_blocks(&problem, &query, &key, &Budget { num_blocks: Some(0), ..budget }, &mut bits), "num_blocks");
+    refused(select_blocks(&problem, &query, &query, &budget, &mut bits), "key");
+    refused(select_blocks(&problem, &key, &key, &budget, &mut bits), "query");
+    refused(select_blocks(&problem, &query, &key, &budget, &mut bits[1..]), "plan");
+    refused(Plan::from_bits(&problem, &bits[1..]), "plan");
+    refused(Plan::from_bits(&problem, &[bits.clone(), vec![0]].concat()), "plan");
+}
+
+fn strides([_, h, l, d]: [usize; 4]) -> [usize; 4] {
+    [h * l * d, l * d, d, 1]
+}
+
+fn contiguous(data: &[f32], shape: [usize; 4]) -> Tensor<'_, f32> {
+    Tensor::new("tensor", data, shape, strides(shape)).expect("within its memory")
+}
+
+fn contiguous_mut(data: &mut [f32], shape: [usize; 4]) -> TensorMut<'_, f32> {
+    TensorMut::new("tensor", data, shape, strides(shape)).expect("within its memory")
+}
+
+/// The shapes of a call, all as they should be.
+#[derive(Clone, Copy)]
+struct Shapes {
+    query: [usize; 4],
+    key: [usize; 4],
+    value: [usize; 4],
+    out: [usize; 4],
+    lse: [usize; 4],
+    grad_out: [usize; 4],
+    grad_lse: [usize; 4],
+    saved_out: [usize; 4],
+    saved_lse: [usize; 4],
+    grad_query: [usize; 4],
+    grad_key: [usize; 4],
+    grad_value: [usize; 4],
+}
+
+const SHAPES: Shapes = Shapes {
+    query: QUERY,
+    key: KEY,
+    value: [2, 2, 7, 5],
+    out: [2, 4, 10, 5],
+    lse: [2, 4, 10, 1],
+    grad_out: [2, 4, 10, 5],
+    grad_lse: [2, 4, 10, 1],
+    saved_out: [2, 4, 10, 5],
+    saved_lse: [2, 4, 10, 1],
+    grad_query: QUERY,
+    grad_key: KEY,
+    grad_value: [2, 2, 7, 5],
+};
+
+/// Calls forward, both ways, and backward; checks that what is refused has written nothing.
+fn call(shapes: &Shapes) -> [Result<()>; 3] {
+    const UNTOUCHED: f32 = 77.0;
+    let zeros = [0f32; 2000];
+    let problem = Problem::new(QUERY, KEY, &options()).unwrap();
+    let plan = Plan::from_bits(&problem, &[1; 24]).unwrap();
+    let inputs = Inputs {
+        query: contiguous(&zeros, shapes.query),
+        key: contiguous(&zeros, shapes.key),
+        value: contiguous(&zeros, shapes.value),
+    };
+    let saved = Saved {
+        grad_out: contiguous(&zeros, shapes.grad_out),
+        grad_lse: Some(contiguous(&zeros, shapes.grad_lse)),
+        out: contiguous(&zeros, shapes.saved_out),
+        lse: contiguous(&zeros, shapes.saved_lse),
+    };
+    let budget = Budget { blocks_per_row: 1.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
+    let mut outputs = [[UNTOUCHED; 2000]; 5];
+    let [out, lse, grad_query, grad_key, grad_value] = &mut outputs;
+    let (mut out, mut lse) = (contiguous_mut(out, shapes.out), contiguous_mut(lse, shapes.lse));
+    let mut gradients = Gradients {
+        query: contiguous_mut(grad_query, shapes.grad_query),
+        key: contiguous_mut(grad_key, shapes.grad_key),
+        value: contiguous_mut(grad_value, shapes.grad_value),
+    };
+    let results = [
+        forward(&problem, &inputs, &plan, &mut out, &mut lse),
+        forward_selecting(&problem, &inputs, &budget, &mut [0; 24], &mut out, &mut lse),
+        backward(&problem, &inputs, &saved, &plan, &mut gradients),
+    ];
+    let untouched = |outputs: &[[f32; 2000]]| outputs.iter().flatten().all(|&x| x == UNTOUCHED);
+    assert_eq!(untouched(&outputs[..2]), results[0].is_err() && results[1].is_err(), "out and lse");
+    assert_eq!(untouched(&outputs[2..]), results[2].is_err(), "gradients");
+    results
+}
+
+#[test]
+fn tensors_have_the_shapes_of_the_problem() {
+    assert_eq!(call(&SHAPES), [Ok(()), Ok(()), Ok(())]);
+    for place in 0..4 {
+        let off = |mut shape: [usize; 4]| {
+            shape[place] += 1;
+            shape
+        };
+        let inputs =
+            [(Shapes { query: off(SHAPES.query), ..SHAPES }, "query"), (Shapes { key: off(SHAPES.key), ..SHAPES }, "key")];
+        for (shapes, name) in inputs {
+            call(&shapes).into_iter().for_each(|result| refused(result, name));
+        }
+        if place < 3 {
+            let shapes = Shapes { value: off(SHAPES.value), ..SHAPES };
+            call(&shapes).into_iter().for_each(|result| refused(result, "value"));
+        }
+        for (shapes, name) in
+            [(Shapes { out: off(SHAPES.out), ..SHAPES }, "out"), (Shapes { lse: off(SHAPES.lse), ..SHAPES }, "lse")]
+        {
+            let [with_plan, selecting, backward] = call(&shapes);
+            refused(with_plan, name);
+            refused(selecting, name);
+            assert_eq!(backward, Ok(()));
+        }
+        let of_backward = [
+            (Shapes { grad_out: off(SHAPES.grad_out), ..SHAPES }, "grad_out"),
+            (Shapes { grad_lse: off(SHAPES.grad_lse), ..SHAPES }, "grad_lse"),
+            (Shapes { saved_out: off(SHAPES.saved_out), ..SHAPES }, "out"),
+            (Shapes { saved_lse: off(SHAPES.saved_lse), ..SHAPES }, "lse"),
+            (Shapes { grad_query: off(SHAPES.grad_query), ..SHAPES }, "grad_query"),
+            (Shapes { grad_key: off(SHAPES.grad_key), ..SHAPES }, "grad_key"),
+            (Shapes { grad_value: off(SHAPES.grad_value), ..SHAPES }, "grad_value"),
+        ];
+        for (shapes, name) in of_backward {
+            let [with_plan, selecting, backward] = call(&shapes);
+            assert_eq!((with_plan, selecting), (Ok(()), Ok(())));
+            refused(backward, name);
+        }
+    }
+}
+
+/// A plan belongs to a problem: one with other blocks is refused, not read as if it fitted.
+#[test]
+fn plans_fit_the_problem() {
+    let new = |heads, query_len, key_len, block_size| {
+        Problem::new([1, heads, query_len, 8], [1, 1, key_len, 8], &Options { block_size, ..options() }).unwrap()
+    };
+    let problem = new(1, 8, 8, 4);
+    for (other, rows) in
+        [(new(1, 40, 8, 4), 10), (new(1, 8, 40, 4), 2), (new(2, 8, 8, 4), 4), (new(1, 8, 8, 1), 8), (new(1, 4, 8, 4), 1)]
+    {
+        let plan = Plan::from_bits(&other, &vec![0xff; rows * Plan::row_bytes(other.key_blocks())]).unwrap();
+        let data = [0.5f32; 64];
+        let inputs = {
+            let tensor = contiguous(&data, [1, 1, 8, 8]);
+            Inputs { query: tensor, key: tensor, value: tensor }
+        };
+        let (mut out, mut lse) = ([0f32; 64], [0f32; 8]);
+        let (mut out, mut lse) = (contiguous_mut(&mut out, [1, 1, 8, 8]), contiguous_mut(&mut lse, [1, 1, 8, 1]));
+        refused(forward(&problem, &inputs, &plan, &mut out, &mut lse), "plan");
+    }
+}

@@ -1,0 +1,109 @@
+//! Numbers at the ends of what the types hold.
+
+use mra_attention::{Budget, Mode};
+use ndarray::Array4;
+
+use crate::support::{Case, Expected, Number, Padding, Setup, check, compute, levels, levels_required, select};
+
+fn case(mode: Mode) -> Case {
+    Case { batch: 2, group: 2, query_len: 29, key_len: 35, head_dim: 12, mode, key_padding: Padding::Holes, ..Case::default() }
+}
+
+/// Logits of 1e4: weights are 0 or 1, and nothing overflows.
+#[test]
+fn huge_logits() {
+    fn check_type<E: Number>() {
+        for mode in [Mode::Full, Mode::Sparse] {
+            let case = Case { magnitude: 1e4, ..case(mode) };
+            let data = case.data::<E>();
+            let expected = Expected::new::<E>(&case, &data);
+            for level in levels() {
+                check::<E>(&case, &data, &expected, Setup::new(level));
+                let outcome = compute::<E>(&case, &data, &expected, Setup::new(level));
+                assert!(outcome.out.iter().all(|x| x.exact().is_finite()), "{} at {}", E::NAME, level.name());
+            }
+        }
+    }
+    check_type::<f64>();
+    check_type::<f32>();
+    check_type::<half::bf16>();
+}
+
+#[test]
+fn denormal_numbers() {
+    fn check_type<E: Number>(magnitude: f64) {
+        for mode in [Mode::Full, Mode::Sparse] {
+            let case = Case { magnitude, ..case(mode) };
+            let data = case.data::<E>();
+            assert!(data.query.iter().any(|&x| x != 0.0), "{magnitude:e} is not 0 in {}", E::NAME);
+            let expected = Expected::new::<E>(&case, &data);
+            for level in levels() {
+                check::<E>(&case, &data, &expected, Setup::new(level));
+            }
+        }
+    }
+    check_type::<f32>(1e-40);
+    check_type::<half::bf16>(1e-40);
+    check_type::<half::f16>(1e-6);
+    check_type::<f64>(1e-310);
+}
+
+/// The scale and the numbers may be such that only their product is of ordinary size.
+#[test]
+fn scale_makes_up_for_magnitude() {
+    for mode in [Mode::Full, Mode::Sparse] {
+        let case = Case { magnitude: 1e20, scale: Some(1e-20), ..case(mode) };
+        let data = case.data::<f32>();
+        let expected = Expected::new::<f32>(&case, &data);
+        for level in levels() {
+            check::<f32>(&case, &data, &expected, Setup::new(level));
+        }
+    }
+}
+
+/// Values whose sum over a block overflows, but not their mean.
+#[test]
+fn means_of_large_values() {
+    for blocks_per_row in [1.0, 100.0] {
+        let budget = Budget { blocks_per_row, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
+        let case = Case { query_len: 16, key_len: 64, block_size: 16, budget, ..Case::default() };
+        let mut data = case.data::<f32>();
+        data.value.fill(f64::from(f32::round(1e38)));
+        let expected = Expected::new::<f32>(&case, &data);
+        for level in levels() {
+            let outcome = compute::<f32>(&case, &data, &expected, Setup::new(level));
+            assert!(
+                outcome.out.iter().all(|x| (x / 1e38 - 1.0).abs() < 1e-4),
+                "{}, {blocks_per_row} blocks per row: {:?}",
+                level.name(),
+                outcome.out
+            );
+        }
+    }
+}
+
+/// NaN and infinity at valid tokens are the caller's, but the budget stays what it is.
+#[test]
+fn budget_with_numbers_that_are_none() {
+    for bad in [f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for array in [0, 1] {
+            let case = Case { query_len: 32, key_len: 32, ..Case::default() };
+            let mut data = case.data::<f32>();
+            [&mut data.query, &mut data.key][array][[0, 0, 9, 3]] = bad;
+            for level in levels() {
+                let selected: Array4<bool> = select::<f32>(&case, &data, Setup::new(level));
+                let number = selected.iter().filter(|&&exact| exact).count();
+                // 2 blocks per row, 8 rows.
+                assert!(number <= 16, "{}: {number} blocks with {bad} in {}", level.name(), ["query", "key"][array]);
+            }
+        }
+    }
+}
+
+#[test]
+fn missing_levels_fail_where_they_are_required() {
+    assert_eq!(levels_required(Some("portable")), levels());
+    assert_eq!(levels_required(Some("")), levels());
+    let missing = std::panic::catch_unwind(|| levels_required(Some("portable, avx1024"))).expect_err("no CPU has it");
+    assert!(missing.downcast_ref::<String>().is_some_and(|message| message.contains("avx1024")));
+}

@@ -1,0 +1,88 @@
+//! Random shapes, masks and budgets against the formulas.
+
+use half::{bf16, f16};
+use mra_attention::{Budget, Mode};
+use proptest::prelude::*;
+
+use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, levels, select};
+
+/// `PROPTEST_CASES` in the environment, or few enough for every day.
+fn config() -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { default.cases } else { 96 };
+    // Failures are reported with the smallest case; there is no file to keep.
+    ProptestConfig { cases, failure_persistence: None, ..default }
+}
+
+fn padding() -> impl Strategy<Value = Padding> {
+    prop_oneof![
+        3 => Just(Padding::None),
+        2 => Just(Padding::Right),
+        3 => Just(Padding::Holes),
+        2 => Just(Padding::Blocks),
+        1 => Just(Padding::All),
+    ]
+}
+
+fn budget() -> impl Strategy<Value = Budget> {
+    (0.01..9.0, proptest::option::weighted(0.2, 1..60usize), 0..3usize, 0..6usize).prop_map(
+        |(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)| Budget {
+            blocks_per_row,
+            num_blocks,
+            first_blocks,
+            diagonal_blocks,
+        },
+    )
+}
+
+prop_compose! {
+    fn case()(
+        (batch, kv_heads, group) in (0..3usize, 0..3usize, 1..4usize),
+        (query_len, key_len) in (0..90usize, 0..140usize),
+        (head_dim, value_dim) in (1..40usize, 0..40usize),
+        block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
+        mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
+        (query_padding, key_padding) in (padding(), padding()),
+        budget in budget(),
+        scale in prop_oneof![2 => Just(None), 1 => (-0.7..0.7).prop_map(Some)],
+        magnitude in prop_oneof![4 => Just(1.0), 1 => Just(20.0)],
+        grad_lse in any::<bool>(),
+        seed in any::<u64>(),
+    ) -> Case {
+        Case {
+            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, query_padding, key_padding, budget,
+            scale, magnitude, grad_lse, equal_heads: false, seed,
+        }
+    }
+}
+
+fn check_type<E: Number>(case: &Case, threads: usize, layout: Layout) {
+    let data = case.data::<E>();
+    let expected = Expected::new::<E>(case, &data);
+    for level in levels() {
+        check::<E>(case, &data, &expected, Setup { level, threads, layout });
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn forward_and_backward(case in case(), threads in 1..4usize, strided in any::<bool>()) {
+        let layout = if strided { Layout::TokensFirst } else { Layout::Contiguous };
+        check_type::<f64>(&case, threads, layout);
+        check_type::<f32>(&case, threads, layout);
+        check_type::<bf16>(&case, threads, layout);
+        check_type::<f16>(&case, threads, layout);
+    }
+
+    #[test]
+    fn selection(case in case(), threads in 1..4usize) {
+        let data = case.data::<f64>();
+        let expected = data.attention(&case).select(&case.budget);
+        for level in levels() {
+            let selected = select::<f64>(&case, &data, Setup { threads, ..Setup::new(level) });
+            prop_assert_eq!(&selected, &expected, "at {}", level.name());
+        }
+    }
+}
