@@ -7,7 +7,7 @@ STAMPS := build/stamps
 SOURCES := $(shell find src -name '*.rs') build.rs Cargo.toml Cargo.lock pyproject.toml
 CHECKED := python tests/python benchmarks
 
-.PHONY: help demo test test-rust test-python test-isa test-oldest-torch test-tch lint format stubs wheel bench clean
+.PHONY: help demo test test-rust test-python test-oldest-torch lint format wheel bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the jobs
@@ -21,8 +21,20 @@ test: lint test-rust test-python ## Everything that must hold
 test-rust: ## Tests of the Rust crate, at every instruction set of this machine
 	cargo test --locked
 
+# torch's idle workers spin by default, which slows everything on a machine with few cores.
 test-python: $(STAMPS)/module ## Tests of the Python package
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+# What test_wheel and test_public_api say of the installed package needs it installed there too, hence its own build.
+test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the oldest torch that is supported
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --upgrade "pip>=25.1"
+	.venv-oldest/bin/python -m pip install "torch==2.5.*" numpy --group test --group demo
+	VIRTUAL_ENV=$(abspath .venv-oldest) $(BIN)/maturin develop --release --locked
+	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest
+
+bench: $(STAMPS)/module ## Check and time everything beside torch's attention, and record it (about 5 minutes)
+	$(BIN)/python -m benchmarks.speed
 
 lint: $(STAMPS)/module ## Formatting, lints, types; the stub against the module
 	cargo fmt --all --check

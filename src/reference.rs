@@ -7,6 +7,9 @@
 //! `(B, H, Lq, Dv)`, lse `(B, H, Lq)`, and a selection of blocks `(B, H, nq, nk)`, true where a block is computed exactly.
 //! What is stored at padded tokens is never read.
 
+#![allow(clippy::needless_pass_by_value, reason = "views are passed by value")]
+#![allow(clippy::float_cmp, reason = "a score equals its row's best or does not; there is no tolerance in a selection")]
+
 use ndarray::{
     Array1, Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, s,
 };

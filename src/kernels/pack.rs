@@ -17,6 +17,9 @@ pub(crate) fn pack_transposed<'a, E: Element>(
 ) {
     let (channels, columns, stride) = (to.rows, to.cols, to.stride);
     assert!(lines.len() >= SQUARE * channels, "scratch for {SQUARE} rows of {channels}");
+    if channels == 0 {
+        return;
+    }
     let data = to.data_mut();
     for column in (0..columns).step_by(SQUARE) {
         let mut group: [&[E::Compute]; SQUARE] = [&[]; SQUARE];

@@ -143,6 +143,8 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::float_cmp, reason = "a maximum is one of the numbers")]
+
     use proptest::prelude::RngExt;
     use proptest::test_runner::{RngAlgorithm, TestRng};
 

@@ -48,6 +48,8 @@ pub(crate) fn exp<S: Exponent>(simd: S, x: S::V) -> S::V {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::float_cmp, reason = "special results are exact")]
+
     use super::MAX_ULPS;
     use crate::simd::{Kernel, Level, Scalar, Simd};
 

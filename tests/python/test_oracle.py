@@ -205,6 +205,15 @@ def test_empty_dimensions(mode, shape):
         assert torch.equal(gradient, torch.zeros_like(x))
 
 
+@MODES
+def test_values_without_channels_leave_the_lse(mode):
+    inputs = random_inputs((1, 2, 23, 23, 4), value_dim=0)
+    settings = Settings(block_size=8, mode=mode, blocks_per_row=1.0)
+    selected = block_mask(inputs[0], inputs[1], settings)
+    actual = run_package(*inputs[:3], settings, *inputs[3:])
+    assert_results_close(actual, oracle.run(*inputs[:3], selected, settings, *inputs[3:]))
+
+
 def packed(x: Tensor) -> Tensor:
     """(B, H, L, D) as one of three slices of a (B, L, 3, H, D) projection."""
     return torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)

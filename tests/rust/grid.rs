@@ -38,7 +38,7 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         key_padding: paddings[index / 3 % paddings.len()],
         budget: Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks },
         scale: [None, None, Some(-0.3), Some(0.0)][index % 4],
-        grad_lse: index % 2 == 0,
+        grad_lse: index.is_multiple_of(2),
         seed: index as u64,
         ..Case::default()
     }

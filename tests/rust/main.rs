@@ -3,6 +3,9 @@
 //! Every test runs at every instruction set that the CPU has ([`support::levels`]). `MRA_ATTENTION_REQUIRE_ISA=avx2,avx512` in
 //! the environment makes it a failure that one of these is missing. `PROPTEST_CASES` sets the number of random cases.
 
+#![allow(clippy::needless_pass_by_value, reason = "views are passed by value")]
+#![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
+
 mod errors;
 mod extremes;
 mod grid;

@@ -109,6 +109,9 @@ fn objective(case: &Case, data: &Data, plan: &Array4<bool>) -> f64 {
     of_out + data.grad_lse.as_ref().map_or(0.0, |grad_lse| visible.map(|(at, x)| x * grad_lse[at]).sum())
 }
 
+/// Reaches an input.
+type Input = fn(&mut Data) -> &mut Array4<f64>;
+
 #[test]
 fn backward_is_the_derivative_of_forward() {
     // Central differences of a function whose values and derivatives are of order 1 to 100: the third derivative times
@@ -142,7 +145,7 @@ fn backward_is_the_derivative_of_forward() {
                 grad_lse: data.grad_lse.as_ref().map(|array| array.view()),
             };
             let gradients = data.attention(&case).backward(plan.view(), &saved);
-            let inputs: [(fn(&mut Data) -> &mut Array4<f64>, &Array4<f64>); 3] = [
+            let inputs: [(Input, &Array4<f64>); 3] = [
                 (|data| &mut data.query, &gradients.query),
                 (|data| &mut data.key, &gradients.key),
                 (|data| &mut data.value, &gradients.value),
