@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Train a small byte-level encoder twice from one seed: torch's attention and MRA attention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of each run")
     parser.add_argument("--length", type=int, default=2048, help="bytes in a window")
     parser.add_argument("--blocks-per-row", type=float, default=4.0, help="exact blocks for each block of queries")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and the masks")

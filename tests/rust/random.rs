@@ -35,11 +35,16 @@ fn budget() -> impl Strategy<Value = Budget> {
     )
 }
 
+/// Some number up to `most`, and now and then 0.
+fn length(most: usize) -> impl Strategy<Value = usize> {
+    prop_oneof![1 => Just(0), 30 => 1..=most]
+}
+
 prop_compose! {
     fn case()(
-        (batch, kv_heads, group) in (0..3usize, 0..3usize, 1..4usize),
-        (query_len, key_len) in (0..90usize, 0..140usize),
-        (head_dim, value_dim) in (1..40usize, 0..40usize),
+        (batch, kv_heads, group) in (length(2), length(2), 1..4usize),
+        (query_len, key_len) in (length(90), length(140)),
+        (head_dim, value_dim) in (1..40usize, length(40)),
         block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
         mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
         (query_padding, key_padding) in (padding(), padding()),

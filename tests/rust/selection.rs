@@ -7,11 +7,14 @@ use proptest::prelude::RngExt;
 
 use crate::support::{Case, Data, Layout, Number, Padding, Setup, Stored, levels, options, plan_bits, select};
 
-const BUDGETS: [(f64, Option<usize>, usize, usize); 10] = [
+const BUDGETS: [(f64, Option<usize>, usize, usize); 12] = [
     (0.1, None, 0, 0),
     (0.5, None, 0, 0),
     (1.0, None, 0, 1),
     (1.3, None, 0, 2),
+    // Rounded up at an odd number of rows, and at any number but the multiples of 4.
+    (1.5, None, 0, 0),
+    (1.75, None, 0, 0),
     (2.0, None, 2, 0),
     (4.0, None, 1, 5),
     (1e9, None, 0, 0),
