@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMPS := build/stamps
+STAMPS := $(VENV)/stamps
 SOURCES := $(shell find src -name '*.rs') build.rs Cargo.toml Cargo.lock pyproject.toml
 CHECKED := python tests/python benchmarks
 
@@ -39,7 +39,7 @@ bench: $(STAMPS)/module ## Check and time everything beside torch's attention, a
 lint: $(STAMPS)/module ## Formatting, lints, types; the stub against the module
 	cargo fmt --all --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --features python,abi3 -- -D warnings
+	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --locked --all-targets --features python,abi3 -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
@@ -55,7 +55,7 @@ wheel: $(STAMPS)/environment ## Build the wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist
 
 clean: ## Remove everything that was made here
-	rm -rf target build dist $(VENV)
+	rm -rf target build dist $(VENV) .venv-oldest .hypothesis .pytest_cache .ruff_cache .mypy_cache python/mra_attention/_core*.so
 
 # The environment: torch is most of it (a download of gigabytes, minutes).
 $(STAMPS)/environment: pyproject.toml

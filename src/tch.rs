@@ -72,7 +72,7 @@ pub fn forward(
         // SAFETY: the outputs are fresh, and all tensors outlive the borrows.
         unsafe {
             let inputs = Inputs { query: view::<E>("query", kind, &query)?, key: view("key", kind, &key)?, value: view("value", kind, &value)? };
-            let bits = std::slice::from_raw_parts_mut(output.plan.data_ptr().cast::<u8>(), output.plan.numel());
+            let bits = bytes_mut(&output.plan);
             let mut out = view_mut::<E>("out", &output.out)?;
             let mut lse = view_mut("lse", &output.lse)?;
             crate::forward_selecting(&problem, &inputs, budget, bits, &mut out, &mut lse)
@@ -112,7 +112,7 @@ pub fn backward(
                 out: view("out", kind, &out)?,
                 lse: view("lse", lse_kind, &lse)?,
             };
-            let bits = std::slice::from_raw_parts(plan.data_ptr().cast::<u8>(), plan.numel());
+            let bits = bytes(&plan)?;
             let plan = Plan::from_bits(&problem, bits)?;
             let mut to = Gradients {
                 query: view_mut("grad_query", &gradients[0])?,
@@ -173,4 +173,27 @@ unsafe fn view_mut<'a, E>(name: &str, tensor: &TorchTensor) -> Result<TensorMut<
     // SAFETY: a contiguous CPU tensor spans this many elements; the rest is the caller's.
     let data = if len == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<E>(), len) } };
     TensorMut::new(name, data, shape, strides)
+}
+
+/// Borrows a contiguous tensor of bytes for reading.
+///
+/// # Safety
+/// - The tensor outlives the borrow, and nothing writes to it meanwhile.
+unsafe fn bytes<'a>(tensor: &TorchTensor) -> Result<&'a [u8]> {
+    if tensor.kind() != Kind::Uint8 || tensor.device() != Device::Cpu {
+        return Err(Error::new(format!("plan: {:?} on {:?}, expected Uint8 on Cpu", tensor.kind(), tensor.device())));
+    }
+    let len = tensor.numel();
+    // SAFETY: a contiguous CPU tensor of bytes has this many; the rest is the caller's.
+    Ok(if len == 0 { &[] } else { unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) } })
+}
+
+/// Borrows a fresh contiguous tensor of bytes for writing.
+///
+/// # Safety
+/// - The tensor outlives the borrow, and nothing else uses it meanwhile.
+unsafe fn bytes_mut<'a>(tensor: &TorchTensor) -> &'a mut [u8] {
+    let len = tensor.numel();
+    // SAFETY: a contiguous CPU tensor of bytes has this many; the rest is the caller's.
+    if len == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), len) } }
 }

@@ -1,7 +1,7 @@
 //! The only place that knows how work is spread over cores.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -28,8 +28,11 @@ pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S 
             body(&mut scratch, task);
         }
     };
-    // The calling thread works too, so the pool needs one thread fewer.
-    pool(threads - 1).in_place_scope(|scope| {
+    // The calling thread works too, so the pool needs one thread fewer; without a pool it does everything.
+    let Some(pool) = pool(threads - 1) else {
+        return work();
+    };
+    pool.in_place_scope(|scope| {
         for _ in 1..threads {
             scope.spawn(|_| work());
         }
@@ -37,26 +40,31 @@ pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S 
     });
 }
 
-/// A pool with at least `threads` threads, of this process.
-fn pool(threads: usize) -> Arc<ThreadPool> {
+/// A pool with at least `threads` threads, of this process; none if the system does not start threads.
+fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
     static POOL: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
-    let mut current = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    // Not `lock`: in a child forked while another thread held it, it stays locked.
+    let mut current = (0..1000).find_map(|_| match POOL.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            std::thread::yield_now();
+            None
+        }
+    })?;
     let process = std::process::id();
     if let Some((owner, pool)) = &*current {
         if *owner == process && pool.current_num_threads() >= threads {
-            return Arc::clone(pool);
+            return Some(Arc::clone(pool));
         }
         if *owner != process {
-            // The threads of a forked parent do not exist here; waiting for them to end, as dropping would, hangs.
+            // The threads of a forked parent do not exist here, and their locks may be held for ever: never touch them.
             std::mem::forget(Arc::clone(pool));
         }
     }
-    let pool = ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|index| format!("mra-attention-{index}"))
-        .build()
-        .expect("the system can start threads");
+    let pool =
+        ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("mra-attention-{index}")).build().ok()?;
     let pool = Arc::new(pool);
     *current = Some((process, Arc::clone(&pool)));
-    pool
+    Some(pool)
 }

@@ -174,9 +174,9 @@ def scaled_dot_product_attention(
     sparse = _checks.is_sparse(mode)
     _checks.check_dropout(dropout_p)
     _checks.check_bool("return_lse", return_lse)
+    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     if plan is not None:
         _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     inputs, lead, key_mask, query_mask = _arrange(
         (query, key, value), attn_mask, is_causal, enable_gqa, query_padding_mask
     )

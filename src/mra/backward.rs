@@ -12,6 +12,8 @@
 //! plan drive dq and columns dk and dv: 7 products, but a task for each block. Both give the same bits, because every
 //! sum is in the same order.
 
+use std::ops::Range;
+
 use super::coarse_backward::{CoarseGradients, coarse_backward};
 use super::forward::Inputs;
 use super::gradient_tile::{GradientTile, KeySums, QueryTerms};
@@ -25,7 +27,6 @@ use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
 use crate::tiles::{Chunks, TensorMut};
-use std::ops::Range;
 
 /// What backward gets from forward and from the caller, channels contiguous.
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +66,7 @@ pub fn backward<E: Element>(
     gradients: &mut Gradients<'_, E>,
 ) -> Result<()> {
     let value_dim = inputs.validate(problem)?;
+    plan.validate(problem)?;
     let rows = [problem.batch, problem.heads, problem.query_len];
     let of = |channels| [rows[0], rows[1], rows[2], channels];
     Problem::expect("grad_out", saved.grad_out.shape(), of(value_dim))?;

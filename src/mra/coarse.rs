@@ -69,7 +69,13 @@ impl<T: Scalar> Coarse<T> {
                 let state = unsafe { chunks.get_mut(head * nq + i) };
                 state[0] = attend.maximum[query];
                 state[1] = attend.sum[query];
-                state[2..].copy_from_slice(&attend.values[query * attend.width..][..attend.width]);
+                let values = &attend.values[query * attend.width..][..attend.width];
+                if attend.sum[query] == T::ZERO {
+                    // Everything is selected. The sums may be NaN: weight 0 times a pooled infinity.
+                    state[2..].fill(T::ZERO);
+                } else {
+                    state[2..].copy_from_slice(values);
+                }
             }
         });
         Self { states, row, blocks: nq }

@@ -13,6 +13,8 @@
 //! because each query's sum of exponentials contains each term. The definitions take the largest `c_ij` for
 //! `r_i`; the products are the same, and the smallest lse needs no pass over the logits.
 
+use std::ops::Range;
+
 use super::backward::one_pass;
 use super::blocks::Blocks;
 use super::coarse::{exclude, for_strips, weigh};
@@ -28,7 +30,6 @@ use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
 use crate::tiles::Chunks;
-use std::ops::Range;
 
 /// Gradients of the pooled queries, keys and values: a row per block, padded to whole vectors.
 pub(crate) struct CoarseGradients<T> {
@@ -123,7 +124,7 @@ impl<T: Scalar> Pass<'_, T> {
             |(tile, strip), group| {
                 // SAFETY: each task has its own group of heads.
                 let (dq, dk, dv) = unsafe { (dq.get_mut(group), dk.get_mut(group), dv.get_mut(group)) };
-                let size = dq.len() / heads;
+                let size = self.problem.query_blocks() * tile.key_width;
                 for index in 0..heads {
                     for rows in tiles(0..self.problem.query_blocks()) {
                         let head = group * heads + index;

@@ -66,6 +66,8 @@ pub fn forward<E: Element>(
     out: &mut TensorMut<'_, E>,
     lse: &mut TensorMut<'_, E::Compute>,
 ) -> Result<()> {
+    inputs.validate(problem)?;
+    plan.validate(problem)?;
     let pyramid = (problem.mode == Mode::Full).then(|| Pyramid::new(problem, &inputs.query, &inputs.key));
     forward_with(problem, inputs, plan, pyramid.as_ref(), out, lse)
 }

@@ -76,6 +76,24 @@ impl Plan {
         self.columns.get(head * self.key_blocks + j)
     }
 
+    /// Checks that the plan was read for a problem of this shape.
+    pub(crate) fn validate(&self, problem: &Problem) -> Result<()> {
+        let heads = self.rows.offsets.len() - 1;
+        if (self.query_blocks, self.key_blocks) == (problem.query_blocks(), problem.key_blocks())
+            && heads == problem.all_heads() * self.query_blocks
+        {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "plan: {} x {} blocks, expected {} x {} for each of {} heads",
+            self.query_blocks,
+            self.key_blocks,
+            problem.query_blocks(),
+            problem.key_blocks(),
+            problem.all_heads()
+        )))
+    }
+
     /// How many blocks are selected, over all heads.
     pub fn num_blocks(&self) -> usize {
         self.rows.indices.len()

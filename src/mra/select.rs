@@ -57,8 +57,9 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
     if bits.is_empty() {
         return Ok(());
     }
-    let bits = Chunks::new(bits, bytes_per_head);
     let threads = problem.threads_for(problem.all_heads() * nq * nk * problem.head_dim);
+    Distances::<T>::check_memory(problem, threads)?;
+    let bits = Chunks::new(bits, bytes_per_head);
     threads::for_each(
         threads,
         problem.all_heads(),
@@ -90,7 +91,37 @@ struct Distances<T> {
     stride: usize,
 }
 
+/// The largest of a row, NaN left out. Eight chains let the compiler use vectors.
+fn maximum<T: Scalar>(row: &[T]) -> T {
+    let larger = |a: T, b: T| if b > a { b } else { a };
+    let mut chains = [T::NEG_INFINITY; 8];
+    let chunks = row.chunks_exact(chains.len());
+    let rest = chunks.remainder().iter().copied().fold(T::NEG_INFINITY, larger);
+    for chunk in chunks {
+        for (chain, &c) in chains.iter_mut().zip(chunk) {
+            *chain = larger(*chain, c);
+        }
+    }
+    chains.into_iter().fold(rest, larger)
+}
+
 impl<T: Scalar> Distances<T> {
+    /// Checks that the scores of as many heads as there are threads fit in memory: they are what grows with the square of
+    /// the length, and a failing allocation further down would end the process.
+    fn check_memory(problem: &Problem, threads: usize) -> Result<()> {
+        let (rows, columns) = (problem.query_blocks(), problem.padded::<T>(problem.key_blocks()));
+        let numbers = rows.checked_mul(columns).and_then(|n| n.checked_mul(threads.min(problem.all_heads())));
+        let fits = numbers.is_some_and(|numbers| Vec::<T>::new().try_reserve_exact(numbers).is_ok());
+        if fits {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "block_size: {}, the scores of {rows} x {} blocks on {threads} threads do not fit in memory; larger blocks would",
+            problem.block_size,
+            problem.key_blocks()
+        )))
+    }
+
     fn new(problem: &Problem) -> Self {
         let (rows, columns) = (problem.query_blocks(), problem.key_blocks());
         let stride = problem.padded::<T>(columns);
@@ -136,11 +167,15 @@ impl<T: Scalar> Distances<T> {
             for &j in &dead {
                 row[j] = T::NEG_INFINITY;
             }
-            let best = row.iter().fold(T::NEG_INFINITY, |best, &c| if c > best { c } else { best });
+            let best = maximum(row);
+            // Without a best one (all NaN or -inf) the first live block takes its place: every row has a forced block.
+            let found = row.iter().position(|&c| c == best && c > T::NEG_INFINITY);
+            let first_best = found.or_else(|| (0..row.len()).find(|&j| key_blocks.count(j) > 0));
             for c in row.iter_mut() {
-                *c = best - *c;
+                let distance = best - *c;
+                // Not a number, or infinitely far: last among the live blocks, before the dead ones.
+                *c = if distance < T::HIGHEST { distance } else { T::HIGHEST };
             }
-            let first_best = row.iter().position(|&distance| distance == T::ZERO);
             for &j in &dead {
                 row[j] = T::INFINITY;
             }
@@ -165,7 +200,6 @@ impl<T: Scalar> Distances<T> {
         let (bound, mut ties) = self.bound_of_smallest(number);
         for (i, bits) in bits.chunks_mut(row_bytes).enumerate() {
             for (j, distance) in self.row(i).iter().enumerate() {
-                // NaN, from NaN in the input, is above every bound.
                 let order = distance.total_cmp(&bound);
                 if order.is_lt() || (order.is_eq() && ties > 0) {
                     ties -= usize::from(order.is_eq());

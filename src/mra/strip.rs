@@ -104,6 +104,9 @@ impl<T: Scalar> Strip<T> {
         if rows.end > self.capacity {
             return false;
         }
+        if numbers.is_empty() {
+            return true;
+        }
         self.rows = rows.end;
         let in_place = source.in_place && source.blocks.consecutive(numbers.clone());
         if in_place {

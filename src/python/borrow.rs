@@ -191,24 +191,18 @@ impl Descriptor {
     }
 }
 
-/// The tensors that a call writes.
-pub(super) struct Writes<'a>(&'a [(&'a str, &'a Descriptor)]);
+/// A tensor with the name of its argument.
+pub(super) type Named<'a> = (&'a str, &'a Descriptor);
 
-impl<'a> Writes<'a> {
-    pub(super) fn new(outputs: &'a [(&'a str, &'a Descriptor)]) -> Self {
-        Self(outputs)
-    }
-
-    /// Checks that no output shares memory with an input or another output.
-    pub(super) fn disjoint_from(&self, inputs: &[(&str, &Descriptor)]) -> Result<()> {
-        for (index, (name, output)) in self.0.iter().enumerate() {
-            for (other_name, other) in self.0[index + 1..].iter().chain(inputs) {
-                let (a, b) = (output.addresses(), other.addresses());
-                if !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end {
-                    return Err(Error::new(format!("{name}: shares memory with {other_name}, expected a tensor of its own")));
-                }
+/// Checks that no output shares memory with an input or another output.
+pub(super) fn check_disjoint(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
+    for (index, (name, output)) in outputs.iter().enumerate() {
+        for (other_name, other) in outputs[index + 1..].iter().chain(inputs) {
+            let (a, b) = (output.addresses(), other.addresses());
+            if !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end {
+                return Err(Error::new(format!("{name}: shares memory with {other_name}, expected a tensor of its own")));
             }
         }
-        Ok(())
     }
+    Ok(())
 }

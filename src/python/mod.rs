@@ -16,7 +16,7 @@ use pyo3::types::PyDict;
 use crate::{
     Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
 };
-use borrow::{Descriptor, Dtype, Writes};
+use borrow::{Descriptor, Dtype, Named, check_disjoint};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -47,6 +47,11 @@ macro_rules! with_element {
             Dtype::Byte => Err(Error::new("query: dtype bool or uint8, expected a floating point type")),
         }
     };
+}
+
+/// Those of the tensors that were passed.
+fn named<'a, const N: usize>(tensors: [(&'a str, Option<&'a Descriptor>); N]) -> Vec<Named<'a>> {
+    tensors.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect()
 }
 
 /// The numbers that every call takes.
@@ -101,7 +106,13 @@ fn select_blocks(
     let settings = Settings { scale, block_size, sparse: false, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
-        Writes::new(&[("plan", &plan)]).disjoint_from(&[("query", &query), ("key", &key)])?;
+        let reads = named([
+            ("query", Some(&query)),
+            ("key", Some(&key)),
+            ("key_mask", key_mask.as_ref()),
+            ("query_mask", query_mask.as_ref()),
+        ]);
+        check_disjoint(&[("plan", &plan)], &reads)?;
         let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
@@ -137,8 +148,15 @@ fn forward_py(
     let settings = Settings { scale, block_size, sparse, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
-        Writes::new(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)])
-            .disjoint_from(&[("query", &query), ("key", &key), ("value", &value)])?;
+        let reads = named([
+            ("query", Some(&query)),
+            ("key", Some(&key)),
+            ("value", Some(&value)),
+            ("key_mask", key_mask.as_ref()),
+            ("query_mask", query_mask.as_ref()),
+            ("plan_in", plan_in.as_ref()),
+        ]);
+        check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
         let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
@@ -186,14 +204,19 @@ fn backward_py(
 ) -> PyResult<()> {
     let settings = Settings { scale, block_size, sparse, threads };
     py.detach(|| {
-        Writes::new(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)]).disjoint_from(&[
-            ("grad_out", &grad_out),
-            ("query", &query),
-            ("key", &key),
-            ("value", &value),
-            ("out", &out),
-            ("lse", &lse),
-        ])?;
+        let reads = named([
+            ("grad_out", Some(&grad_out)),
+            ("grad_lse", grad_lse.as_ref()),
+            ("query", Some(&query)),
+            ("key", Some(&key)),
+            ("value", Some(&value)),
+            ("out", Some(&out)),
+            ("lse", Some(&lse)),
+            ("key_mask", key_mask.as_ref()),
+            ("query_mask", query_mask.as_ref()),
+            ("plan", Some(&plan)),
+        ]);
+        check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
         let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.

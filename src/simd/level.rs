@@ -42,7 +42,7 @@ impl Level {
         levels
     }
 
-    /// The name, as [`ISA_VARIABLE`] takes it.
+    /// The name, as the environment variable `MRA_ATTENTION_ISA` takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable(_) => "portable",

@@ -27,6 +27,8 @@ pub trait Scalar:
     const INFINITY: Self;
     /// The lowest finite number.
     const LOWEST: Self;
+    /// The highest finite number.
+    const HIGHEST: Self;
     /// Not a number; fresh scratch is full of it where debug assertions are on.
     const NAN: Self;
 
@@ -65,6 +67,7 @@ macro_rules! scalar {
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
             const INFINITY: Self = <$t>::INFINITY;
             const LOWEST: Self = <$t>::MIN;
+            const HIGHEST: Self = <$t>::MAX;
             const NAN: Self = <$t>::NAN;
 
             #[allow(clippy::cast_possible_truncation, reason = "rounding to the type is the purpose")]

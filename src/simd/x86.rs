@@ -5,9 +5,10 @@ use std::arch::x86_64::{
     _mm256_castsi256_ps, _mm256_cvtps_epi32, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd,
     _mm256_max_ps, _mm256_min_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd,
     _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps,
-    _mm512_add_pd, _mm512_add_ps, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd,
-    _mm512_max_ps, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_pd,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
+    _mm512_add_pd, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtps_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd,
+    _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps,
+    _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_epi32,
+    _mm512_sub_pd, _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
@@ -214,8 +215,10 @@ impl Exponent for Avx512 {
     }
     #[inline(always)]
     fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
-        // 2^-127 is a denormal, which the other instruction sets round to 0.
         // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), _mm512_sub_ps(_mm512_setzero_ps(), n)) }
+        unsafe {
+            let biased = _mm512_sub_epi32(_mm512_set1_epi32(127), _mm512_cvtps_epi32(n));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
     }
 }
