@@ -219,3 +219,24 @@ def test_plan_keeps_heads_and_items_apart():
         for head in range(2):
             alone = make_plan(query[item, head][None, None], key[item, head][None, None], settings).block_mask()
             assert torch.equal(together[item, head], alone[0, 0])
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.nan, math.inf, -math.inf, 1e38], ids=str)
+def test_numbers_that_are_none_keep_the_budget(number):
+    query, key, value = (torch.randn(1, 2, 64, 8) for _ in range(3))
+    query[0, 0] = number
+    key[0, 1, 5] = number
+    plan = mra_attention.plan(query, key, resolutions=(8, 1), blocks_per_row=2.0)
+    assert (plan.num_blocks == 16).all()
+    assert plan.block_mask().any(-1).all()
+    tiny = mra_attention.scaled_dot_product_attention(query, key, value, resolutions=(8, 1), blocks_per_row=0.1)
+    assert tiny.shape == value.shape
+
+
+def test_infinite_value_reaches_what_it_reaches_in_exact_attention():
+    query, key, value = (torch.randn(1, 2, 64, 8) for _ in range(3))
+    value[0, 0, 3, 3] = math.inf
+    out = mra_attention.scaled_dot_product_attention(query, key, value, resolutions=(8, 1), num_blocks=64)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(out.isfinite(), exact.isfinite())
+    assert torch.equal(out.isnan(), exact.isnan())
