@@ -57,6 +57,8 @@ COMPILED = {
     + [("inductor", "plain", False), ("inductor", "plain", True), ("inductor", "heads-inside", False)],
 )
 def test_compile(backend, name, dynamic):
+    if torch.__version__.startswith("2.5.") and backend == "inductor" and dynamic:
+        pytest.skip("the Inductor of torch 2.5 cannot print the square root of a dynamic size")
     function = COMPILED[name]
     traced = compiled(function, backend=backend, dynamic=dynamic)
     for shape in ["ragged", "long-row"] if dynamic else ["ragged"]:
