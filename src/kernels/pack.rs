@@ -4,7 +4,7 @@ use super::MatrixMut;
 use crate::simd::{Element, Scalar};
 
 /// Rows and channels that are transposed at once: what the compiler keeps in registers of the narrowest vectors.
-const SQUARE: usize = 4;
+pub(crate) const SQUARE: usize = 4;
 
 /// Writes `factor * row` as column `column` of `to`, for each of `rows`; the remaining columns become 0.
 ///

@@ -4,7 +4,7 @@ use super::coarse::CoarseState;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, SQUARE, pack_transposed};
 use crate::simd::{Element, Level, Scalar};
 
 /// The state of a tile of queries between strips, and the buffers of a step.
@@ -40,7 +40,7 @@ impl<T: Scalar> Attend<T> {
             width,
             channels: problem.head_dim,
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(4 * problem.head_dim),
+            lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(Strip::<T>::capacity(problem) * columns),
             rescale: Buffer::scratch(columns),
             maximum: Buffer::scratch(columns),

@@ -332,7 +332,6 @@ impl<E: Element> Pass<'_, '_, E> {
 /// Adds a token's share of its block's pooled gradient and writes the sum.
 fn finish<E: Element>(row: &mut [E::Compute], pooled: Option<&[E::Compute]>, count: usize, to: &mut [E]) {
     if let Some(pooled) = pooled {
-        #[allow(clippy::cast_precision_loss, reason = "a count of tokens in a block")]
         let share = E::Compute::from_f64(1.0 / count as f64);
         for (x, &p) in row.iter_mut().zip(pooled) {
             *x += share * p;

@@ -35,7 +35,6 @@ impl Budget {
         #[allow(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
             reason = "positive; a cast of a float saturates, and the bound by live blocks follows"
         )]
         self.num_blocks.unwrap_or_else(|| (self.blocks_per_row * live_rows as f64 + 0.5).floor() as usize)

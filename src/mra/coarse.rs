@@ -96,7 +96,6 @@ pub(crate) fn for_strips(len: usize, most: usize, mut body: impl FnMut(Range<usi
 /// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
 pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
-        #[allow(clippy::cast_precision_loss, reason = "a count of tokens in a block")]
         let weight = T::from_f64((keys.count(block) as f64).ln());
         for logit in row {
             *logit += weight;

@@ -12,7 +12,7 @@
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, PartView, Strip};
-use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, pack_rows, pack_transposed};
+use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, SQUARE, pack_rows, pack_transposed};
 use crate::simd::{Element, Level, Scalar};
 
 /// A tile of queries with the gradients of their outputs, and the buffers of a step.
@@ -84,7 +84,7 @@ impl<T: Scalar> GradientTile<T> {
             grads: Buffer::scratch(columns * value_width),
             lse: Buffer::scratch(columns),
             delta: Buffer::scratch(columns),
-            lines: Buffer::scratch(4 * head_dim.max(value_dim)),
+            lines: Buffer::scratch(SQUARE * head_dim.max(value_dim)),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
             dq: Buffer::scratch(columns * key_width),

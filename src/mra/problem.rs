@@ -102,7 +102,6 @@ impl Problem {
         if options.threads == 0 {
             return Err(Error::new("threads: 0, expected at least 1"));
         }
-        #[allow(clippy::cast_precision_loss, reason = "a head_dim is far below 2^52")]
         let scale = options.scale.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt());
         if !scale.is_finite() {
             return Err(Error::new(format!("scale: {scale}, expected a finite number")));

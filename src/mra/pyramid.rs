@@ -66,7 +66,6 @@ fn average<E: Element>(tokens: &Rows<'_, E>, blocks: &Blocks, block: usize, line
             *sum += x;
         }
     }
-    #[allow(clippy::cast_precision_loss, reason = "a count of tokens in a block")]
     let weight = E::Compute::from_f64(1.0 / count as f64);
     for sum in mean {
         *sum = *sum * weight;

@@ -20,7 +20,7 @@ use super::plan::Plan;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use crate::error::{Error, Result};
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, pack_transposed};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, SQUARE, pack_transposed};
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
@@ -128,7 +128,7 @@ impl<T: Scalar> Distances<T> {
         Self {
             values: Buffer::scratch(rows * stride),
             keys: Buffer::scratch(problem.head_dim * stride),
-            lines: Buffer::scratch(4 * problem.head_dim),
+            lines: Buffer::scratch(SQUARE * problem.head_dim),
             rows,
             columns,
             stride,
