@@ -7,7 +7,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import _core  # pyright: ignore[reportPrivateUsage]
+from . import (
+    _core,  # pyright: ignore[reportPrivateUsage]
+    _threads,  # noqa: F401  # pyright: ignore[reportUnusedImport]  importing it chooses the threads
+)
 from ._outputs import empty_grads, empty_outputs, empty_plan
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4}

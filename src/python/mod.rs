@@ -13,6 +13,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::threads;
 use crate::{
     Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
 };
@@ -261,6 +262,18 @@ fn block_mask<'py>(
     Ok(mask.into_pyarray(py))
 }
 
+/// Makes torch's own threads do the work: `address` is that of `torch_parallel_for`, not 0.
+#[pyfunction]
+fn use_torch_threads(address: usize) -> PyResult<()> {
+    if address == 0 {
+        return Err(PyValueError::new_err("address: 0, expected the address of torch_parallel_for"));
+    }
+    let function = std::ptr::with_exposed_provenance::<()>(address);
+    // SAFETY: the Python layer looks the function up in torch's own library, which is never unloaded.
+    unsafe { threads::use_torch(std::mem::transmute::<*const (), threads::ParallelFor>(function)) };
+    Ok(())
+}
+
 /// The instruction set in use.
 #[pyfunction]
 fn isa() -> PyResult<&'static str> {
@@ -292,6 +305,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(forward_py, module)?)?;
     module.add_function(wrap_pyfunction!(backward_py, module)?)?;
     module.add_function(wrap_pyfunction!(block_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
