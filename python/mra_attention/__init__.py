@@ -4,5 +4,4 @@ from ._core import __version__
 from ._plan import Plan
 from .functional import plan, scaled_dot_product_attention
 
-
 __all__ = ["Plan", "__version__", "plan", "scaled_dot_product_attention"]
