@@ -8,9 +8,11 @@
 mod gemm;
 mod matrix;
 mod pack;
+mod pool;
 mod softmax;
 
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use matrix::{Matrix, MatrixMut};
 pub(crate) use pack::{SQUARE, pack_rows, pack_transposed};
+pub(crate) use pool::AddRows;
 pub(crate) use softmax::{LogitGradient, OnlineSoftmax};
