@@ -14,6 +14,8 @@
 //! `kernels` the computations on one tile, `mra` the algorithm, `threads` and `tiles` how tasks and outputs are spread over
 //! cores, `reference` the formulas in float64, written to be read. The definitions: docs/definitions.md.
 
+#[doc(hidden)]
+pub mod bench;
 mod error;
 mod kernels;
 mod mra;

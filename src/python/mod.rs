@@ -286,6 +286,13 @@ fn available_isas() -> Vec<&'static str> {
     Level::available().into_iter().map(Level::name).collect()
 }
 
+/// Rates of one thread in GFLOP/s: fused multiply-adds alone, the products of the exact level, and with their softmax.
+#[pyfunction]
+fn kernel_rates(py: Python<'_>) -> PyResult<(f64, f64, f64)> {
+    let level = Level::current()?;
+    Ok(py.detach(|| crate::bench::rates(level)))
+}
+
 /// How the module was built.
 #[pyfunction]
 fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
@@ -308,5 +315,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel_rates, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }
