@@ -15,8 +15,8 @@ operator. No Function has a `jvp`: Dynamo refuses a custom one, and without it t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -91,8 +91,9 @@ def fold(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any
         if isinstance(arg, Tensor):
             mapped = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return mapped.flatten(0, 1)
-        if isinstance(arg, (list, tuple)) and len(arg) != 1:  # pyright: ignore[reportUnknownArgumentType]
-            return [*arg] * info.batch_size  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(arg, (list, tuple)):
+            numbers = list(cast("Sequence[int]", arg))
+            return numbers if len(numbers) == 1 else numbers * info.batch_size
         return arg
 
     return [fold_one(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
@@ -116,7 +117,8 @@ class _Family(NamedTuple):
     forward: Any
     backward: Any
     saved: Saved
-    fold: Fold
+    fold_forward: Fold
+    fold_backward: Fold
 
 
 _families: dict[str, _Family] = {}
@@ -194,8 +196,9 @@ class _ForwardFunction(torch.autograd.Function):
         return None, *_backward(ctx, *grad_outputs[:2])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _ForwardFunction.apply(name, *_families[name].fold(info, in_dims[1:], args))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        name = args[0]
+        outputs = _ForwardFunction.apply(name, *_families[name].fold_forward(info, in_dims[1:], args[1:]))
         return tuple(unfold(info, output) for output in outputs), (0, 0, 0)
 
 
@@ -208,19 +211,27 @@ class _BackwardFunction(torch.autograd.Function):
         return _families[name].backward(*args)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        grads = _BackwardFunction.apply(name, *_families[name].fold(info, in_dims[1:], args))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        name = args[0]
+        grads = _BackwardFunction.apply(name, *_families[name].fold_backward(info, in_dims[1:], args[1:]))
         return tuple(unfold(info, grad) for grad in grads), (0, 0, 0)
 
 
-def register_derivative(name: str, forward: Any, backward: Any, saved: Saved, fold: Fold = fold) -> None:
+def register_derivative(
+    name: str, forward: Any, backward: Any, saved: Saved, fold_forward: Fold = fold, fold_backward: Fold = fold
+) -> None:
     """Make a forward operator differentiable.
 
     Its first three arguments are query, key and value, its results are out, lse and plan. Its backward operator takes
-    the cotangents of out and lse, then what `saved` returns, and returns the gradients of query, key and value.
+    the cotangents of out and lse, then what `saved` returns, and returns the gradients of query, key and value. The two
+    folds bring the arguments of the two operators below torch.vmap to those of one call on a larger batch.
     """
-    _families[name] = _Family(forward, backward, saved, fold)
-    _library.impl(name, lambda keyset, *args: _record(name, keyset, args), "Autograd", with_keyset=True)
+    _families[name] = _Family(forward, backward, saved, fold_forward, fold_backward)
+
+    def record(keyset: Any, *args: Any) -> Tensors3:
+        return _record(name, keyset, args)
+
+    _library.impl(name, record, "Autograd", with_keyset=True)
     torch.library.register_autograd(str(backward.name()), _refuse_double_backward, lib=_library)
 
 
