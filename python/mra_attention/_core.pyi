@@ -16,13 +16,16 @@ __all__ = [
     "backward",
     "block_mask",
     "build_info",
+    "causal_backward",
+    "causal_forward",
     "forward",
     "isa",
+    "pool",
     "select_blocks",
 ]
 
 # (data pointer, sizes, strides in elements, dtype code)
-# dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8
+# dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8, 5 int32
 _Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int]
 
 class _BuildInfo(TypedDict):
