@@ -47,8 +47,8 @@ class KVCache:
     Notes
     -----
     Definition: docs/definitions.md, section 3. Deterministic, as `scaled_dot_product_attention`: how a sequence was cut
-    into steps makes no difference. Inputs must have the dtype of the cache; under `torch.autocast("cpu")` they are cast to
-    it. The cache lives on the CPU.
+    into steps makes no difference. Inputs must have the dtype of the cache; under `torch.autocast("cpu")` they are cast
+    to it. The cache lives on the CPU.
 
     Examples
     --------
@@ -91,7 +91,7 @@ class KVCache:
         self, batch_size: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int
     ) -> None:
         average = torch.float64 if dtype is torch.float64 else torch.float32
-        blocks = capacity // self._block_size
+        blocks = (capacity + self._block_size - 1) // self._block_size
         self._key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype)
         self._value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype)
         self._key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average)
@@ -155,7 +155,8 @@ class KVCache:
         Raises
         ------
         ValueError
-            If a shape or a length does not fit, or a sequence would be longer than `max_length`. Nothing is appended then.
+            If a shape or a length does not fit, or a sequence would be longer than `max_length`. Then nothing is
+            appended.
         """
         key, value = self._check("key", key, self._key), self._check("value", value, self._value)
         if key.shape[2] != value.shape[2]:
@@ -225,11 +226,11 @@ class KVCache:
         Parameters
         ----------
         query : Tensor
-            `(B, H, n, D)`: the queries of the last `n` tokens of every sequence, whose keys and values have been appended.
-            A query before the first token of its sequence sees nothing.
+            `(B, H, n, D)`: the queries of the last `n` tokens of every sequence, whose keys and values have been
+            appended. A query before the first token of its sequence sees nothing.
         lengths : sequence of int or Tensor, optional
-            As in `append`: how many of the `n` queries of each sequence are its last tokens, the first ones; the rest is
-            padding and gets the output 0 and the lse -inf. `n` for each by default.
+            As in `append`: how many of the `n` queries of each sequence are its last tokens, the first ones; the rest
+            is padding and gets the output 0 and the lse -inf. `n` for each by default.
         scale, blocks_per_row, local_blocks, first_blocks, mode, enable_gqa, return_lse
             As in `mra_attention.scaled_dot_product_attention` with `is_causal=True`.
 
@@ -253,7 +254,9 @@ class KVCache:
         new = None if lengths is None else self._counts("lengths", lengths, count)
         offsets = [n - count for n in ends] if new is None else [n - m for n, m in zip(ends, new, strict=True)]
         length = max(ends, default=0)
-        blocks = length // self._block_size
+        # One more than are complete: a query that is padding, behind the last token, may see the average of a block
+        # that is not. Whatever stands there reaches nothing but the output of this query, which is overwritten below.
+        blocks = (length + self._block_size - 1) // self._block_size
         out, lse, _ = _causal_cpu.causal_forward(
             query,
             self._key.narrow(2, 0, length),
@@ -366,7 +369,7 @@ class KVCache:
         if isinstance(values, Tensor):
             if values.dim() != 1 or values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64):
                 raise TypeError(f"{name} must be integers, got a {values.dtype} tensor of shape {tuple(values.shape)}")
-            return values.tolist()
+            return [int(value) for value in values]
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise TypeError(f"{name} must be a sequence of integers or a tensor, got {values!r}")
         return [_checks.integer(f"{name}[{i}]", value, 0) for i, value in enumerate(cast("Sequence[Any]", values))]
