@@ -15,8 +15,8 @@ operator. No Function has a `jvp`: Dynamo refuses a custom one, and without it t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -96,8 +96,9 @@ def fold(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any
         if isinstance(arg, Tensor):
             mapped = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return mapped.flatten(0, 1)
-        if isinstance(arg, (list, tuple)) and len(arg) != 1:  # pyright: ignore[reportUnknownArgumentType]
-            return [*arg] * info.batch_size  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(arg, (list, tuple)):
+            numbers = list(cast("Sequence[int]", arg))
+            return numbers if len(numbers) == 1 else numbers * info.batch_size
         return arg
 
     return [fold_one(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
@@ -121,7 +122,8 @@ class _Family(NamedTuple):
     forward: Any
     backward: Any
     saved: Saved
-    fold: Fold
+    fold_forward: Fold
+    fold_backward: Fold
 
 
 _families: dict[str, _Family] = {}
@@ -166,17 +168,21 @@ class _RecordedForward(torch.autograd.Function):
         return None, None, *_backward(ctx, *grad_outputs[:2])
 
 
-def _is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor is an ordinary one on the CPU: no subclass, negated view, functional or other wrapped tensor."""
-    return tensor is None or torch._C._dispatch_keys(tensor).raw_repr() == _PLAIN_KEYS
-
-
 def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would do more than call the CPU kernel: for modes, the profiler, or special tensors.
 
-    A passage through it with thirteen arguments takes about 20 us. The arguments begin with query, key, value.
+    A passage through it with thirteen arguments takes about 20 us. The dispatch keys tell an ordinary CPU tensor from
+    subclasses, negated views, functional and other wrapped tensors.
     """
-    return bool(_modes_active()) or _profiling() or not all(map(_is_plain, args[:6]))
+    if _modes_active() or _profiling():
+        return True
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if torch._C._dispatch_keys(arg).raw_repr() != _PLAIN_KEYS:
+                return True
+        elif arg is not None:
+            return False  # the tensors of an operator come first
+    return False
 
 
 def _forward_below_autograd(name: str, keyset: Any, args: tuple[Any, ...]) -> Tensors3:
@@ -214,8 +220,9 @@ class _ForwardFunction(torch.autograd.Function):
         return None, *_backward(ctx, *grad_outputs[:2])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _ForwardFunction.apply(name, *_families[name].fold(info, in_dims[1:], args))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        name = args[0]
+        outputs = _ForwardFunction.apply(name, *_families[name].fold_forward(info, in_dims[1:], args[1:]))
         return tuple(unfold(info, output) for output in outputs), (0, 0, 0)
 
 
@@ -228,19 +235,27 @@ class _BackwardFunction(torch.autograd.Function):
         return _families[name].backward(*args)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        grads = _BackwardFunction.apply(name, *_families[name].fold(info, in_dims[1:], args))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        name = args[0]
+        grads = _BackwardFunction.apply(name, *_families[name].fold_backward(info, in_dims[1:], args[1:]))
         return tuple(unfold(info, grad) for grad in grads), (0, 0, 0)
 
 
-def register_derivative(name: str, forward: Any, backward: Any, saved: Saved, fold: Fold = fold) -> None:
+def register_derivative(
+    name: str, forward: Any, backward: Any, saved: Saved, fold_forward: Fold = fold, fold_backward: Fold = fold
+) -> None:
     """Make a forward operator differentiable.
 
     Its first three arguments are query, key and value, its results are out, lse and plan. Its backward operator takes
-    the cotangents of out and lse, then what `saved` returns, and returns the gradients of query, key and value.
+    the cotangents of out and lse, then what `saved` returns, and returns the gradients of query, key and value. The two
+    folds bring the arguments of the two operators below torch.vmap to those of one call on a larger batch.
     """
-    _families[name] = _Family(forward, backward, saved, fold)
-    _library.impl(name, lambda keyset, *args: _record(name, keyset, args), "Autograd", with_keyset=True)
+    _families[name] = _Family(forward, backward, saved, fold_forward, fold_backward)
+
+    def record(keyset: Any, *args: Any) -> Tensors3:
+        return _record(name, keyset, args)
+
+    _library.impl(name, record, "Autograd", with_keyset=True)
     torch.library.register_autograd(str(backward.name()), _refuse_double_backward, lib=_library)
 
 

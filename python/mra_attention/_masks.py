@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from ._checks import check_bool_mask
 from ._shapes import Shape, broadcast, text
@@ -59,8 +58,6 @@ def _check_kind(mask: Any) -> None:
     if type(mask) is Tensor and mask.dtype is torch.bool:
         check_bool_mask("attn_mask", mask)
         return
-    if isinstance(mask, CausalBias):
-        raise NotImplementedError(f"attn_mask is a CausalBias: causal attention is for later; {_SUPPORTED}")
     if isinstance(mask, Tensor) and mask.is_floating_point():
         raise NotImplementedError(f"attn_mask is additive ({mask.dtype}): such masks are for later; {_SUPPORTED}")
     check_bool_mask("attn_mask", mask)

@@ -6,12 +6,14 @@
 //! are packed transposed once per tile; keys and values are read where they lie.
 
 mod gemm;
+mod largest;
 mod matrix;
 mod pack;
 mod pool;
 mod softmax;
 
 pub(crate) use gemm::{Gemm, Init};
+pub(crate) use largest::{AllFinite, Largest};
 pub(crate) use matrix::{Matrix, MatrixMut};
 pub(crate) use pack::{SQUARE, pack_rows, pack_transposed};
 pub(crate) use pool::AddRows;

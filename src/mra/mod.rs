@@ -4,6 +4,7 @@ mod attend;
 mod backward;
 mod blocks;
 mod budget;
+mod causal;
 mod coarse;
 mod coarse_backward;
 mod forward;
@@ -18,6 +19,9 @@ mod tile;
 
 pub use backward::{Gradients, Saved, backward};
 pub use budget::Budget;
+pub use causal::{
+    CausalBudget, CausalOptions, CausalProblem, PooledInputs, causal_backward, causal_forward, causal_forward_selecting, pool,
+};
 pub use forward::{Inputs, forward, forward_selecting};
 pub use plan::Plan;
 pub use problem::{Mask, Mode, Options, Problem};

@@ -44,6 +44,20 @@ impl<T: Scalar> Pooled<T> {
         Self { means, blocks, width }
     }
 
+    /// Copies means that the caller has pooled, `(B, H, blocks, D)`.
+    pub(crate) fn copied(problem: &Problem, means: &Tensor<'_, T>) -> Self {
+        let [batch, heads, blocks, channels] = means.shape();
+        let width = problem.padded::<T>(channels);
+        let mut copy = Buffer::zeros(batch * heads * blocks * width);
+        for head in 0..batch * heads {
+            let rows = means.head(head / heads, head % heads);
+            for block in 0..blocks {
+                copy[(head * blocks + block) * width..][..channels].copy_from_slice(rows.row(block));
+            }
+        }
+        Self { means: copy, blocks, width }
+    }
+
     /// The rows of one head; heads of all batch items are numbered through.
     pub(crate) fn head(&self, head: usize) -> Rows<'_, T> {
         let size = self.blocks * self.width;

@@ -52,6 +52,10 @@ pub trait Simd<T>: Copy {
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger of both lanes; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of both lanes; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
+    fn at_least(self, a: Self::V, b: Self::V) -> u32;
     /// `e` to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp`](self::exp).
     fn exp(self, x: Self::V) -> Self::V;
 }
