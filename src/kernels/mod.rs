@@ -5,11 +5,13 @@
 //! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
 //! are packed transposed once per tile; keys and values are read where they lie.
 
+mod dropout;
 mod gemm;
 mod matrix;
 mod pack;
 mod softmax;
 
+pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use matrix::{Matrix, MatrixMut};
 pub(crate) use pack::{SQUARE, pack_rows, pack_transposed};
