@@ -12,6 +12,8 @@ from ._outputs import empty_grads, empty_outputs, empty_plan
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4}
 
+_UINT64 = 2**64 - 1
+
 _Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int]
 
 
@@ -34,11 +36,19 @@ def _describe_optional(tensor: Tensor | None) -> _Descriptor | None:
     return None if tensor is None else _describe(tensor)
 
 
+def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> _Descriptor | None:
+    """Describe a mask or bias that broadcasts to `(B, H, Lq, Lk)`, repeated by strides of 0."""
+    if bias is None:
+        return None
+    return _describe(bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
+
+
 def select_blocks(
     query: Tensor,
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     blocks_per_row: float,
@@ -56,6 +66,7 @@ def select_blocks(
         _describe(key),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         scale=scale,
         block_size=block_size,
@@ -74,10 +85,13 @@ def forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
@@ -95,6 +109,7 @@ def forward(
         _describe(value),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe_optional(plan),
         _describe(plan_out),
         _describe(out),
@@ -102,6 +117,8 @@ def forward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         blocks_per_row=blocks_per_row,
         num_blocks=num_blocks,
         first_blocks=first_blocks,
@@ -121,10 +138,13 @@ def backward(
     lse: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     grads = empty_grads(query, key, value)
@@ -142,6 +162,7 @@ def backward(
         _describe(lse),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         _describe(grads[0]),
         _describe(grads[1]),
@@ -149,6 +170,8 @@ def backward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         threads=torch.get_num_threads(),
     )
     return grads

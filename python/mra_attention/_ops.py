@@ -28,13 +28,15 @@ from ._outputs import empty_grads, empty_outputs, empty_plan
 _Tensors3: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 _SCHEMAS = {
-    "select_blocks": "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, float scale, SymInt block_size, "
+    "select_blocks": "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, float scale, SymInt block_size, "
     "float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, SymInt diagonal_blocks) -> Tensor",
-    "forward": "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, Tensor? plan, "
-    "float scale, SymInt block_size, bool sparse, float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, "
+    "forward": "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
+    "Tensor? attn_bias, Tensor? plan, Tensor? seed, float scale, SymInt block_size, bool sparse, float dropout_p, "
+    "float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, "
     "SymInt diagonal_blocks) -> (Tensor out, Tensor lse, Tensor plan_out)",
     "backward": "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    "Tensor? key_mask, Tensor? query_mask, Tensor plan, float scale, SymInt block_size, bool sparse) "
+    "Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, Tensor plan, Tensor? seed, float scale, "
+    "SymInt block_size, bool sparse, float dropout_p) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
 }
 
@@ -73,11 +75,12 @@ def _fake_select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     *_: Any,
 ) -> Tensor:
-    _check_device(query, key, key_mask, query_mask)
+    _check_device(query, key, key_mask, query_mask, attn_bias)
     return empty_plan(query, key, block_size)
 
 
@@ -87,12 +90,14 @@ def _fake_forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     *_: Any,
 ) -> _Tensors3:
-    _check_device(query, key, value, key_mask, query_mask, plan)
+    _check_device(query, key, value, key_mask, query_mask, attn_bias, plan, seed)
     return empty_outputs(query, key, value, block_size)
 
 
@@ -106,10 +111,12 @@ def _fake_backward(
     lse: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor,
+    seed: Tensor | None,
     *_: Any,
 ) -> _Tensors3:
-    _check_device(query, grad_out, grad_lse, key, value, out, lse, key_mask, query_mask, plan)
+    _check_device(query, grad_out, grad_lse, key, value, out, lse, key_mask, query_mask, attn_bias, plan, seed)
     return empty_grads(query, key, value)
 
 
@@ -132,31 +139,31 @@ def _refuse_forward_ad(*tensors: Tensor | None) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: _Tensors3) -> None:
-    query, key, value, key_mask, query_mask, _, scale, block_size, sparse = inputs[:9]
+    query, key, value, key_mask, query_mask, attn_bias, _, seed = inputs[:8]
     out, lse, plan = output
-    ctx.save_for_backward(query, key, value, out, lse, key_mask, query_mask, plan)
-    ctx.scale, ctx.block_size, ctx.sparse = scale, block_size, sparse
+    ctx.save_for_backward(query, key, value, out, lse, key_mask, query_mask, attn_bias, plan, seed)
+    ctx.settings = inputs[8:12]
     ctx.mark_non_differentiable(plan)
     ctx.set_materialize_grads(False)  # an lse that nobody uses then costs nothing
 
 
 def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     grad_out, grad_lse, _ = grad_outputs
-    query, key, value, out, lse, key_mask, query_mask, plan = ctx.saved_tensors
+    query, key, value, *_ = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is None and grad_lse is not None:
-        grad_out = torch.zeros_like(out)
+        grad_out = torch.zeros_like(ctx.saved_tensors[3])
     if grad_out is not None:
         _refuse_forward_ad(grad_out, grad_lse, query, key, value)
-        args = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan)
+        args = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
         if _transforms_active():
-            grads = _BackwardFunction.apply(*args, ctx.scale, ctx.block_size, ctx.sparse)
+            grads = _BackwardFunction.apply(*args)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-            grads = _backward_op(*args, ctx.scale, ctx.block_size, ctx.sparse)
+            grads = _backward_op(*args)
         else:  # nothing to record, so the autograd kernel can be left out
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward_op(*args, ctx.scale, ctx.block_size, ctx.sparse)
-    return *grads, *(None,) * 10
+                grads = _backward_op(*args)
+    return *grads, *(None,) * 13
 
 
 class _RecordedForward(torch.autograd.Function):
@@ -201,14 +208,35 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     )
 
 
-def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Move the dimension that torch.vmap maps into the batch dimension of every tensor."""
+def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], bias_at: int) -> list[Any]:
+    """Move the dimension that torch.vmap maps into the batch dimension of every tensor.
+
+    The mask or bias, argument `bias_at`, may have the batch size 1, and keeps it where that serves: it is large.
+    """
 
     def fold(tensor: Tensor, dim: int | None) -> Tensor:
         mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         return mapped.flatten(0, 1)
 
-    return [fold(arg, dim) if isinstance(arg, Tensor) else arg for arg, dim in zip(args, in_dims, strict=True)]
+    folded = [fold(arg, dim) if isinstance(arg, Tensor) else arg for arg, dim in zip(args, in_dims, strict=True)]
+    bias, dim = args[bias_at], in_dims[bias_at]
+    if isinstance(bias, Tensor):
+        bias = bias.unsqueeze(0) if dim is None else bias.movedim(dim, 0)
+        if bias.shape[0] == bias.shape[1] == 1:
+            folded[bias_at] = bias[0]
+        else:
+            batch = folded[0].shape[0] // info.batch_size
+            folded[bias_at] = bias.expand(info.batch_size, batch, *bias.shape[2:]).flatten(0, 1)
+    return folded
+
+
+def _refuse_vmap_dropout(dropout_p: float) -> None:
+    """Raise if weights are dropped below torch.vmap: folded into one batch, all maps would differ in what is dropped."""
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p={dropout_p!r} below torch.vmap: mra_attention draws one seed for a call, which is neither "
+            "randomness='same' nor 'different'; pass dropout_p=0.0, or call without vmap on a batch"
+        )
 
 
 def _unfold(info: Any, tensor: Tensor) -> Tensor:
@@ -226,7 +254,7 @@ class _SelectBlocksFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _unfold(info, _SelectBlocksFunction.apply(*_fold(info, in_dims, args))), 0
+        return _unfold(info, _SelectBlocksFunction.apply(*_fold(info, in_dims, args, 4))), 0
 
 
 class _ForwardFunction(torch.autograd.Function):
@@ -239,7 +267,8 @@ class _ForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _ForwardFunction.apply(*_fold(info, in_dims, args))
+        _refuse_vmap_dropout(args[11])
+        outputs = _ForwardFunction.apply(*_fold(info, in_dims, args, 5))
         return tuple(_unfold(info, output) for output in outputs), (0, 0, 0)
 
 
@@ -253,7 +282,8 @@ class _BackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        grads = _BackwardFunction.apply(*_fold(info, in_dims, args))
+        _refuse_vmap_dropout(args[14])
+        grads = _BackwardFunction.apply(*_fold(info, in_dims, args, 9))
         return tuple(_unfold(info, grad) for grad in grads), (0, 0, 0)
 
 
@@ -272,6 +302,7 @@ def select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     blocks_per_row: float,
@@ -286,6 +317,7 @@ def select_blocks(
         key,
         key_mask,
         query_mask,
+        attn_bias,
         scale,
         block_size,
         blocks_per_row,
@@ -301,27 +333,33 @@ def forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
     diagonal_blocks: int,
 ) -> _Tensors3:
     """Return the output, the log-sum-exp and the plan of 4-D inputs."""
-    _refuse_forward_ad(query, key, value)
+    _refuse_forward_ad(query, key, value, attn_bias)
     args = (
         query,
         key,
         value,
         key_mask,
         query_mask,
+        attn_bias,
         plan,
+        seed,
         scale,
         block_size,
         sparse,
+        dropout_p,
         blocks_per_row,
         num_blocks,
         first_blocks,

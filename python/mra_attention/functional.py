@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from . import _checks, _masks, _ops, _shapes
 from ._plan import Plan
 
 __all__ = ["plan", "scaled_dot_product_attention"]
+
+_Masks: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_MASKS: _Masks = (None, None, None)
 
 
 @overload
@@ -172,20 +175,23 @@ def scaled_dot_product_attention(
     torch.Size([1, 4, 1000, 64])
     """
     sparse = _checks.is_sparse(mode)
-    _checks.check_dropout(dropout_p)
+    dropout_p = _checks.dropout(dropout_p)
     _checks.check_bool("return_lse", return_lse)
     block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     if plan is not None:
         _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    inputs, lead, key_mask, query_mask = _arrange(
-        (query, key, value), attn_mask, is_causal, enable_gqa, query_padding_mask
-    )
+    inputs, lead, masks = _arrange((query, key, value), attn_mask, is_causal, enable_gqa, query_padding_mask)
     query, key, value = inputs
     if plan is not None:
         _checks.check_plan(plan, query, key, block_size)
     scale = _checks.scale_or_default(scale, query.shape[3])
     bits = None if plan is None else plan.bits
-    out, lse, _ = _ops.forward(query, key, value, key_mask, query_mask, bits, scale, block_size, sparse, *selection)
+    # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
+    # must leave torch's generator alone.
+    seed = None if dropout_p == 0.0 else torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    out, lse, _ = _ops.forward(
+        query, key, value, *masks, bits, seed, scale, block_size, sparse, dropout_p, *selection
+    )
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
     if not return_lse:
@@ -267,10 +273,10 @@ def plan(
     """
     _checks.is_sparse(mode)
     block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    inputs, _, key_mask, query_mask = _arrange((query, key), attn_mask, is_causal, enable_gqa, query_padding_mask)
+    inputs, _, masks = _arrange((query, key), attn_mask, is_causal, enable_gqa, query_padding_mask)
     query, key = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
-    bits = _ops.select_blocks(query, key, key_mask, query_mask, scale, block_size, *selection)
+    bits = _ops.select_blocks(query, key, *masks, scale, block_size, *selection)
     return Plan(bits, query.shape[2], key.shape[2], block_size)
 
 
@@ -296,23 +302,29 @@ def _arrange(
     is_causal: bool,
     enable_gqa: bool,
     query_padding_mask: Tensor | None,
-) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, Tensor | None, Tensor | None]:
-    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys and queries."""
+) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, _Masks]:
+    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys, queries and pairs."""
     if torch.is_autocast_enabled("cpu"):
         inputs = _autocast(inputs)
+        if attn_mask is not None:
+            (attn_mask,) = _autocast((attn_mask,))
     _checks.check_inputs(*inputs)
     _checks.check_causal(is_causal)
     _checks.check_bool("enable_gqa", enable_gqa)
     inputs, lead = _shapes.arrange(inputs, enable_gqa)
-    key_mask = query_mask = None
+    masks = _NO_MASKS
     if attn_mask is not None or query_padding_mask is not None:
         query_length, key_length = inputs[0].shape[2], inputs[1].shape[2]
         lead_or_default = tuple(inputs[0].shape[:2]) if lead is None else lead
+        key_mask = query_mask = attn_bias = None
         if attn_mask is not None:
-            key_mask = _masks.key_mask(attn_mask, lead_or_default, query_length, key_length)
+            key_mask, attn_bias = _masks.key_mask_or_bias(
+                attn_mask, inputs[0].dtype, lead_or_default, query_length, key_length
+            )
         if query_padding_mask is not None:
             query_mask = _masks.query_mask(query_padding_mask, lead_or_default, query_length)
-    return inputs, lead, key_mask, query_mask
+        masks = (key_mask, query_mask, attn_bias)
+    return inputs, lead, masks
 
 
 def _autocast(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

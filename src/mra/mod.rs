@@ -2,10 +2,14 @@
 
 mod attend;
 mod backward;
+mod bias;
+mod bias_tile;
 mod blocks;
 mod budget;
 mod coarse;
 mod coarse_backward;
+mod dropped;
+mod finite;
 mod forward;
 mod gradient_tile;
 mod plan;
@@ -16,6 +20,7 @@ mod select;
 mod strip;
 mod tile;
 
+pub use bias::{Bias, BiasData};
 pub use backward::{Gradients, Saved, backward};
 pub use budget::Budget;
 pub use forward::{Inputs, forward, forward_selecting};

@@ -60,25 +60,35 @@ struct Settings {
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 }
 
+/// What hides tokens or pairs of them.
+#[derive(Clone, Copy)]
+struct Masks<'a> {
+    key: Option<&'a Descriptor>,
+    query: Option<&'a Descriptor>,
+    bias: Option<&'a Descriptor>,
+}
+
 impl Settings {
-    fn problem(
-        self,
-        query: &Descriptor,
-        key: &Descriptor,
-        key_mask: Option<&Descriptor>,
-        query_mask: Option<&Descriptor>,
-    ) -> crate::Result<Problem> {
-        // SAFETY: the Python layer keeps every tensor alive during the call; `Descriptor` has checked the rest.
+    /// # Safety
+    /// - The masks belong to tensors that live, unchanged, as long as the problem.
+    unsafe fn problem<'a>(self, query: &Descriptor, key: &Descriptor, masks: Masks<'_>) -> crate::Result<Problem<'a>> {
+        // SAFETY: the caller's; `Descriptor` checks the rest.
         let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
         let options = Options {
             block_size: self.block_size,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
-            key_mask: mask("key_mask", key_mask)?,
-            query_mask: mask("query_mask", query_mask)?,
+            key_mask: mask("key_mask", masks.key)?,
+            query_mask: mask("query_mask", masks.query)?,
+            // SAFETY: the caller's; `Descriptor` checks the rest.
+            bias: masks.bias.map(|bias| unsafe { bias.bias("attn_bias") }).transpose()?,
+            dropout: self.dropout_p,
+            seed: self.seed,
             threads: self.threads,
             level: Level::current()?,
         };
@@ -87,13 +97,14 @@ impl Settings {
 }
 
 #[pyfunction]
-#[pyo3(signature = (query, key, key_mask, query_mask, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, key_mask, query_mask, attn_bias, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn select_blocks(
     py: Python<'_>,
     query: Descriptor,
     key: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     scale: f64,
     block_size: usize,
@@ -103,7 +114,7 @@ fn select_blocks(
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse: false, threads };
+    let settings = Settings { scale, block_size, sparse: false, dropout_p: 0.0, seed: 0, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -111,9 +122,12 @@ fn select_blocks(
             ("key", Some(&key)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
         ]);
         check_disjoint(&[("plan", &plan)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.bytes_mut("plan")?) };
@@ -124,7 +138,7 @@ fn select_blocks(
 }
 
 #[pyfunction(name = "forward")]
-#[pyo3(signature = (query, key, value, key_mask, query_mask, plan_in, plan_out, out, lse, *, scale, block_size, sparse, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, value, key_mask, query_mask, attn_bias, plan_in, plan_out, out, lse, *, scale, block_size, sparse, dropout_p, seed, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn forward_py(
     py: Python<'_>,
     query: Descriptor,
@@ -132,6 +146,7 @@ fn forward_py(
     value: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan_in: Option<Descriptor>,
     plan_out: Descriptor,
     out: Descriptor,
@@ -139,13 +154,15 @@ fn forward_py(
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     blocks_per_row: f64,
     num_blocks: Option<usize>,
     first_blocks: usize,
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -154,10 +171,13 @@ fn forward_py(
             ("value", Some(&value)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan_in", plan_in.as_ref()),
         ]);
         check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -181,7 +201,7 @@ fn forward_py(
 }
 
 #[pyfunction(name = "backward")]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, attn_bias, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, dropout_p, seed, threads))]
 fn backward_py(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -193,6 +213,7 @@ fn backward_py(
     lse: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     grad_query: Descriptor,
     grad_key: Descriptor,
@@ -200,9 +221,11 @@ fn backward_py(
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     py.detach(|| {
         let reads = named([
             ("grad_out", Some(&grad_out)),
@@ -214,10 +237,13 @@ fn backward_py(
             ("lse", Some(&lse)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan", Some(&plan)),
         ]);
         check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
