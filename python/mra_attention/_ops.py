@@ -149,13 +149,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: _Tensors3) -> 
 
 def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     grad_out, grad_lse, _ = grad_outputs
-    query, key, value, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: a checkpoint recomputes it for a single use
+    query, key, value, out = saved[:4]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is None and grad_lse is not None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[3])
+        grad_out = torch.zeros_like(out)
     if grad_out is not None:
         _refuse_forward_ad(grad_out, grad_lse, query, key, value)
-        args = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+        args = (grad_out, grad_lse, *saved, *ctx.settings)
         if _transforms_active():
             grads = _BackwardFunction.apply(*args)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
