@@ -30,7 +30,8 @@ pub mod tch;
 
 pub use error::{Error, Result};
 pub use mra::{
-    Bias, BiasData, Budget, Gradients, Inputs, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting, select_blocks,
+    Bias, BiasData, Budget, Gradients, Inputs, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
+    select_blocks,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;

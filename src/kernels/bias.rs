@@ -29,3 +29,58 @@ impl<T: Scalar> Kernel<T> for AddBias<'_, T> {
         }
     }
 }
+
+/// Takes the bias of one query into the range and the sum of each key's biases so far. NaN counts for the sum alone.
+pub(crate) struct Extend<'a, T> {
+    /// Of each key.
+    pub(crate) bias: &'a [T],
+    /// The highest of each key so far.
+    pub(crate) highest: &'a mut [T],
+    /// The lowest of each key so far.
+    pub(crate) lowest: &'a mut [T],
+    /// The sum of each key so far.
+    pub(crate) sums: &'a mut [f64],
+}
+
+impl<T: Scalar + Into<f64>> Kernel<T> for Extend<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, _: S) {
+        let count = self.bias.len();
+        let (highest, lowest, sums) = (&mut self.highest[..count], &mut self.lowest[..count], &mut self.sums[..count]);
+        // The compiler makes vectors of these loops: one for each number type.
+        for key in 0..count {
+            let x = self.bias[key];
+            highest[key] = if x > highest[key] { x } else { highest[key] };
+            lowest[key] = if x < lowest[key] { x } else { lowest[key] };
+        }
+        for key in 0..count {
+            sums[key] += self.bias[key].into();
+        }
+    }
+}
+
+/// Takes one query's bytes of a mask into the least and the union of each key's so far.
+pub(crate) struct ExtendMask<'a> {
+    /// Of each key.
+    pub(crate) mask: &'a [u8],
+    /// 0 where a byte so far is 0.
+    pub(crate) least: &'a mut [u8],
+    /// 0 where all bytes so far are 0.
+    pub(crate) union: &'a mut [u8],
+}
+
+impl Kernel<f32> for ExtendMask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<f32>>(self, _: S) {
+        let count = self.mask.len();
+        let (least, union) = (&mut self.least[..count], &mut self.union[..count]);
+        for key in 0..count {
+            least[key] = least[key].min(self.mask[key]);
+            union[key] |= self.mask[key];
+        }
+    }
+}

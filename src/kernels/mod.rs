@@ -13,7 +13,7 @@ mod matrix;
 mod pack;
 mod softmax;
 
-pub(crate) use bias::AddBias;
+pub(crate) use bias::{AddBias, Extend, ExtendMask};
 pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use guarded::product;

@@ -1,9 +1,9 @@
 //! The running softmax of a tile of queries over strips of keys.
 
 use super::coarse::CoarseState;
+use super::dropped::Dropped;
 use super::problem::Problem;
 use super::scratch::Buffer;
-use super::dropped::Dropped;
 use super::strip::{KeySource, Strip};
 use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, SQUARE, Stream, pack_transposed, product};
 use crate::simd::{Element, Level, Scalar};

@@ -85,8 +85,7 @@ pub fn backward<E: Element>(
     let (queries, keys) = (|batch| problem.queries(batch), |batch| problem.keys(batch));
     let (query, grad_out) = ((&inputs.query, &queries as _), (&saved.grad_out, &queries as _));
     let guard = needs_guard(problem, &[query, grad_out, (&inputs.key, &keys), (&inputs.value, &keys)]);
-    let coarse =
-        (problem.mode == Mode::Full).then(|| coarse_backward(problem, inputs, &saved.grad_out, &terms, plan, guard));
+    let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, inputs, &saved.grad_out, &terms, plan, guard));
     let pass = Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, coarse, gradients, value_dim, guard };
     let (groups, products) = (problem.batch * problem.kv_heads, plan.num_blocks() * problem.block_size.pow(2) * 3);
     let threads = problem.threads_for(products * (problem.head_dim + value_dim));
@@ -207,29 +206,34 @@ impl<E: Element> Pass<'_, '_, E> {
             let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
             (buffers, Buffer::scratch(problem.block_size * key_width), Buffer::scratch(problem.block_size * value_width))
         };
-        threads::for_each(threads, problem.batch * problem.kv_heads * nk, scratch, |(Buffers { tile, strip, bias }, dk, dv), task| {
-            let (group, block) = (task / nk, task % nk);
-            let source = self.source(group);
-            let numbers = source.numbers(block);
-            dk.fill(E::Compute::ZERO);
-            dv.fill(E::Compute::ZERO);
-            strip.clear();
-            strip.push(&source, numbers.clone());
-            for head in self.heads_of(group) {
-                for &i in self.plan.column(head, block) {
-                    let blocks = problem.queries(head / problem.heads);
-                    for queries in tiles(blocks.start(i as usize)..blocks.start(i as usize + 1)) {
-                        self.start(head, queries.clone(), tile);
-                        let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: numbers.start };
-                        tile.strip(strip, &source, false, Some(sums), |logits, columns| {
-                            bias.apply(problem, (head, i as usize), &queries, strip, logits, columns);
-                        });
+        threads::for_each(
+            threads,
+            problem.batch * problem.kv_heads * nk,
+            scratch,
+            |(Buffers { tile, strip, bias }, dk, dv), task| {
+                let (group, block) = (task / nk, task % nk);
+                let source = self.source(group);
+                let numbers = source.numbers(block);
+                dk.fill(E::Compute::ZERO);
+                dv.fill(E::Compute::ZERO);
+                strip.clear();
+                strip.push(&source, numbers.clone());
+                for head in self.heads_of(group) {
+                    for &i in self.plan.column(head, block) {
+                        let blocks = problem.queries(head / problem.heads);
+                        for queries in tiles(blocks.start(i as usize)..blocks.start(i as usize + 1)) {
+                            self.start(head, queries.clone(), tile);
+                            let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: numbers.start };
+                            tile.strip(strip, &source, false, Some(sums), |logits, columns| {
+                                bias.apply(problem, (head, i as usize), &queries, strip, logits, columns);
+                            });
+                        }
                     }
                 }
-            }
-            // SAFETY: each task has its own block of keys.
-            unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
-        });
+                // SAFETY: each task has its own block of keys.
+                unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
+            },
+        );
     }
 
     fn buffers(&self) -> Buffers<E::Compute> {

@@ -10,11 +10,14 @@
 //! A pair is visible where a bool mask is true, or a bias is not `-inf`. The mask is read once for this, and again only where
 //! a block is exact. Where it is the same for all heads or all batch items, so is the result, and it is computed once.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::blocks::Blocks;
 use crate::error::{Error, Result};
-use crate::simd::Scalar;
+use crate::kernels::{Extend, ExtendMask};
+use crate::simd::{Element, Level, Scalar};
 use crate::tensor::span;
 use crate::threads;
 use crate::tiles::Chunks;
@@ -69,15 +72,14 @@ impl<'a> Bias<'a> {
         }
     }
 
+    /// Where the biases of one query start.
+    fn start(&self, [batch, head, query]: [usize; 3]) -> usize {
+        batch * self.strides[0] + head * self.strides[1] + query * self.strides[2]
+    }
+
     /// Writes the bias of one query on the valid keys with these numbers; of a mask 0, or `-inf` where it hides the key.
-    pub(crate) fn read<T: Scalar>(
-        &self,
-        [batch, head, query]: [usize; 3],
-        keys: &Blocks,
-        numbers: std::ops::Range<usize>,
-        to: &mut [T],
-    ) {
-        let start = batch * self.strides[0] + head * self.strides[1] + query * self.strides[2];
+    pub(crate) fn read<T: Scalar>(&self, [batch, head, query]: [usize; 3], keys: &Blocks, numbers: Range<usize>, to: &mut [T]) {
+        let start = self.start([batch, head, query]);
         let step = self.strides[3];
         match self.data {
             BiasData::Bool(data) => {
@@ -86,15 +88,39 @@ impl<'a> Bias<'a> {
             }
             BiasData::F32(data) => gather(&data[start..], step, keys, numbers, to, |&x| T::from_f64(f64::from(x))),
             BiasData::F64(data) => gather(&data[start..], step, keys, numbers, to, |&x| T::from_f64(x)),
-            BiasData::Bf16(data) => gather(&data[start..], step, keys, numbers, to, |&x| T::from_f64(f64::from(x))),
-            BiasData::F16(data) => gather(&data[start..], step, keys, numbers, to, |&x| T::from_f64(f64::from(x))),
+            BiasData::Bf16(data) => gather_half(data, start, step, keys, numbers, to),
+            BiasData::F16(data) => gather_half(data, start, step, keys, numbers, to),
         }
+    }
+}
+
+/// As [`gather`], by whole vectors where the elements lie together.
+fn gather_half<E: Element<Compute = f32>, T: Scalar>(
+    data: &[E],
+    start: usize,
+    step: usize,
+    keys: &Blocks,
+    numbers: Range<usize>,
+    to: &mut [T],
+) {
+    let mut wide = [0.0; 64];
+    if let Some(row) = in_place(data, start, step, keys, numbers.clone()) {
+        for (to, from) in to.chunks_mut(wide.len()).zip(row.chunks(wide.len())) {
+            let wide = &mut wide[..from.len()];
+            E::widen(from, wide);
+            to.iter_mut().zip(wide).for_each(|(to, x)| *to = T::from_f64(f64::from(*x)));
+        }
+    } else {
+        gather(&data[start..], step, keys, numbers, to, |x| {
+            E::widen(std::slice::from_ref(x), &mut wide[..1]);
+            T::from_f64(f64::from(wide[0]))
+        });
     }
 }
 
 /// Converts the elements of the keys with these numbers, `step` apart.
 #[inline(always)]
-fn gather<E, T>(data: &[E], step: usize, keys: &Blocks, numbers: std::ops::Range<usize>, to: &mut [T], value: impl Fn(&E) -> T) {
+fn gather<E, T>(data: &[E], step: usize, keys: &Blocks, numbers: Range<usize>, to: &mut [T], mut value: impl FnMut(&E) -> T) {
     if numbers.is_empty() {
         return;
     }
@@ -169,7 +195,7 @@ impl<'a> HeadPairs<'a> {
 
 impl<'a> Pairs<'a> {
     /// Reads the bias of a problem with these blocks of queries and of keys: one for each batch item, or one for all.
-    pub(crate) fn new(bias: Bias<'a>, queries: &[Blocks], keys: &[Blocks], threads: usize) -> Self {
+    pub(crate) fn new(bias: Bias<'a>, queries: &[Blocks], keys: &[Blocks], threads: usize, level: Level) -> Self {
         let [batch, heads, ..] = bias.shape;
         let (rows, columns) = (queries[0].len(), keys[0].len());
         let same_items = bias.strides[0] == 0 && queries.len() == 1 && keys.len() == 1;
@@ -187,11 +213,14 @@ impl<'a> Pairs<'a> {
             let (kinds, means) = unsafe { (to_kinds.get_mut(task), to_means.get_mut(if mask { 0 } else { task })) };
             let tokens = (queries.start(i)..queries.start(i + 1)).map(|number| queries.token(number));
             // Where all queries have the same bias, one of them tells.
-            let tokens = tokens.take(if bias.strides[2] == 0 { 1 } else { usize::MAX });
+            let queries = tokens.take(if bias.strides[2] == 0 { 1 } else { usize::MAX });
+            let row = BlockRow { level, bias: &bias, item, head, queries, keys };
+            let Scan { singles, doubles, sums, .. } = scan;
             match bias.data {
-                BiasData::Bool(data) => scan.mask(data, &bias, [item, head], tokens, keys, kinds),
-                BiasData::F64(_) => scan.additive::<f64>(&bias, [item, head], tokens, keys, kinds, means),
-                _ => scan.additive::<f32>(&bias, [item, head], tokens, keys, kinds, means),
+                BiasData::Bool(data) => row.scan_mask(scan, data, kinds),
+                BiasData::F64(data) => row.scan(doubles, sums, Some(data), kinds, means),
+                BiasData::F32(data) => row.scan(singles, sums, Some(data), kinds, means),
+                BiasData::Bf16(_) | BiasData::F16(_) => row.scan(singles, sums, None, kinds, means),
             }
         });
         let blocks = rows * columns;
@@ -214,134 +243,129 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// What is known of the blocks of a row after some of its queries.
+/// Keys that are scanned together for all queries of a block: what is known of them stays in a first-level cache.
+const SCAN_KEYS: usize = 1024;
+
+/// What is known of the keys of a few blocks after some queries.
 #[derive(Debug, Default)]
 struct Scan {
-    bytes: Vec<u8>,
-    singles: Vec<f32>,
-    doubles: Vec<f64>,
-    ranges: Vec<Extent>,
+    bytes: [Vec<u8>; 3],
+    singles: [Vec<f32>; 3],
+    doubles: [Vec<f64>; 3],
+    sums: Vec<f64>,
 }
 
-/// Of the biases of a block so far.
-#[derive(Debug, Clone, Copy)]
-struct Extent {
-    lowest: f64,
-    highest: f64,
-    sum: f64,
+/// One row of blocks of a bias.
+struct BlockRow<'a, I> {
+    level: Level,
+    bias: &'a Bias<'a>,
+    item: usize,
+    head: usize,
+    queries: I,
+    keys: &'a Blocks,
 }
 
-impl Scan {
-    fn mask(
-        &mut self,
-        data: &[u8],
-        bias: &Bias<'_>,
-        [item, head]: [usize; 2],
-        tokens: impl Iterator<Item = usize>,
-        keys: &Blocks,
-        kinds: &mut [Kind],
-    ) {
-        let count = keys.start(kinds.len());
-        self.bytes.resize(count, 0);
-        for (index, token) in tokens.enumerate() {
-            let start = item * bias.strides[0] + head * bias.strides[1] + token * bias.strides[2];
-            if count > 0 {
-                gather(&data[start..], bias.strides[3], keys, 0..count, &mut self.bytes, |&byte| byte);
-            }
-            for (j, kind) in kinds.iter_mut().enumerate() {
-                let bytes = &self.bytes[keys.start(j)..keys.start(j + 1)];
-                let any = bytes.iter().fold(0, |any, &byte| any | byte) != 0;
-                let all = bytes.iter().fold(u8::MAX, |least, &byte| least.min(byte)) != 0;
-                let found = match (bytes.is_empty(), any, all) {
-                    (true, ..) | (_, false, _) => Kind::Dead,
-                    (_, _, true) => Kind::Open,
-                    _ => Kind::Cut,
-                };
-                *kind = if index == 0 || *kind == found { found } else { Kind::Cut };
-            }
+impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
+    /// Calls `body` with consecutive blocks and the numbers of their keys, about [`SCAN_KEYS`] at a time.
+    fn for_parts(&self, blocks: usize, mut body: impl FnMut(Range<usize>, Range<usize>)) {
+        let mut start = 0;
+        while start < blocks {
+            let end = (start + 1..blocks).find(|&j| self.keys.start(j + 1) - self.keys.start(start) > SCAN_KEYS);
+            let end = end.unwrap_or(blocks);
+            body(start..end, self.keys.start(start)..self.keys.start(end));
+            start = end;
         }
     }
 
-    fn additive<S: Scalar + Into<f64> + Line>(
-        &mut self,
-        bias: &Bias<'_>,
-        [item, head]: [usize; 2],
-        tokens: impl Iterator<Item = usize>,
-        keys: &Blocks,
+    fn place(&self, query: usize) -> [usize; 3] {
+        [self.item, self.head, query]
+    }
+
+    fn scan_mask(&self, scan: &mut Scan, data: &[u8], kinds: &mut [Kind]) {
+        let [line, least, union] = &mut scan.bytes;
+        self.for_parts(kinds.len(), |blocks, numbers| {
+            line.resize(numbers.len(), 0);
+            refill(least, numbers.len(), u8::MAX);
+            refill(union, numbers.len(), 0);
+            for query in self.queries.clone() {
+                let start = self.bias.start(self.place(query));
+                let mask = in_place(data, start, self.bias.strides[3], self.keys, numbers.clone()).unwrap_or_else(|| {
+                    gather(&data[start..], self.bias.strides[3], self.keys, numbers.clone(), line, |&byte| byte);
+                    line
+                });
+                f32::run(self.level, ExtendMask { mask, least, union });
+            }
+            for j in blocks {
+                let keys = self.keys.start(j) - numbers.start..self.keys.start(j + 1) - numbers.start;
+                kinds[j] = if union[keys.clone()].iter().all(|&byte| byte == 0) {
+                    Kind::Dead
+                } else if least[keys].iter().all(|&byte| byte != 0) {
+                    Kind::Open
+                } else {
+                    Kind::Cut
+                };
+            }
+        });
+    }
+
+    fn scan<S: Scalar + Into<f64>>(
+        &self,
+        lines: &mut [Vec<S>; 3],
+        sums: &mut Vec<f64>,
+        data: Option<&[S]>,
         kinds: &mut [Kind],
         means: &mut [f64],
     ) {
-        let count = keys.start(kinds.len());
-        let mut line = std::mem::take(S::line(self));
-        line.resize(count, S::ZERO);
-        self.ranges.clear();
-        self.ranges.resize(kinds.len(), Extent { lowest: f64::INFINITY, highest: f64::NEG_INFINITY, sum: 0.0 });
-        let mut rows = 0;
-        for token in tokens {
-            rows += 1;
-            bias.read([item, head, token], keys, 0..count, &mut line);
-            for (j, range) in self.ranges.iter_mut().enumerate() {
-                let (lowest, highest, sum) = extent(&line[keys.start(j)..keys.start(j + 1)]);
-                range.lowest = range.lowest.min(lowest);
-                range.highest = range.highest.max(highest);
-                range.sum += sum;
+        let [line, lowest, highest] = lines;
+        let rows = self.queries.clone().count();
+        self.for_parts(kinds.len(), |blocks, numbers| {
+            line.resize(numbers.len(), S::ZERO);
+            refill(lowest, numbers.len(), S::INFINITY);
+            refill(highest, numbers.len(), S::NEG_INFINITY);
+            refill(sums, numbers.len(), 0.0);
+            for query in self.queries.clone() {
+                let start = self.bias.start(self.place(query));
+                let row = data.and_then(|data| in_place(data, start, self.bias.strides[3], self.keys, numbers.clone()));
+                let bias = row.unwrap_or_else(|| {
+                    self.bias.read(self.place(query), self.keys, numbers.clone(), line);
+                    line
+                });
+                S::run(self.level, Extend { bias, highest, lowest, sums });
             }
-        }
-        *S::line(self) = line;
-        for (j, (kind, mean)) in kinds.iter_mut().zip(means).enumerate() {
-            let Extent { lowest, highest, sum } = self.ranges[j];
-            // Not a number hides in neither bound, but in the sum.
-            let hidden = highest == f64::NEG_INFINITY && !sum.is_nan();
-            *kind = if rows == 0 || keys.count(j) == 0 || hidden {
-                Kind::Dead
-            } else if sum.is_nan() || highest - lowest > WIDEST || lowest.is_infinite() || highest.is_infinite() {
-                Kind::Cut
-            } else {
-                Kind::Open
-            };
-            // The sum of numbers near the lowest one overflows.
-            *mean = (sum / (rows * keys.count(j)).max(1) as f64).max(lowest);
-        }
+            for j in blocks {
+                let keys = self.keys.start(j) - numbers.start..self.keys.start(j + 1) - numbers.start;
+                let highest = highest[keys.clone()].iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max);
+                let lowest = lowest[keys.clone()].iter().map(|&x| x.into()).fold(f64::INFINITY, f64::min);
+                let sum: f64 = sums[keys.clone()].iter().sum();
+                kinds[j] = kind_of(lowest, highest, sum, rows * keys.len());
+                // The sum of numbers near the lowest one overflows.
+                means[j] = (sum / (rows * keys.len()).max(1) as f64).max(lowest);
+            }
+        });
     }
 }
 
-/// A line of biases in the number type that it is read in.
-trait Line: Sized {
-    fn line(scan: &mut Scan) -> &mut Vec<Self>;
-}
-
-impl Line for f32 {
-    fn line(scan: &mut Scan) -> &mut Vec<Self> {
-        &mut scan.singles
+/// What a block is whose biases have these bounds (NaN left out), this sum and this number.
+fn kind_of(lowest: f64, highest: f64, sum: f64, count: usize) -> Kind {
+    if count == 0 || (highest == f64::NEG_INFINITY && !sum.is_nan()) {
+        Kind::Dead
+    } else if sum.is_nan() || lowest.is_infinite() || highest.is_infinite() || highest - lowest > WIDEST {
+        Kind::Cut
+    } else {
+        Kind::Open
     }
 }
 
-impl Line for f64 {
-    fn line(scan: &mut Scan) -> &mut Vec<Self> {
-        &mut scan.doubles
-    }
+/// Makes `count` elements `value`.
+fn refill<T: Copy>(elements: &mut Vec<T>, count: usize, value: T) {
+    elements.clear();
+    elements.resize(count, value);
 }
 
-/// The lowest and the highest number, NaN left out, and the sum. Eight chains let the compiler use vectors.
-fn extent<S: Scalar + Into<f64>>(line: &[S]) -> (f64, f64, f64) {
-    const CHAINS: usize = 8;
-    let (mut lowest, mut highest, mut sums) = ([S::INFINITY; CHAINS], [S::NEG_INFINITY; CHAINS], [0.0; CHAINS]);
-    let mut add = |chain: usize, x: S| {
-        lowest[chain] = if x < lowest[chain] { x } else { lowest[chain] };
-        highest[chain] = if x > highest[chain] { x } else { highest[chain] };
-        sums[chain] += x.into();
-    };
-    let chunks = line.chunks_exact(CHAINS);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for chain in 0..CHAINS {
-            add(chain, chunk[chain]);
-        }
+/// The elements of the keys with these numbers, if they lie together.
+fn in_place<'a, E>(data: &'a [E], start: usize, step: usize, keys: &Blocks, numbers: Range<usize>) -> Option<&'a [E]> {
+    if numbers.is_empty() {
+        return Some(&[]);
     }
-    for (chain, &x) in rest.iter().enumerate() {
-        add(chain, x);
-    }
-    let lowest = lowest.into_iter().map(Into::into).fold(f64::INFINITY, f64::min);
-    let highest = highest.into_iter().map(Into::into).fold(f64::NEG_INFINITY, f64::max);
-    (lowest, highest, sums.into_iter().sum())
+    (step == 1 && keys.consecutive(numbers.clone())).then(|| &data[start + keys.token(numbers.start)..][..numbers.len()])
 }

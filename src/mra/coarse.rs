@@ -141,14 +141,7 @@ fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Ran
 }
 
 /// Sets the logits of selected blocks to `-inf`.
-fn exclude<T: Scalar>(
-    logits: &mut [T],
-    columns: usize,
-    plan: &Plan,
-    head: usize,
-    rows: Range<usize>,
-    blocks: Range<usize>,
-) {
+fn exclude<T: Scalar>(logits: &mut [T], columns: usize, plan: &Plan, head: usize, rows: Range<usize>, blocks: Range<usize>) {
     for (column, i) in rows.enumerate() {
         let selected = plan.row(head, i);
         let first = selected.partition_point(|&j| (j as usize) < blocks.start);

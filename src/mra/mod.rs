@@ -20,8 +20,8 @@ mod select;
 mod strip;
 mod tile;
 
-pub use bias::{Bias, BiasData};
 pub use backward::{Gradients, Saved, backward};
+pub use bias::{Bias, BiasData};
 pub use budget::Budget;
 pub use forward::{Inputs, forward, forward_selecting};
 pub use plan::Plan;

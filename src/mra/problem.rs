@@ -137,7 +137,7 @@ impl<'a> Problem<'a> {
             mode: options.mode,
             threads: options.threads,
             level: options.level,
-            pairs: options.bias.map(|bias| Pairs::new(bias, &queries, &keys, options.threads)),
+            pairs: options.bias.map(|bias| Pairs::new(bias, &queries, &keys, options.threads, options.level)),
             dropout: Dropout::new(options.dropout, options.seed),
             queries,
             keys,
