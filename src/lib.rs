@@ -32,9 +32,9 @@ pub mod tch;
 
 pub use error::{Error, Result};
 pub use mra::{
-    Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan, PooledInputs, Problem,
-    Saved, backward, causal_backward, causal_forward, causal_forward_selecting, forward, forward_selecting, pool,
-    select_blocks,
+    Bias, BiasData, Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan,
+    PooledInputs, Problem, Saved, backward, causal_backward, causal_forward, causal_forward_selecting, forward,
+    forward_selecting, pool, select_blocks,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;

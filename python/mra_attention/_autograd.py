@@ -59,13 +59,22 @@ def check_device(query: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"all tensors must be on the same device, got {query.device} and {other.device}")
 
 
-def refuse_forward_ad(*tensors: Tensor | None) -> None:
+def refuse_dropout_below_vmap(dropout_p: float) -> None:
+    """Raise if weights are dropped below torch.vmap: in one batch, all maps would differ in what is dropped."""
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p={dropout_p!r} below torch.vmap: mra_attention draws one seed for a call, which is neither "
+            "randomness='same' nor 'different'; pass dropout_p=0.0, or call without vmap on a batch"
+        )
+
+
+def refuse_forward_ad(*args: Any) -> None:
     """Raise if a tensor carries a forward-mode tangent: an operator without a `jvp` would drop it in silence."""
     if getattr(forward_ad, "_current_level", -1) < 0:
         return
     # A compiler that traces below a forward-mode level cannot tell which tensors carry a tangent.
     if torch.compiler.is_compiling() or any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     ):
         raise NotImplementedError(
             "mra_attention has no forward-mode automatic differentiation (torch.autograd.forward_ad, torch.func.jvp, "
@@ -262,7 +271,7 @@ def register_derivative(
 def call_forward(name: str, *args: Any) -> Tensors3:
     """Call a forward operator by the shortest way that the circumstances allow."""
     query, key, value = args[:3]
-    refuse_forward_ad(query, key, value)
+    refuse_forward_ad(*args)
     if transforms_active():
         return _ForwardFunction.apply(name, *args)
     if torch.compiler.is_compiling() or _jit_tracing() or not (type(query) is type(key) is type(value) is Tensor):
