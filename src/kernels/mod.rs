@@ -14,5 +14,5 @@ mod softmax;
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use largest::{AllFinite, Largest};
 pub(crate) use matrix::{Matrix, MatrixMut};
-pub(crate) use pack::{SQUARE, pack_rows, pack_transposed};
+pub(crate) use pack::{pack_rows, pack_transposed};
 pub(crate) use softmax::{LogitGradient, OnlineSoftmax};

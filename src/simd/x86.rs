@@ -1,20 +1,21 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::{
-    __m256, __m256d, __m512, __m512d, _CMP_GE_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_pd, _mm256_add_ps,
-    _mm256_castsi256_ps, _mm256_cmp_pd, _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd,
-    _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps, _mm256_min_pd, _mm256_min_ps, _mm256_movemask_pd, _mm256_movemask_ps,
-    _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd, _mm256_set1_ps, _mm256_slli_epi32,
-    _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps, _mm512_add_pd, _mm512_add_ps,
-    _mm512_castsi512_ps, _mm512_cmp_pd_mask, _mm512_cmp_ps_mask, _mm512_cvtps_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps,
-    _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_pd, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps,
-    _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_pd,
-    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_pd, _mm512_sub_ps,
+    __m256, __m256d, __m512, __m512d, _CMP_GE_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_ps, _mm256_add_pd,
+    _mm256_add_ps, _mm256_castps128_ps256, _mm256_castsi256_ps, _mm256_cmp_pd, _mm256_cmp_ps, _mm256_cvtps_epi32,
+    _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_insertf128_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps,
+    _mm256_min_pd, _mm256_min_ps, _mm256_movemask_pd, _mm256_movemask_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps,
+    _mm256_set1_epi32, _mm256_set1_pd, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32,
+    _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    _mm512_add_pd, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cmp_pd_mask, _mm512_cmp_ps_mask, _mm512_cvtps_epi32,
+    _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_pd,
+    _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps,
+    _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_pd, _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
 use super::exp::{Exponent, exp};
-use super::{Kernel, Simd};
+use super::{Kernel, SQUARE, Simd};
 
 macro_rules! token {
     ($token:ident, $doc:literal, $features:literal, [$($feature:tt),+]) => {
@@ -51,7 +52,7 @@ token!(Avx512, "512-bit vectors.", "avx512f,avx2,fma", ["avx512f", "avx2", "fma"
 
 macro_rules! operations {
     ($token:ident, $t:ty, $v:ty, $rows:literal, exp = $exp:expr,
-     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident) => {
+     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident $(, $transpose:ident)?) => {
         impl Simd<$t> for $token {
             type V = $v;
             const LANES: usize = size_of::<$v>() / size_of::<$t>();
@@ -111,6 +112,13 @@ macro_rules! operations {
             fn exp(self, x: Self::V) -> Self::V {
                 $exp(self, x)
             }
+            $(
+                #[inline(always)]
+                unsafe fn transpose(self, rows: [*const $t; SQUARE], factor: $t, to: *mut $t, stride: usize) {
+                    // SAFETY: the token proves that the CPU has the instructions; the rest is the caller's.
+                    unsafe { $transpose(rows, factor, to, stride) }
+                }
+            )?
         }
     };
 }
@@ -161,6 +169,32 @@ unsafe fn at_least_8_wide(a: __m512d, b: __m512d) -> u32 {
     unsafe { u32::from(_mm512_cmp_pd_mask::<_CMP_GE_OQ>(a, b)) }
 }
 
+/// [`Simd::transpose`]. Halves of rows r and r + 4 are loaded into one vector; then only squares of 4 are left to transpose.
+///
+/// # Safety
+/// - The CPU has AVX2, and as [`Simd::transpose`].
+#[inline(always)]
+unsafe fn transpose_8(rows: [*const f32; SQUARE], factor: f32, to: *mut f32, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let factor = _mm256_set1_ps(factor);
+        for half in [0, 4] {
+            let mut lines = [_mm256_setzero_ps(); 4];
+            for r in 0..4 {
+                let (upper, lower) = (_mm_loadu_ps(rows[r].add(half)), _mm_loadu_ps(rows[r + 4].add(half)));
+                lines[r] = _mm256_mul_ps(_mm256_insertf128_ps::<1>(_mm256_castps128_ps256(upper), lower), factor);
+            }
+            let (a, b) = (_mm256_unpacklo_ps(lines[0], lines[1]), _mm256_unpackhi_ps(lines[0], lines[1]));
+            let (c, d) = (_mm256_unpacklo_ps(lines[2], lines[3]), _mm256_unpackhi_ps(lines[2], lines[3]));
+            let to = to.add(half * stride);
+            _mm256_storeu_ps(to, _mm256_shuffle_ps::<0b01_00_01_00>(a, c));
+            _mm256_storeu_ps(to.add(stride), _mm256_shuffle_ps::<0b11_10_11_10>(a, c));
+            _mm256_storeu_ps(to.add(2 * stride), _mm256_shuffle_ps::<0b01_00_01_00>(b, d));
+            _mm256_storeu_ps(to.add(3 * stride), _mm256_shuffle_ps::<0b11_10_11_10>(b, d));
+        }
+    }
+}
+
 // AVX2 has 16 registers: 6 rows x 2 vectors of sums, 2 vectors of one operand and 1 broadcast of the other.
 operations!(
     Avx2,
@@ -177,7 +211,8 @@ operations!(
     _mm256_fmadd_ps,
     _mm256_max_ps,
     _mm256_min_ps,
-    at_least_8
+    at_least_8,
+    transpose_8
 );
 operations!(
     Avx2,
@@ -212,7 +247,8 @@ operations!(
     _mm512_fmadd_ps,
     _mm512_max_ps,
     _mm512_min_ps,
-    at_least_16
+    at_least_16,
+    transpose_8
 );
 operations!(
     Avx512,

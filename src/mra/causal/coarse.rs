@@ -6,11 +6,11 @@ use super::lists::visible;
 use super::pooled::Means;
 use super::problem::{CausalBudget, CausalProblem, Sight};
 use super::select::Chooser;
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, SQUARE, pack_transposed};
+use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
 use crate::mra::coarse::{for_strips, weigh};
 use crate::mra::problem::Mode;
 use crate::mra::scratch::Buffer;
-use crate::simd::{Element, Scalar};
+use crate::simd::{Element, SQUARE, Scalar};
 use crate::tensor::Rows;
 
 /// Queries of a tile, at most.
@@ -151,7 +151,7 @@ impl<T: Scalar> CoarseTile<T> {
     ) {
         let inner = &problem.inner;
         let mut packed = MatrixMut::new(&mut self.packed, inner.head_dim, columns, columns);
-        pack_transposed(queries.map(|t| rows.row(t)), T::from_f64(inner.scale), &mut self.lines, &mut packed);
+        pack_transposed(inner.level, queries.map(|t| rows.row(t)), T::from_f64(inner.scale), &mut self.lines, &mut packed);
         T::run(
             inner.level,
             Gemm {

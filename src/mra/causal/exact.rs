@@ -3,10 +3,10 @@
 use super::coarse::{State, TILE_QUERIES};
 use super::lists::BlockLists;
 use super::problem::{CausalProblem, Sight};
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, SQUARE, pack_transposed};
+use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, PartView, Strip};
-use crate::simd::{Element, Level, Scalar};
+use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// Queries that meet a block together.
 pub(crate) struct Meeting<'a> {
@@ -77,11 +77,10 @@ pub(crate) struct ExactTile<T> {
     maximum: Buffer<T>,
     sum: Buffer<T>,
     rescale: Buffer<T>,
-    values: Buffer<T>,
 }
 
 impl<T: Scalar> ExactTile<T> {
-    pub(crate) fn new(problem: &CausalProblem, queries: usize, width: usize) -> Self {
+    pub(crate) fn new(problem: &CausalProblem, queries: usize) -> Self {
         let inner = &problem.inner;
         let columns = inner.padded::<T>(queries.min(TILE_QUERIES));
         Self {
@@ -94,7 +93,6 @@ impl<T: Scalar> ExactTile<T> {
             maximum: Buffer::scratch(columns),
             sum: Buffer::scratch(columns),
             rescale: Buffer::scratch(columns),
-            values: Buffer::scratch(columns * width),
         }
     }
 
@@ -145,7 +143,7 @@ impl<T: Scalar> ExactTile<T> {
         let columns = count.next_multiple_of(T::lanes(self.level));
         let rows = meeting.queries.iter().map(|&query| row(query as usize));
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(rows, self.scale, &mut self.lines, &mut packed);
+        pack_transposed(self.level, rows, self.scale, &mut self.lines, &mut packed);
         T::run(
             self.level,
             Gemm {
@@ -178,18 +176,13 @@ impl<T: Scalar> ExactTile<T> {
                 a: Matrix::new(&self.logits, meeting.keys, count, columns),
                 a_transposed: true,
                 b: part.values.row_range(0..meeting.keys),
-                c: MatrixMut::new(&mut self.values, count, width, width),
-                init: Init::Zero,
+                c: MatrixMut::new(&mut state.values, sights.len(), width, width),
+                init: Init::ScaleRowsAt(&self.rescale, meeting.queries),
             },
         );
         for (lane, &query) in meeting.queries.iter().enumerate() {
             state.maximum[query as usize] = self.maximum[lane];
             state.sum[query as usize] = self.sum[lane];
-            let rescale = self.rescale[lane];
-            let sums = &mut state.values[query as usize * width..][..width];
-            for (sum, &value) in sums.iter_mut().zip(&self.values[lane * width..][..width]) {
-                *sum = *sum * rescale + value;
-            }
         }
     }
 }

@@ -140,7 +140,7 @@ impl<T: Scalar> Scratch<T> {
             plan: Vec::with_capacity(queries * pass.width),
             lists: BlockLists::default(),
             coarse: CoarseTile::new(problem, queries),
-            exact: ExactTile::new(problem, queries, width),
+            exact: ExactTile::new(problem, queries),
             strip: Strip::new(inner, inner.head_dim, pass.value_dim),
             state: State::new(queries, width),
         }
