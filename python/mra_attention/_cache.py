@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _causal, _causal_cpu, _checks
+from ._cache_memory import Memory
 
 _SMALLEST_CAPACITY = 256
 
@@ -80,22 +81,11 @@ class KVCache:
         value_dim = head_dim if value_dim is None else _checks.integer("value_dim", value_dim, 0)
         self._max_length = None if max_length is None else _checks.integer("max_length", max_length, 1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        size = _checks.block_size(resolutions)
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
-        self._block_size = _checks.block_size(resolutions)
         self._lengths = [0] * batch_size
-        self._pooled = [0] * batch_size  # blocks of each sequence whose averages are there
-        self._allocate(batch_size, heads, head_dim, value_dim, dtype, self._max_length or 0)
-
-    def _allocate(
-        self, batch_size: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int
-    ) -> None:
-        average = torch.float64 if dtype is torch.float64 else torch.float32
-        blocks = (capacity + self._block_size - 1) // self._block_size
-        self._key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype)
-        self._value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype)
-        self._key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average)
-        self._value_means = torch.empty(batch_size, heads, blocks, value_dim, dtype=average)
+        self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, size, self._max_length or 0)
 
     @property
     def batch_size(self) -> int:
@@ -115,7 +105,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Number of tokens for which each sequence has memory."""
-        return self._key.shape[2]
+        return self._memory.capacity
 
     @property
     def max_length(self) -> int | None:
@@ -125,18 +115,18 @@ class KVCache:
     @property
     def block_size(self) -> int:
         """Tokens per block."""
-        return self._block_size
+        return self._memory.block_size
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of keys and values."""
-        return self._key.dtype
+        return self._memory.dtype
 
     def __repr__(self) -> str:
-        _, heads, capacity, head_dim = self._key.shape
+        _, heads, capacity, head_dim = self._memory.key.shape
         return (
             f"KVCache(batch_size={self.batch_size}, num_kv_heads={heads}, head_dim={head_dim}, "
-            f"value_dim={self._value.shape[3]}, lengths={self.lengths}, capacity={capacity}, dtype={self.dtype})"
+            f"value_dim={self._memory.value.shape[3]}, lengths={self.lengths}, capacity={capacity}, dtype={self.dtype})"
         )
 
     def append(self, key: Tensor, value: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
@@ -158,25 +148,20 @@ class KVCache:
             If a shape or a length does not fit, or a sequence would be longer than `max_length`. Then nothing is
             appended.
         """
-        key, value = self._check("key", key, self._key), self._check("value", value, self._value)
-        if key.shape[2] != value.shape[2]:
-            raise ValueError(f"key and value must have the same length, got {key.shape[2]} and {value.shape[2]}")
-        count, before = key.shape[2], self._lengths
-        new = None if lengths is None else self._counts("lengths", lengths, count)
-        after = [n + count for n in before] if new is None else [n + m for n, m in zip(before, new, strict=True)]
+        key, value = self._check("key", key, self._memory.key), self._check("value", value, self._memory.value)
+        count = key.shape[2]
+        if value.shape[2] != count:
+            raise ValueError(f"key and value must have the same length, got {count} and {value.shape[2]}")
+        if lengths is None:
+            after = [n + count for n in self._lengths]
+        else:
+            new = self._counts("lengths", lengths, count)
+            after = [n + m for n, m in zip(self._lengths, new, strict=True)]
         if not after:
             return
         self._reserve(max(after))
-        start = before[0]
-        if new is None and before.count(start) == len(before):
-            self._key.narrow(2, start, count).copy_(key)
-            self._value.narrow(2, start, count).copy_(value)
-        else:
-            for item, (start, end) in enumerate(zip(before, after, strict=True)):
-                self._key[item, :, start:end].copy_(key[item, :, : end - start])
-                self._value[item, :, start:end].copy_(value[item, :, : end - start])
+        self._memory.write(key, value, self._lengths, after)
         self._lengths = after
-        self._pool()
 
     @overload
     def attend(
@@ -253,26 +238,18 @@ class KVCache:
         count, ends = query.shape[2], self._lengths
         new = None if lengths is None else self._counts("lengths", lengths, count)
         offsets = [n - count for n in ends] if new is None else [n - m for n, m in zip(ends, new, strict=True)]
-        length = max(ends, default=0)
-        # One more than are complete: a query that is padding, behind the last token, may see the average of a block
-        # that is not. Whatever stands there reaches nothing but the output of this query, which is overwritten below.
-        blocks = (length + self._block_size - 1) // self._block_size
-        out, lse, _ = _causal_cpu.causal_forward(
+        out, lse = _causal_cpu.attend(
             query,
-            self._key.narrow(2, 0, length),
-            self._value.narrow(2, 0, length),
-            None,
-            None,
+            self._memory.value.shape[3],
+            self._memory.descriptors,
             offsets,
             ends,
             _checks.scale_or_default(scale, query.shape[3]),
-            self._block_size,
+            self._memory.block_size,
             sparse,
             _causal.blocks_of_a_token(_checks.positive_float("blocks_per_row", blocks_per_row)),
             _checks.integer("local_blocks", local_blocks, 1),
             _checks.integer("first_blocks", first_blocks, 0),
-            0.0,
-            (self._key_means.narrow(2, 0, blocks), self._value_means.narrow(2, 0, blocks)),
         )
         for item, valid in enumerate(new or ()):
             out[item, :, valid:] = 0.0
@@ -298,12 +275,8 @@ class KVCache:
             raise ValueError(f"indices must be integers from 0 to {size - 1}, got {chosen}")
         if chosen == list(range(size)):
             return
-        old = (self._key, self._value, self._key_means, self._value_means)
-        _, heads, capacity, head_dim = self._key.shape
-        self._allocate(len(chosen), heads, head_dim, self._value.shape[3], self.dtype, capacity)
-        lengths, pooled = [self._lengths[index] for index in chosen], [self._pooled[index] for index in chosen]
-        self._copy(old, chosen, max(lengths, default=0), max(pooled, default=0))
-        self._lengths, self._pooled = lengths, pooled
+        self._memory = self._memory.copy(chosen, self.capacity, self._lengths)
+        self._lengths = [self._lengths[index] for index in chosen]
 
     def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Forget the last tokens of sequences that are longer than they should be.
@@ -323,13 +296,11 @@ class KVCache:
         else:
             most = self._counts("lengths", lengths, None)
         self._lengths = [min(*pair) for pair in zip(self._lengths, most, strict=True)]
-        self._pooled = [min(n, m // self._block_size) for n, m in zip(self._pooled, self._lengths, strict=True)]
+        self._memory.crop(self._lengths)
 
     def reset(self) -> None:
         """Forget all tokens, but keep the memory."""
         self.crop(0)
-
-    # Checks
 
     def _check(self, name: str, tensor: Any, stored: Tensor) -> Tensor:
         """Check a tensor of new tokens, `(B, heads, n, channels)` with the sizes of what is stored."""
@@ -341,7 +312,7 @@ class KVCache:
 
     def _check_query(self, query: Any, enable_gqa: bool) -> Tensor:
         query = self._check_kind("query", query)
-        sizes, given = self._key.shape, query.shape
+        sizes, given = self._memory.key.shape, query.shape
         if len(given) != 4 or given[0] != sizes[0] or given[3] != sizes[3]:
             raise ValueError(f"query must have the shape ({sizes[0]}, heads, n, {sizes[3]}), got {tuple(given)}")
         if given[1] != sizes[1] and (not enable_gqa or given[1] % sizes[1]):
@@ -359,10 +330,10 @@ class KVCache:
                 f"{name} requires gradients, of which a KVCache keeps none; call under torch.no_grad(), or use "
                 "mra_attention.scaled_dot_product_attention with is_causal=True"
             )
-        if tensor.dtype is not self._key.dtype:
+        if tensor.dtype is not self._memory.dtype:
             if torch.is_autocast_enabled("cpu") and tensor.is_floating_point():
-                return tensor.to(self._key.dtype)
-            raise TypeError(f"{name} must be {self._key.dtype}, the dtype of the cache, got {tensor.dtype}")
+                return tensor.to(self._memory.dtype)
+            raise TypeError(f"{name} must be {self._memory.dtype}, the dtype of the cache, got {tensor.dtype}")
         return tensor
 
     def _integers(self, name: str, values: Any) -> list[int]:
@@ -383,47 +354,11 @@ class KVCache:
             raise ValueError(f"{name} must be {self.batch_size} integers {limit}, one for each sequence, got {counts}")
         return counts
 
-    # Memory
-
     def _reserve(self, length: int) -> None:
         """Make room for sequences of this length."""
         if length <= self.capacity:
             return
         if self._max_length is not None:
             raise ValueError(f"a sequence would have {length} tokens, more than max_length={self._max_length}")
-        old = (self._key, self._value, self._key_means, self._value_means)
-        batch_size, heads, capacity, head_dim = self._key.shape
-        capacity = max(length, 2 * capacity, _SMALLEST_CAPACITY)
-        self._allocate(batch_size, heads, head_dim, self._value.shape[3], self.dtype, capacity)
-        self._copy(old, None, self.length, max(self._pooled))
-
-    def _copy(self, old: tuple[Tensor, ...], chosen: list[int] | None, length: int, blocks: int) -> None:
-        """Copy what is in use from the old memory, of all sequences in order or of the chosen ones."""
-        new = (self._key, self._value, self._key_means, self._value_means)
-        for source, target, used in zip(old, new, (length, length, blocks, blocks), strict=True):
-            if chosen is None:
-                target[:, :, :used].copy_(source[:, :, :used])
-            else:
-                for item, index in enumerate(chosen):
-                    target[item, :, :used].copy_(source[index, :, :used])
-
-    def _pool(self) -> None:
-        """Average the blocks that have become complete."""
-        size = self._block_size
-        complete = [length // size for length in self._lengths]
-        if complete == self._pooled:
-            return
-        first, last = self._pooled[0], complete[0]
-        if self._pooled.count(first) == complete.count(last) == len(complete):
-            self._pool_blocks(slice(None), first, last)
-        else:
-            for item, (first, last) in enumerate(zip(self._pooled, complete, strict=True)):
-                if first < last:
-                    self._pool_blocks(slice(item, item + 1), first, last)
-        self._pooled = complete
-
-    def _pool_blocks(self, items: slice, first: int, last: int) -> None:
-        size = self._block_size
-        for tokens, means in ((self._key, self._key_means), (self._value, self._value_means)):
-            blocks = tokens[items, :, first * size : last * size]
-            _causal_cpu.pool(blocks, means[items, :, first:last], size)
+        capacity = max(length, 2 * self.capacity, _SMALLEST_CAPACITY)
+        self._memory = self._memory.copy(range(self.batch_size), capacity, self._lengths)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._descriptors import describe, describe_optional, rows
-from ._outputs import empty_causal_outputs, empty_grads
+from ._descriptors import Descriptor, describe, describe_optional, rows
+from ._outputs import empty_causal_outputs, empty_grads, empty_like_query
 
 
 def causal_forward(
@@ -27,12 +27,8 @@ def causal_forward(
     local_blocks: int,
     first_blocks: int,
     dropout_p: float,
-    pooled: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one.
-
-    `pooled` has the means of the key blocks and of the value blocks, if they are known.
-    """
+    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
     out, lse, plan_out = empty_causal_outputs(query, key, value, plan, block_size, blocks, local_blocks, first_blocks)
     query, key, value = rows(query), rows(key), rows(value)
     plan = None if plan is None else plan.contiguous()
@@ -40,8 +36,8 @@ def causal_forward(
         describe(query),
         describe(key),
         describe(value),
-        None if pooled is None else describe(pooled[0]),
-        None if pooled is None else describe(pooled[1]),
+        None,
+        None,
         describe_optional(plan),
         describe(plan_out),
         describe(out),
@@ -59,6 +55,50 @@ def causal_forward(
         threads=torch.get_num_threads(),
     )
     return out, lse, plan_out
+
+
+def attend(
+    query: Tensor,
+    value_dim: int,
+    stored: Sequence[Descriptor],
+    offsets: Sequence[int],
+    key_lengths: Sequence[int],
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks: int,
+    local_blocks: int,
+    first_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp for stored keys, values, and the averages of both."""
+    key, value, key_means, value_means = stored
+    out, lse = empty_like_query(query, value_dim)
+    width = min(key_means[1][2], max(blocks, local_blocks + first_blocks))
+    plan = torch.empty((*lse.shape, width), dtype=torch.int32)
+    query = rows(query)
+    _core.causal_forward(
+        describe(query),
+        key,
+        value,
+        key_means,
+        value_means,
+        None,
+        describe(plan),
+        describe(out),
+        describe(lse),
+        offsets=offsets,
+        key_lengths=key_lengths,
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        blocks=blocks,
+        local_blocks=local_blocks,
+        first_blocks=first_blocks,
+        dropout_p=0.0,
+        seed=0,
+        threads=torch.get_num_threads(),
+    )
+    return out, lse
 
 
 def causal_backward(

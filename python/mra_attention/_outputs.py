@@ -35,15 +35,16 @@ def empty_plan(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     return torch.empty((batch, heads, rows, (columns + 7) // 8), dtype=torch.uint8, device=query.device)
 
 
-def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the output, the log-sum-exp and the plan."""
+def empty_like_query(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the log-sum-exp."""
     lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     shape = query.shape[:3]
-    return (
-        _empty(query, shape[2], value.shape[3]),
-        torch.empty(shape, dtype=lse_dtype, device=query.device),
-        empty_plan(query, key, block_size),
-    )
+    return _empty(query, shape[2], value_dim), torch.empty(shape, dtype=lse_dtype, device=query.device)
+
+
+def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the log-sum-exp and the plan."""
+    return (*empty_like_query(query, value.shape[3]), empty_plan(query, key, block_size))
 
 
 def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,14 +76,9 @@ def empty_causal_outputs(
     first_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the log-sum-exp and the plan, which is as wide as the given one."""
-    lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    shape = query.shape[:3]
     if plan is None:
         width = causal_plan_width(key.shape[2], block_size, blocks, local_blocks, first_blocks)
     else:
         width = plan.shape[-1]
-    return (
-        _empty(query, shape[2], value.shape[3]),
-        torch.empty(shape, dtype=lse_dtype, device=query.device),
-        torch.empty((*shape, width), dtype=torch.int32, device=query.device),
-    )
+    plan_out = torch.empty((*query.shape[:3], width), dtype=torch.int32, device=query.device)
+    return (*empty_like_query(query, value.shape[3]), plan_out)

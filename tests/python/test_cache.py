@@ -199,13 +199,13 @@ def test_max_length_is_a_limit():
     _, key, value = sequences(20)
     cache = new_cache(max_length=20)
     assert cache.capacity == cache.max_length == 20
-    pointer = cache._key.data_ptr()
+    pointer = cache._memory.key.data_ptr()
     cache.append(key[:, :, :12], value[:, :, :12])
     with pytest.raises(ValueError, match="21 tokens, more than max_length=20"):
         cache.append(key[:, :, :9], value[:, :, :9])
     assert cache.lengths == (12, 12), "nothing was appended"
     cache.append(key[:, :, :8], value[:, :, :8])
-    assert cache._key.data_ptr() == pointer
+    assert cache._memory.key.data_ptr() == pointer
 
 
 def test_nothing_at_all():
