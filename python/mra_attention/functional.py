@@ -208,6 +208,9 @@ def scaled_dot_product_attention(
     else:
         bits = None if plan is None else _checks.plan_bits(plan, query, key, block_size)
         numbers = (scale, block_size, sparse, dropout_p, *selection)
+        if not return_lse:
+            out = _ops.forward_out(query, key, value, *masks, bits, seed, *numbers)
+            return out if lead is None else out.reshape(*lead, *out.shape[2:])
         out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, *numbers)
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
