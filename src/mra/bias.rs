@@ -316,11 +316,11 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
         kinds: &mut [Kind],
         means: &mut [f64],
     ) {
-        let [line, lowest, highest] = lines;
+        let [line, minus_lowest, highest] = lines;
         let rows = self.queries.clone().count();
         self.for_parts(kinds.len(), |blocks, numbers| {
             line.resize(numbers.len(), S::ZERO);
-            refill(lowest, numbers.len(), S::INFINITY);
+            refill(minus_lowest, numbers.len(), S::NEG_INFINITY);
             refill(highest, numbers.len(), S::NEG_INFINITY);
             refill(sums, numbers.len(), 0.0);
             for query in self.queries.clone() {
@@ -330,12 +330,12 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
                     self.bias.read(self.place(query), self.keys, numbers.clone(), line);
                     line
                 });
-                S::run(self.level, Extend { bias, highest, lowest, sums });
+                S::run(self.level, Extend { bias, highest, minus_lowest, sums });
             }
             for j in blocks {
                 let keys = self.keys.start(j) - numbers.start..self.keys.start(j + 1) - numbers.start;
-                let highest = highest[keys.clone()].iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max);
-                let lowest = lowest[keys.clone()].iter().map(|&x| x.into()).fold(f64::INFINITY, f64::min);
+                let largest = |bounds: &[S]| bounds.iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max);
+                let (highest, lowest) = (largest(&highest[keys.clone()]), -largest(&minus_lowest[keys.clone()]));
                 let sum: f64 = sums[keys.clone()].iter().sum();
                 kinds[j] = kind_of(lowest, highest, sum, rows * keys.len());
                 // The sum of numbers near the lowest one overflows.
