@@ -66,8 +66,8 @@ def _check_kind(mask: Any, dtype: torch.dtype) -> None:
     check_dense("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         raise TypeError(
-            "attn_mask must be a bool tensor (True takes part in attention), or an additive bias of float32 or of the dtype "
-            f"of query, {dtype}; got {mask.dtype}"
+            "attn_mask must be a bool tensor (True takes part in attention), or an additive bias of float32 or of the "
+            f"dtype of query, {dtype}; got {mask.dtype}"
         )
     check_cpu("attn_mask", mask)
     if mask.requires_grad and torch.is_grad_enabled():

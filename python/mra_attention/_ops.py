@@ -28,8 +28,9 @@ from ._outputs import empty_grads, empty_outputs, empty_plan
 _Tensors3: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 _SCHEMAS = {
-    "select_blocks": "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, float scale, SymInt block_size, "
-    "float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, SymInt diagonal_blocks) -> Tensor",
+    "select_blocks": "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, "
+    "float scale, SymInt block_size, float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, "
+    "SymInt diagonal_blocks) -> Tensor",
     "forward": "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
     "Tensor? attn_bias, Tensor? plan, Tensor? seed, float scale, SymInt block_size, bool sparse, float dropout_p, "
     "float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, "
@@ -232,7 +233,7 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], bia
 
 
 def _refuse_vmap_dropout(dropout_p: float) -> None:
-    """Raise if weights are dropped below torch.vmap: folded into one batch, all maps would differ in what is dropped."""
+    """Raise if weights are dropped below torch.vmap, which has its own rules for what is random."""
     if dropout_p > 0:
         raise NotImplementedError(
             f"dropout_p={dropout_p!r} below torch.vmap: mra_attention draws one seed for a call, which is neither "

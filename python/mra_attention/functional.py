@@ -100,11 +100,18 @@ def scaled_dot_product_attention(
     value : Tensor
         `(..., Hk, Lk, Dv)`, dtype as `query`. `Dv` may differ from `D`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, True where the key may be attended to, of a shape that broadcasts to `(B, 1, 1, Lk)`.
-        A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. In self-attention pass `query_padding_mask`
-        as well, or padded positions take part in the averages of the query blocks.
+        bool, True where the key may be attended to, or a bias that is added to the logits: float32 or the dtype of
+        `query`, `-inf` where the key may not be attended to. Any shape that broadcasts to `(..., H, Lq, Lk)`; nothing
+        that is repeated is copied. A bool mask that is the same for all queries and heads, of shape `(B, 1, 1, Lk)` for
+        example, is key padding: those keys do not take part in averages either. A mask of shape `(B, Lk)` is passed as
+        `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
+        take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
+        is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
+        the average of its biases. So a mask never makes a result wrong, only slower.
     dropout_p : float, default 0.0
-        Only 0.0 is supported.
+        The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
+        pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
+        as a whole. The seed is drawn from torch's default generator, and only if `dropout_p > 0`.
     is_causal : bool, default False
         Only False is supported.
     scale : float, optional
@@ -150,21 +157,21 @@ def scaled_dot_product_attention(
     ValueError
         If an argument has a value that is not accepted, or shapes do not fit together.
     NotImplementedError
-        For what is to come: `is_causal=True`, `dropout_p > 0`, masks that depend on the query or the head, additive
-        masks, causal bias objects, more than two resolutions, nested tensors, devices other than the CPU; and when
-        the call is differentiated in forward mode or twice.
+        For what is to come: `is_causal=True`, causal bias objects, more than two resolutions, nested tensors, devices
+        other than the CPU; when `attn_mask` requires a gradient; with dropout below `torch.vmap`; and when the call is
+        differentiated in forward mode or twice.
 
     Notes
     -----
-    Definition: docs/definitions.md, section 2 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for Approximate
-    Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
+    Definition: docs/definitions.md, sections 2 and 5 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
-    never reaches a result, not even a NaN.
+    never reaches a result, not even a NaN; nor does, with a mask, what a query does not see.
 
-    The result and the gradients are deterministic: the same bits on every run, for any number of threads. As many
-    threads are used as `torch.get_num_threads()` says. Under `torch.autocast("cpu")` inputs are cast as for torch's
-    own attention. The selection of blocks is constant for differentiation.
+    The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
+    after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
+    `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant for differentiation.
 
     Examples
     --------
@@ -189,9 +196,7 @@ def scaled_dot_product_attention(
     # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
     # must leave torch's generator alone.
     seed = None if dropout_p == 0.0 else torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-    out, lse, _ = _ops.forward(
-        query, key, value, *masks, bits, seed, scale, block_size, sparse, dropout_p, *selection
-    )
+    out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, scale, block_size, sparse, dropout_p, *selection)
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
     if not return_lse:
@@ -227,7 +232,7 @@ def plan(
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, broadcastable to `(B, 1, 1, Lk)`.
+        bool, or an additive bias. Blocks that it cuts are in the plan beside those of the budget.
     is_causal : bool, default False
         Only False is supported.
     scale : float, optional
@@ -303,7 +308,7 @@ def _arrange(
     enable_gqa: bool,
     query_padding_mask: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, _Masks]:
-    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys, queries and pairs."""
+    """Check inputs and masks; return the inputs in four dimensions, `lead`, and masks of keys, queries and pairs."""
     if torch.is_autocast_enabled("cpu"):
         inputs = _autocast(inputs)
         if attn_mask is not None:

@@ -206,7 +206,9 @@ impl<'a> Pairs<'a> {
         let mut means = vec![0.0; if mask { 0 } else { kinds.len() }];
         let tasks = if columns == 0 { 0 } else { items * distinct_heads * rows };
         let (to_kinds, to_means) = (Chunks::new(&mut kinds, columns), Chunks::new(&mut means, if mask { 0 } else { columns }));
-        threads::for_each(threads, tasks, Scan::default, |scan, task| {
+        // Below some tens of microseconds of reading, further threads bring nothing.
+        let elements = items * distinct_heads * bias.shape[2] * bias.shape[3];
+        threads::for_each(threads.min(elements / SCAN_THREAD + 1), tasks, Scan::default, |scan, task| {
             let (item, head, i) = (task / rows / distinct_heads, task / rows % distinct_heads, task % rows);
             let (queries, keys) = (&queries[item.min(queries.len() - 1)], &keys[item.min(keys.len() - 1)]);
             // SAFETY: each task has its own row of blocks.
@@ -245,6 +247,9 @@ impl<'a> Pairs<'a> {
 
 /// Keys that are scanned together for all queries of a block: what is known of them stays in a first-level cache.
 const SCAN_KEYS: usize = 1024;
+
+/// Biases that are worth a thread.
+const SCAN_THREAD: usize = 1 << 17;
 
 /// What is known of the keys of a few blocks after some queries.
 #[derive(Debug, Default)]
