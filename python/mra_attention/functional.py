@@ -171,7 +171,8 @@ def scaled_dot_product_attention(
 
     The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
     after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
-    `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant for differentiation.
+    `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant
+    for differentiation.
 
     Examples
     --------
