@@ -37,11 +37,16 @@ _library = torch.library.Library("mra_attention", "DEF")
 # Private to torch, hence the defaults: without them torch.func fails loudly below, and all the rest works.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+_modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0)).raw_repr()
+_kernels: dict[str, Callable[..., Any]] = {}
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator with its CPU kernel and its fake kernel, and return it."""
     _library.define(name + schema, tags=_TAGS)
+    _kernels[name] = kernel
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"mra_attention::{name}", fake, lib=_library)
     return getattr(torch.ops.mra_attention, name).default
@@ -54,13 +59,22 @@ def check_device(query: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"all tensors must be on the same device, got {query.device} and {other.device}")
 
 
-def refuse_forward_ad(*tensors: Tensor | None) -> None:
+def refuse_dropout_below_vmap(dropout_p: float) -> None:
+    """Raise if weights are dropped below torch.vmap: in one batch, all maps would differ in what is dropped."""
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p={dropout_p!r} below torch.vmap: mra_attention draws one seed for a call, which is neither "
+            "randomness='same' nor 'different'; pass dropout_p=0.0, or call without vmap on a batch"
+        )
+
+
+def refuse_forward_ad(*args: Any) -> None:
     """Raise if a tensor carries a forward-mode tangent: an operator without a `jvp` would drop it in silence."""
     if getattr(forward_ad, "_current_level", -1) < 0:
         return
     # A compiler that traces below a forward-mode level cannot tell which tensors carry a tangent.
     if torch.compiler.is_compiling() or any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     ):
         raise NotImplementedError(
             "mra_attention has no forward-mode automatic differentiation (torch.autograd.forward_ad, torch.func.jvp, "
@@ -163,7 +177,26 @@ class _RecordedForward(torch.autograd.Function):
         return None, None, *_backward(ctx, *grad_outputs[:2])
 
 
+def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do more than call the CPU kernel: for modes, the profiler, or special tensors.
+
+    A passage through it with thirteen arguments takes about 20 us. The dispatch keys tell an ordinary CPU tensor from
+    subclasses, negated views, functional and other wrapped tensors.
+    """
+    if _modes_active() or _profiling():
+        return True
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if torch._C._dispatch_keys(arg).raw_repr() != _PLAIN_KEYS:
+                return True
+        elif arg is not None:
+            return False  # the tensors of an operator come first
+    return False
+
+
 def _forward_below_autograd(name: str, keyset: Any, args: tuple[Any, ...]) -> Tensors3:
+    if keyset is None and not _needs_dispatcher(args):
+        return _kernels[name](*args)
     operator = _families[name].forward
     with torch._C._AutoDispatchBelowAutograd():
         if keyset is None:
@@ -238,7 +271,7 @@ def register_derivative(
 def call_forward(name: str, *args: Any) -> Tensors3:
     """Call a forward operator by the shortest way that the circumstances allow."""
     query, key, value = args[:3]
-    refuse_forward_ad(query, key, value)
+    refuse_forward_ad(*args)
     if transforms_active():
         return _ForwardFunction.apply(name, *args)
     if torch.compiler.is_compiling() or _jit_tracing() or not (type(query) is type(key) is type(value) is Tensor):

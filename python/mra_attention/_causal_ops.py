@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from . import _causal_cpu
-from ._autograd import Tensors3, call_forward, check_device, define, fold, register_derivative
+from ._autograd import (
+    Tensors3,
+    call_forward,
+    check_device,
+    define,
+    fold,
+    refuse_dropout_below_vmap,
+    register_derivative,
+)
 from ._outputs import empty_causal_outputs, empty_grads
 
 
@@ -59,16 +67,8 @@ def _saved(inputs: tuple[Any, ...], output: Tensors3) -> tuple[tuple[Tensor | No
     return (query, key, value, out, lse, plan, seed), numbers
 
 
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p > 0:
-        raise NotImplementedError(
-            f"dropout_p={dropout_p!r} below torch.vmap: mra_attention draws one seed for a call, which is neither "
-            "randomness='same' nor 'different'; pass dropout_p=0.0, or call without vmap on a batch"
-        )
-
-
 def _fold(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    _refuse_dropout(args[-1])
+    refuse_dropout_below_vmap(args[-1])
     return fold(info, in_dims, args)
 
 

@@ -107,20 +107,14 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_dropout(dropout_p: Any) -> None:
+def dropout(dropout_p: Any) -> float:
     """Check `dropout_p`."""
     if type(dropout_p) is float and dropout_p == 0.0:
-        return
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
-    if not 0.0 <= float(dropout_p) <= 1.0:
+        return 0.0
+    number = _as_float("dropout_p", dropout_p, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
-    if dropout_p == 0:
-        return
-    raise NotImplementedError(
-        f"dropout_p={dropout_p!r}: dropout is for later; only dropout_p=0.0 is supported now "
-        "(in evaluation pass 0.0, as for torch's own attention)"
-    )
+    return number
 
 
 def is_sparse(mode: Any) -> bool:

@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
+from ._descriptors import Descriptor
 from ._descriptors import describe as _describe
 from ._descriptors import describe_optional as _describe_optional
 from ._descriptors import rows as _rows
 from ._outputs import empty_grads, empty_outputs, empty_plan
+
+_UINT64 = 2**64 - 1
+
+
+def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Descriptor | None:
+    """Describe a mask or bias that broadcasts to `(B, H, Lq, Lk)`, repeated by strides of 0."""
+    if bias is None:
+        return None
+    return _describe(bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
 
 
 def select_blocks(
@@ -17,6 +27,7 @@ def select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     blocks_per_row: float,
@@ -34,6 +45,7 @@ def select_blocks(
         _describe(key),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         scale=scale,
         block_size=block_size,
@@ -52,10 +64,13 @@ def forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
@@ -73,6 +88,7 @@ def forward(
         _describe(value),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe_optional(plan),
         _describe(plan_out),
         _describe(out),
@@ -80,6 +96,8 @@ def forward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         blocks_per_row=blocks_per_row,
         num_blocks=num_blocks,
         first_blocks=first_blocks,
@@ -99,10 +117,13 @@ def backward(
     lse: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     grads = empty_grads(query, key, value)
@@ -120,6 +141,7 @@ def backward(
         _describe(lse),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         _describe(grads[0]),
         _describe(grads[1]),
@@ -127,6 +149,8 @@ def backward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         threads=torch.get_num_threads(),
     )
     return grads

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from . import _threads  # noqa: F401  # pyright: ignore[reportUnusedImport]  importing it chooses the threads
+
 _DTYPE_CODES = {
     torch.float32: 0,
     torch.float64: 1,

@@ -14,6 +14,7 @@ from ._autograd import (
     check_device,
     define,
     fold,
+    refuse_dropout_below_vmap,
     register_derivative,
     transforms_active,
     unfold,
@@ -26,11 +27,12 @@ def _fake_select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     *_: Any,
 ) -> Tensor:
-    check_device(query, key, key_mask, query_mask)
+    check_device(query, key, key_mask, query_mask, attn_bias)
     return empty_plan(query, key, block_size)
 
 
@@ -40,12 +42,14 @@ def _fake_forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     *_: Any,
 ) -> Tensors3:
-    check_device(query, key, value, key_mask, query_mask, plan)
+    check_device(query, key, value, key_mask, query_mask, attn_bias, plan, seed)
     return empty_outputs(query, key, value, block_size)
 
 
@@ -59,30 +63,58 @@ def _fake_backward(
     lse: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor,
+    seed: Tensor | None,
     *_: Any,
 ) -> Tensors3:
-    check_device(query, grad_out, grad_lse, key, value, out, lse, key_mask, query_mask, plan)
+    check_device(query, grad_out, grad_lse, key, value, out, lse, key_mask, query_mask, attn_bias, plan, seed)
     return empty_grads(query, key, value)
 
 
 def _saved(inputs: tuple[Any, ...], output: Tensors3) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    query, key, value, key_mask, query_mask, _, scale, block_size, sparse = inputs[:9]
+    query, key, value, key_mask, query_mask, attn_bias, _, seed = inputs[:8]
     out, lse, plan = output
-    return (query, key, value, out, lse, key_mask, query_mask, plan), (scale, block_size, sparse)
+    return (query, key, value, out, lse, key_mask, query_mask, attn_bias, plan, seed), inputs[8:12]
+
+
+def _fold_with_bias(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], bias_at: int) -> list[Any]:
+    """Fold the arguments; the mask or bias, argument `bias_at`, keeps the batch size 1 where it may: it is large."""
+    folded = fold(info, in_dims, args)
+    bias, dim = args[bias_at], in_dims[bias_at]
+    if isinstance(bias, Tensor):
+        bias = bias.unsqueeze(0) if dim is None else bias.movedim(dim, 0)
+        if bias.shape[0] == bias.shape[1] == 1:
+            folded[bias_at] = bias[0]
+        else:
+            batch = folded[0].shape[0] // info.batch_size
+            folded[bias_at] = bias.expand(info.batch_size, batch, *bias.shape[2:]).flatten(0, 1)
+    return folded
+
+
+def _fold_forward(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    refuse_dropout_below_vmap(args[11])
+    return _fold_with_bias(info, in_dims, args, 5)
+
+
+def _fold_backward(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    refuse_dropout_below_vmap(args[15])
+    return _fold_with_bias(info, in_dims, args, 9)
 
 
 _select_blocks_op = define(
     "select_blocks",
-    "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, float scale, SymInt block_size, "
-    "float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, SymInt diagonal_blocks) -> Tensor",
+    "(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, float scale, "
+    "SymInt block_size, float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, SymInt diagonal_blocks) "
+    "-> Tensor",
     _cpu.select_blocks,
     _fake_select_blocks,
 )
 _forward_op = define(
     "forward",
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, Tensor? plan, float scale, "
-    "SymInt block_size, bool sparse, float blocks_per_row, SymInt? num_blocks, SymInt first_blocks, "
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, Tensor? plan, "
+    "Tensor? seed, float scale, SymInt block_size, bool sparse, float dropout_p, float blocks_per_row, "
+    "SymInt? num_blocks, SymInt first_blocks, "
     "SymInt diagonal_blocks) -> (Tensor out, Tensor lse, Tensor plan_out)",
     _cpu.forward,
     _fake_forward,
@@ -90,12 +122,13 @@ _forward_op = define(
 _backward_op = define(
     "backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    "Tensor? key_mask, Tensor? query_mask, Tensor plan, float scale, SymInt block_size, bool sparse) "
+    "Tensor? key_mask, Tensor? query_mask, Tensor? attn_bias, Tensor plan, Tensor? seed, float scale, "
+    "SymInt block_size, bool sparse, float dropout_p) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _cpu.backward,
     _fake_backward,
 )
-register_derivative("forward", _forward_op, _backward_op, _saved)
+register_derivative("forward", _forward_op, _backward_op, _saved, _fold_forward, _fold_backward)
 
 
 class _SelectBlocksFunction(torch.autograd.Function):
@@ -109,7 +142,7 @@ class _SelectBlocksFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return unfold(info, _SelectBlocksFunction.apply(*fold(info, in_dims, args))), 0
+        return unfold(info, _SelectBlocksFunction.apply(*_fold_with_bias(info, in_dims, args, 4))), 0
 
 
 def select_blocks(
@@ -117,6 +150,7 @@ def select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     blocks_per_row: float,
@@ -131,6 +165,7 @@ def select_blocks(
         key,
         key_mask,
         query_mask,
+        attn_bias,
         scale,
         block_size,
         blocks_per_row,
@@ -146,10 +181,13 @@ def forward(
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
@@ -163,10 +201,13 @@ def forward(
         value,
         key_mask,
         query_mask,
+        attn_bias,
         plan,
+        seed,
         scale,
         block_size,
         sparse,
+        dropout_p,
         blocks_per_row,
         num_blocks,
         first_blocks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from . import _causal, _checks, _masks, _ops, _shapes
 from ._plan import CausalPlan, Plan
 
 __all__ = ["plan", "scaled_dot_product_attention"]
+
+_Masks: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_MASKS: _Masks = (None, None, None)
 
 
 @overload
@@ -182,7 +185,7 @@ def scaled_dot_product_attention(
     torch.Size([1, 4, 1000, 64])
     """
     sparse = _checks.is_sparse(mode)
-    _checks.check_dropout(dropout_p)
+    dropout_p = _checks.dropout(dropout_p)
     _checks.check_bool("return_lse", return_lse)
     block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     local_blocks = _checks.integer("local_blocks", local_blocks, 1)
@@ -193,17 +196,19 @@ def scaled_dot_product_attention(
         _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
     else:
         _checks.check_not_causal(local_blocks)
-    inputs, lead, key_mask, query_mask = _arrange(
-        (query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask
-    )
+    inputs, lead, masks = _arrange((query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask)
     query, key, value = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
+    # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
+    # must leave torch's generator alone.
+    seed = None if dropout_p == 0.0 else torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     if causal:
-        numbers = (scale, block_size, sparse, 0.0, selection[0], local_blocks, selection[2])
-        out, lse = _causal.attention(inputs, attn_mask, plan, None, *numbers)
+        numbers = (scale, block_size, sparse, dropout_p, selection[0], local_blocks, selection[2])
+        out, lse = _causal.attention(inputs, attn_mask, plan, seed, *numbers)
     else:
         bits = None if plan is None else _checks.plan_bits(plan, query, key, block_size)
-        out, lse, _ = _ops.forward(query, key, value, key_mask, query_mask, bits, scale, block_size, sparse, *selection)
+        numbers = (scale, block_size, sparse, dropout_p, *selection)
+        out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, *numbers)
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
     if not return_lse:
@@ -355,14 +360,12 @@ def plan(
         _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
     else:
         _checks.check_not_causal(local_blocks)
-    inputs, _, key_mask, query_mask = _arrange(
-        (query, key), None if causal else attn_mask, enable_gqa, query_padding_mask
-    )
+    inputs, _, masks = _arrange((query, key), None if causal else attn_mask, enable_gqa, query_padding_mask)
     query, key = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
     if causal:
         return _causal.select(inputs, attn_mask, scale, block_size, selection[0], local_blocks, selection[2])
-    bits = _ops.select_blocks(query, key, key_mask, query_mask, scale, block_size, *selection)
+    bits = _ops.select_blocks(query, key, *masks, scale, block_size, *selection)
     return Plan(bits, query.shape[2], key.shape[2], block_size)
 
 
@@ -387,22 +390,28 @@ def _arrange(
     attn_mask: Tensor | None,
     enable_gqa: bool,
     query_padding_mask: Tensor | None,
-) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, Tensor | None, Tensor | None]:
-    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys and queries."""
+) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, _Masks]:
+    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks."""
     if torch.is_autocast_enabled("cpu"):
         inputs = _autocast(inputs)
+        if attn_mask is not None:
+            (attn_mask,) = _autocast((attn_mask,))
     _checks.check_inputs(*inputs)
     _checks.check_bool("enable_gqa", enable_gqa)
     inputs, lead = _shapes.arrange(inputs, enable_gqa)
-    key_mask = query_mask = None
+    masks = _NO_MASKS
     if attn_mask is not None or query_padding_mask is not None:
         query_length, key_length = inputs[0].shape[2], inputs[1].shape[2]
         lead_or_default = tuple(inputs[0].shape[:2]) if lead is None else lead
+        key_mask = query_mask = attn_bias = None
         if attn_mask is not None:
-            key_mask = _masks.key_mask(attn_mask, lead_or_default, query_length, key_length)
+            key_mask, attn_bias = _masks.key_mask_or_bias(
+                attn_mask, inputs[0].dtype, lead_or_default, query_length, key_length
+            )
         if query_padding_mask is not None:
             query_mask = _masks.query_mask(query_padding_mask, lead_or_default, query_length)
-    return inputs, lead, key_mask, query_mask
+        masks = (key_mask, query_mask, attn_bias)
+    return inputs, lead, masks
 
 
 def _autocast(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use super::bias::{HeadPairs, Kind};
 use super::blocks::Blocks;
 use super::budget::Budget;
 use super::forward::Pyramid;
@@ -67,18 +68,32 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
         |distances, head| {
             let batch = head / problem.heads;
             let (query_blocks, key_blocks) = (problem.queries(batch), problem.keys(batch));
-            let live = query_blocks.live() * key_blocks.live();
+            let pairs = problem.pairs.as_ref().map(|pairs| pairs.head(head));
+            // SAFETY: each task has its own head.
+            let bits = unsafe { bits.get_mut(head) };
+            if let Some(pairs) = &pairs {
+                mark_cut(pairs, query_blocks.len(), bits);
+            }
+            let live = pairs.as_ref().map_or_else(|| query_blocks.live() * key_blocks.live(), HeadPairs::open);
             if live == 0 {
                 return;
             }
             distances.multiply(problem, &pyramid.queries.head(head), &pyramid.keys.head(problem.kv_row(head)));
-            let forced = distances.subtract_from_best(query_blocks, key_blocks, budget);
+            let forced = distances.subtract_from_best(query_blocks, key_blocks, pairs.as_ref(), budget);
             let number = budget.blocks(query_blocks.live()).max(forced).min(live);
-            // SAFETY: each task has its own head.
-            distances.take_smallest(number, unsafe { bits.get_mut(head) });
+            distances.take_smallest(number, bits);
         },
     );
     Ok(())
+}
+
+/// Sets the bits of the blocks that are exact because a mask cuts them.
+fn mark_cut(pairs: &HeadPairs<'_>, rows: usize, bits: &mut [u8]) {
+    for (i, bits) in bits.chunks_mut(bits.len() / rows).enumerate() {
+        for (j, _) in pairs.kinds(i).iter().enumerate().filter(|&(_, &kind)| kind == Kind::Cut) {
+            bits[j / 8] |= 1 << (j % 8);
+        }
+    }
 }
 
 /// The scores of one head, with the sign turned: how far each block is from the best one of its row.
@@ -155,8 +170,15 @@ impl<T: Scalar> Distances<T> {
     }
 
     /// Turns logits into distances and returns how many blocks are forced.
-    fn subtract_from_best(&mut self, query_blocks: &Blocks, key_blocks: &Blocks, budget: &Budget) -> usize {
-        let dead: Vec<usize> = (0..self.columns).filter(|&j| key_blocks.count(j) == 0).collect();
+    fn subtract_from_best(
+        &mut self,
+        query_blocks: &Blocks,
+        key_blocks: &Blocks,
+        pairs: Option<&HeadPairs<'_>>,
+        budget: &Budget,
+    ) -> usize {
+        // The blocks that do not compete: the same in every row, unless a mask says otherwise.
+        let mut dead: Vec<usize> = (0..self.columns).filter(|&j| key_blocks.count(j) == 0).collect();
         let mut forced = 0;
         for i in 0..self.rows {
             let row = &mut self.values[i * self.stride..][..self.columns];
@@ -164,13 +186,28 @@ impl<T: Scalar> Distances<T> {
                 row.fill(T::INFINITY);
                 continue;
             }
+            if let Some(pairs) = pairs {
+                dead.clear();
+                for (j, (c, kind)) in row.iter_mut().zip(pairs.kinds(i)).enumerate() {
+                    if *kind == Kind::Open {
+                        *c += T::from_f64(pairs.mean(i, j));
+                    } else {
+                        dead.push(j);
+                    }
+                }
+                if dead.len() == row.len() {
+                    row.fill(T::INFINITY);
+                    continue;
+                }
+            }
             for &j in &dead {
                 row[j] = T::NEG_INFINITY;
             }
             let best = maximum(row);
             // Without a best one (all NaN or -inf) the first live block takes its place: every row has a forced block.
             let found = row.iter().position(|&c| c == best && c > T::NEG_INFINITY);
-            let first_best = found.or_else(|| (0..row.len()).find(|&j| key_blocks.count(j) > 0));
+            let live = |j: usize| pairs.map_or_else(|| key_blocks.count(j) > 0, |pairs| pairs.kind(i, j) == Kind::Open);
+            let first_best = found.or_else(|| (0..row.len()).find(|&j| live(j)));
             for c in row.iter_mut() {
                 let distance = best - *c;
                 // Not a number, or infinitely far: last among the live blocks, before the dead ones.
@@ -181,7 +218,7 @@ impl<T: Scalar> Distances<T> {
             }
             if budget.forces_any() {
                 for (j, distance) in row.iter_mut().enumerate() {
-                    if budget.forces(i, j) && key_blocks.count(j) > 0 {
+                    if budget.forces(i, j) && live(j) {
                         *distance = T::NEG_INFINITY;
                     }
                 }

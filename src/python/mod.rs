@@ -16,6 +16,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::threads;
 use crate::{
     Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
 };
@@ -38,25 +39,35 @@ struct Settings {
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 }
 
+/// What hides tokens or pairs of them.
+#[derive(Clone, Copy)]
+struct Masks<'a> {
+    key: Option<&'a Descriptor>,
+    query: Option<&'a Descriptor>,
+    bias: Option<&'a Descriptor>,
+}
+
 impl Settings {
-    fn problem(
-        self,
-        query: &Descriptor,
-        key: &Descriptor,
-        key_mask: Option<&Descriptor>,
-        query_mask: Option<&Descriptor>,
-    ) -> crate::Result<Problem> {
-        // SAFETY: the Python layer keeps every tensor alive during the call; `Descriptor` has checked the rest.
+    /// # Safety
+    /// - The masks belong to tensors that live, unchanged, as long as the problem.
+    unsafe fn problem<'a>(self, query: &Descriptor, key: &Descriptor, masks: Masks<'_>) -> crate::Result<Problem<'a>> {
+        // SAFETY: the caller's; `Descriptor` checks the rest.
         let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
         let options = Options {
             block_size: self.block_size,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
-            key_mask: mask("key_mask", key_mask)?,
-            query_mask: mask("query_mask", query_mask)?,
+            key_mask: mask("key_mask", masks.key)?,
+            query_mask: mask("query_mask", masks.query)?,
+            // SAFETY: the caller's; `Descriptor` checks the rest.
+            bias: masks.bias.map(|bias| unsafe { bias.bias("attn_bias") }).transpose()?,
+            dropout: self.dropout_p,
+            seed: self.seed,
             threads: self.threads,
             level: Level::current()?,
         };
@@ -65,13 +76,14 @@ impl Settings {
 }
 
 #[pyfunction]
-#[pyo3(signature = (query, key, key_mask, query_mask, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, key_mask, query_mask, attn_bias, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn select_blocks(
     py: Python<'_>,
     query: Descriptor,
     key: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     scale: f64,
     block_size: usize,
@@ -81,7 +93,7 @@ fn select_blocks(
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse: false, threads };
+    let settings = Settings { scale, block_size, sparse: false, dropout_p: 0.0, seed: 0, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -89,9 +101,12 @@ fn select_blocks(
             ("key", Some(&key)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
         ]);
         check_disjoint(&[("plan", &plan)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.contiguous_mut::<u8>("plan")?) };
@@ -102,7 +117,7 @@ fn select_blocks(
 }
 
 #[pyfunction(name = "forward")]
-#[pyo3(signature = (query, key, value, key_mask, query_mask, plan_in, plan_out, out, lse, *, scale, block_size, sparse, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, value, key_mask, query_mask, attn_bias, plan_in, plan_out, out, lse, *, scale, block_size, sparse, dropout_p, seed, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn forward_py(
     py: Python<'_>,
     query: Descriptor,
@@ -110,6 +125,7 @@ fn forward_py(
     value: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan_in: Option<Descriptor>,
     plan_out: Descriptor,
     out: Descriptor,
@@ -117,13 +133,15 @@ fn forward_py(
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     blocks_per_row: f64,
     num_blocks: Option<usize>,
     first_blocks: usize,
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -132,10 +150,13 @@ fn forward_py(
             ("value", Some(&value)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan_in", plan_in.as_ref()),
         ]);
         check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -159,7 +180,7 @@ fn forward_py(
 }
 
 #[pyfunction(name = "backward")]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, attn_bias, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, dropout_p, seed, threads))]
 fn backward_py(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -171,6 +192,7 @@ fn backward_py(
     lse: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     grad_query: Descriptor,
     grad_key: Descriptor,
@@ -178,9 +200,11 @@ fn backward_py(
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     py.detach(|| {
         let reads = named([
             ("grad_out", Some(&grad_out)),
@@ -192,10 +216,13 @@ fn backward_py(
             ("lse", Some(&lse)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan", Some(&plan)),
         ]);
         check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -239,6 +266,18 @@ fn block_mask<'py>(
     Ok(mask.into_pyarray(py))
 }
 
+/// Makes torch's own threads do the work: `address` is that of `torch_parallel_for`, not 0.
+#[pyfunction]
+fn use_torch_threads(address: usize) -> PyResult<()> {
+    if address == 0 {
+        return Err(PyValueError::new_err("address: 0, expected the address of torch_parallel_for"));
+    }
+    let function = std::ptr::with_exposed_provenance::<()>(address);
+    // SAFETY: the Python layer looks the function up in torch's own library, which is never unloaded.
+    unsafe { threads::use_torch(std::mem::transmute::<*const (), threads::ParallelFor>(function)) };
+    Ok(())
+}
+
 /// The instruction set in use.
 #[pyfunction]
 fn isa() -> PyResult<&'static str> {
@@ -249,6 +288,13 @@ fn isa() -> PyResult<&'static str> {
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
     Level::available().into_iter().map(Level::name).collect()
+}
+
+/// Rates of one thread in GFLOP/s: fused multiply-adds alone, the products of the exact level, and with their softmax.
+#[pyfunction]
+fn kernel_rates(py: Python<'_>) -> PyResult<(f64, f64, f64)> {
+    let level = Level::current()?;
+    Ok(py.detach(|| crate::bench::rates(level)))
 }
 
 /// How the module was built.
@@ -273,7 +319,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(causal::causal_backward, module)?)?;
     module.add_function(wrap_pyfunction!(causal::pool, module)?)?;
     module.add_function(wrap_pyfunction!(block_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel_rates, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -262,7 +262,7 @@ impl<E: Element> Pass<'_, '_, E> {
         let queries = inner.query_len.min(RANGE_QUERIES);
         let columns = inner.padded::<E::Compute>(queries.min(TILE_QUERIES));
         Scratch {
-            tile: GradientTile::new(inner, columns, self.value_dim),
+            tile: GradientTile::new(inner, columns, self.value_dim, false),
             strip: Strip::new(inner, inner.head_dim, self.value_dim),
             lists: BlockLists::default(),
             sights: Vec::with_capacity(queries),
