@@ -64,9 +64,14 @@ def causal_plan_width(key_length: int, block_size: int, blocks: int, local_block
     """Return how many blocks a causal plan has room for, for each token."""
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    columns = (key_length + block_size - 1) // block_size
-    # sym_min and sym_max rather than min and max: a length that is known later stays so.
-    return cast("int", torch.sym_min(columns, torch.sym_max(blocks, local_blocks + first_blocks)))
+    columns, wanted = (key_length + block_size - 1) // block_size, max(blocks, local_blocks + first_blocks)
+    if not isinstance(columns, torch.SymInt):
+        return min(columns, wanted)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by now
+
+    # A length that is known later: to ask which one is smaller would fix the answer for this graph, and to write down
+    # that it is the smaller one makes a size that torch.export cannot reason about.
+    return wanted if statically_known_true(columns >= wanted) else cast("int", torch.sym_min(columns, wanted))
 
 
 def empty_causal_outputs(
