@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels, select};
 
 /// `PROPTEST_CASES` in the environment, or few enough for every day.
-fn config() -> ProptestConfig {
+pub(crate) fn config() -> ProptestConfig {
     let default = ProptestConfig::default();
     let cases = if std::env::var_os("PROPTEST_CASES").is_some() { default.cases } else { 96 };
     // Failures are reported with the smallest case; there is no file to keep.
@@ -46,7 +46,7 @@ fn budget() -> impl Strategy<Value = Budget> {
 }
 
 /// Some number up to `most`, and now and then 0.
-fn length(most: usize) -> impl Strategy<Value = usize> {
+pub(crate) fn length(most: usize) -> impl Strategy<Value = usize> {
     prop_oneof![1 => Just(0), 30 => 1..=most]
 }
 

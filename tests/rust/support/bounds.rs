@@ -45,6 +45,11 @@ impl Bounds {
         plan: ArrayView4<'_, bool>,
         saved: &Saved<'_>,
     ) -> Self {
+        Self::with_column::<E>(case, data, saved.out, largest_column(case, attention, plan, saved))
+    }
+
+    /// From the stored output and the largest sum of the weights of a key.
+    pub(crate) fn with_column<E: Number>(case: &Case, data: &Data, out: ArrayView4<'_, f64>, column: f64) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
             [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
@@ -56,9 +61,9 @@ impl Bounds {
         let steps = 2.0 * (2.0 * n / STRIP + 2.0);
         let weight = (d + 2.0 * b + 8.0) * u * logit + steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
         let grad_lse = data.grad_lse.iter().flatten().copied().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
-        let product = norm(&data.grad_out) * (norm(&data.value) + finite_norm(saved.out)) + grad_lse;
+        let product = norm(&data.grad_out) * (norm(&data.value) + finite_norm(out)) + grad_lse;
         let of_query = weight + (dv + n + b + 16.0) * u;
-        let of_key = (weight + (dv + queries + b + 16.0) * u) * largest_column(case, attention, plan, saved);
+        let of_key = (weight + (dv + queries + b + 16.0) * u) * column;
         let bounds = Self {
             out: (2.0 * weight + (2.0 * n + b + 8.0) * u) * largest(&data.value),
             lse: weight + (n + 8.0) * u,
