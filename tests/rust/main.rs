@@ -16,3 +16,4 @@ mod reference;
 mod selection;
 mod support;
 mod threads;
+mod tiny;
