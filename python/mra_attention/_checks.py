@@ -92,17 +92,19 @@ def check_bool_mask(name: str, mask: Any) -> None:
 # Switches
 
 
+def check_not_causal(local_blocks: int) -> None:
+    """Check that no argument of causal attention comes with a call that is not causal."""
+    if local_blocks != 1:
+        raise ValueError(
+            f"local_blocks={local_blocks!r} is for causal attention only (is_causal=True); use diagonal_blocks, or "
+            "leave it at 1"
+        )
+
+
 def check_bool(name: str, value: Any) -> None:
     """Check that a switch is True or False."""
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def check_causal(is_causal: Any) -> None:
-    """Check `is_causal`."""
-    if is_causal is not False:
-        check_bool("is_causal", is_causal)
-        raise NotImplementedError("is_causal=True is for later; only is_causal=False is supported now")
 
 
 def dropout(dropout_p: Any) -> float:
@@ -206,8 +208,8 @@ def _block_size_of_ladder(resolutions: Any) -> int:
 # The plan
 
 
-def check_plan(plan: Any, query: Tensor, key: Tensor, size: int) -> None:
-    """Check that a plan was made for these 4-D inputs and this block size."""
+def plan_bits(plan: Any, query: Tensor, key: Tensor, size: int) -> Tensor:
+    """Check that a plan was made for these 4-D inputs and this block size, and return its bits."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be None or a mra_attention.Plan, got {type(plan).__name__}")
     check_cpu("plan.bits", plan.bits)
@@ -223,15 +225,19 @@ def check_plan(plan: Any, query: Tensor, key: Tensor, size: int) -> None:
             "plan was made for other inputs: (batch, heads, query length, key length) is "
             f"{made_for} in the plan and {used_for} in query and key"
         )
+    return plan.bits
 
 
-def check_plan_alone(blocks_per_row: Any, num_blocks: Any, first_blocks: Any, diagonal_blocks: Any) -> None:
+def check_plan_alone(
+    blocks_per_row: Any, num_blocks: Any, first_blocks: Any, diagonal_blocks: Any, local_blocks: Any
+) -> None:
     """Check that no argument that asks for a selection comes with a plan, which is one."""
     for name, value, default in (
         ("blocks_per_row", blocks_per_row, 4.0),
         ("num_blocks", num_blocks, None),
         ("first_blocks", first_blocks, 0),
         ("diagonal_blocks", diagonal_blocks, 0),
+        ("local_blocks", local_blocks, 1),
     ):
         if value is not default and value != default:
             raise ValueError(

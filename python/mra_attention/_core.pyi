@@ -16,13 +16,16 @@ __all__ = [
     "backward",
     "block_mask",
     "build_info",
+    "causal_backward",
+    "causal_forward",
     "forward",
     "isa",
+    "pool",
     "select_blocks",
 ]
 
 # (data pointer, sizes, strides in elements, dtype code)
-# dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8
+# dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8, 5 int32
 _Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int]
 
 class _BuildInfo(TypedDict):
@@ -95,7 +98,57 @@ def backward(
     seed: int,
     threads: int,
 ) -> None: ...
+def causal_forward(
+    query: _Descriptor,
+    key: _Descriptor,
+    value: _Descriptor,
+    pooled_key: _Descriptor | None,
+    pooled_value: _Descriptor | None,
+    plan_in: _Descriptor | None,
+    plan_out: _Descriptor,
+    out: _Descriptor,
+    lse: _Descriptor,
+    *,
+    offsets: Sequence[int],
+    key_lengths: Sequence[int] | None,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks: int,
+    local_blocks: int,
+    first_blocks: int,
+    dropout_p: float,
+    seed: int,
+    threads: int,
+) -> None: ...
+def causal_backward(
+    grad_out: _Descriptor,
+    grad_lse: _Descriptor | None,
+    query: _Descriptor,
+    key: _Descriptor,
+    value: _Descriptor,
+    out: _Descriptor,
+    lse: _Descriptor,
+    plan: _Descriptor,
+    grad_query: _Descriptor,
+    grad_key: _Descriptor,
+    grad_value: _Descriptor,
+    *,
+    offsets: Sequence[int],
+    key_lengths: Sequence[int] | None,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    local_blocks: int,
+    first_blocks: int,
+    dropout_p: float,
+    seed: int,
+    threads: int,
+) -> None: ...
+def pool(tensor: _Descriptor, out: _Descriptor, *, block_size: int, threads: int) -> None: ...
 def block_mask(plan: npt.NDArray[np.uint8], num_key_blocks: int) -> npt.NDArray[np.bool_]: ...
 def build_info() -> _BuildInfo: ...
+def use_torch_threads(address: int) -> None: ...
+def kernel_rates() -> tuple[float, float, float]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
+from ._descriptors import Descriptor
+from ._descriptors import describe as _describe
+from ._descriptors import describe_optional as _describe_optional
+from ._descriptors import rows as _rows
 from ._outputs import empty_grads, empty_outputs, empty_plan
-
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4}
 
 _UINT64 = 2**64 - 1
 
-_Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int]
 
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or a copy if the elements of its rows are not adjacent."""
-    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
-
-
-def _describe(tensor: Tensor) -> _Descriptor:
-    """Return what the native module reads. The caller keeps the tensor alive until the call is over."""
-    code = _DTYPE_CODES.get(tensor.dtype)
-    if code is None:
-        raise TypeError(f"mra_attention has no kernel for {tensor.dtype}; accepted: {list(_DTYPE_CODES)}")
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), code
-
-
-def _describe_optional(tensor: Tensor | None) -> _Descriptor | None:
-    return None if tensor is None else _describe(tensor)
-
-
-def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> _Descriptor | None:
+def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Descriptor | None:
     """Describe a mask or bias that broadcasts to `(B, H, Lq, Lk)`, repeated by strides of 0."""
     if bias is None:
         return None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from ._checks import check_bool_mask, check_cpu, check_dense
 from ._shapes import Shape, broadcast, text
@@ -59,10 +58,6 @@ def query_mask(mask: Any, lead: Shape, query_length: int) -> Tensor:
 
 
 def _check_kind(mask: Any, dtype: torch.dtype) -> None:
-    if isinstance(mask, CausalBias):
-        raise NotImplementedError(
-            "attn_mask is a CausalBias: causal attention is for later; now: a bool mask or an additive bias"
-        )
     check_dense("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         raise TypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -33,15 +35,16 @@ def empty_plan(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     return torch.empty((batch, heads, rows, (columns + 7) // 8), dtype=torch.uint8, device=query.device)
 
 
-def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the output, the log-sum-exp and the plan."""
+def empty_like_query(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the log-sum-exp."""
     lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     shape = query.shape[:3]
-    return (
-        _empty(query, shape[2], value.shape[3]),
-        torch.empty(shape, dtype=lse_dtype, device=query.device),
-        empty_plan(query, key, block_size),
-    )
+    return _empty(query, shape[2], value_dim), torch.empty(shape, dtype=lse_dtype, device=query.device)
+
+
+def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the log-sum-exp and the plan."""
+    return (*empty_like_query(query, value.shape[3]), empty_plan(query, key, block_size))
 
 
 def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,3 +54,31 @@ def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
         _empty(key, key.shape[2], key.shape[3]),
         _empty(value, value.shape[2], value.shape[3]),
     )
+
+
+def causal_plan_width(key_length: int, block_size: int, blocks: int, local_blocks: int, first_blocks: int) -> int:
+    """Return how many blocks a causal plan has room for, for each token."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    columns = (key_length + block_size - 1) // block_size
+    # sym_min and sym_max rather than min and max: a length that is known later stays so.
+    return cast("int", torch.sym_min(columns, torch.sym_max(blocks, local_blocks + first_blocks)))
+
+
+def empty_causal_outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Tensor | None,
+    block_size: int,
+    blocks: int,
+    local_blocks: int,
+    first_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the log-sum-exp and the plan, which is as wide as the given one."""
+    if plan is None:
+        width = causal_plan_width(key.shape[2], block_size, blocks, local_blocks, first_blocks)
+    else:
+        width = plan.shape[-1]
+    plan_out = torch.empty((*query.shape[:3], width), dtype=torch.int32, device=query.device)
+    return (*empty_like_query(query, value.shape[3]), plan_out)

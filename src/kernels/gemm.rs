@@ -25,6 +25,31 @@ pub(crate) enum Init<'a, T> {
     Keep,
     /// Row r is multiplied by the r-th of these, then added to.
     ScaleRows(&'a [T]),
+    /// Row r of the product is added to the row of C that the r-th number names.
+    KeepAt(&'a [u32]),
+    /// The row of C that the r-th number names is multiplied by the r-th factor, then row r of the product is added to it.
+    ScaleRowsAt(&'a [T], &'a [u32]),
+}
+
+impl<T> Init<'_, T> {
+    /// Checks that it says something about each of `rows` rows of the product, and none beyond the rows of C.
+    pub(super) fn check(&self, rows: usize, rows_of_c: usize) {
+        if let Self::ScaleRows(factors) | Self::ScaleRowsAt(factors, _) = self {
+            assert!(factors.len() >= rows, "a factor for each row");
+        }
+        if let Self::KeepAt(places) | Self::ScaleRowsAt(_, places) = self {
+            assert_eq!(places.len(), rows, "a row of C for each row");
+            assert!(places.iter().all(|&place| (place as usize) < rows_of_c), "rows of C");
+        } else {
+            assert_eq!(rows, rows_of_c, "rows of a product");
+        }
+    }
+
+    /// The row of C that a row of the product goes to.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> usize {
+        if let Self::KeepAt(places) | Self::ScaleRowsAt(_, places) = self { places[row] as usize } else { row }
+    }
 }
 
 /// `C = A B`, or `C + A B`, or `factors C + A B`, or with the transpose of `a` as A.
@@ -48,11 +73,9 @@ impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
     fn run<S: Simd<T>>(mut self, simd: S) {
         let (m, k) = if self.a_transposed { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
         let n = self.b.cols;
-        assert_eq!((self.b.rows, self.c.rows, self.c.cols), (k, m, n), "shapes of a product {m} x {k} x {n}");
+        assert_eq!((self.b.rows, self.c.cols), (k, n), "shapes of a product {m} x {k} x {n}");
         assert_eq!(n % S::LANES, 0, "columns of a product are whole vectors");
-        if let Init::ScaleRows(factors) = self.init {
-            assert!(factors.len() >= m, "a factor for each row");
-        }
+        self.init.check(m, self.c.rows);
         if m == 0 || n == 0 {
             return;
         }
@@ -197,7 +220,6 @@ impl<T: Scalar> Operands<'_, T> {
     ) {
         // SAFETY: in bounds by the contract of this function.
         unsafe {
-            let c = self.c.add(row * self.c_stride + column);
             let mut sums = [[simd.splat(T::ZERO); VECTORS]; ROWS];
             let (step, across) = if TRANSPOSED { (self.a_stride, 1) } else { (1, self.a_stride) };
             let mut a = self.a.add(row * across);
@@ -218,12 +240,17 @@ impl<T: Scalar> Operands<'_, T> {
                 b = b.wrapping_add(self.b_stride);
             }
             for r in 0..ROWS {
+                let row_of_c = match self.init {
+                    Init::KeepAt(places) | Init::ScaleRowsAt(_, places) => *places.get_unchecked(row + r) as usize,
+                    _ => row + r,
+                };
+                let c = self.c.add(row_of_c * self.c_stride + column);
                 for v in 0..VECTORS {
-                    let place = c.add(r * self.c_stride + v * S::LANES);
+                    let place = c.add(v * S::LANES);
                     let sum = match self.init {
                         Init::Zero => sums[r][v],
-                        Init::Keep => simd.add(simd.load(place), sums[r][v]),
-                        Init::ScaleRows(factors) => {
+                        Init::Keep | Init::KeepAt(_) => simd.add(simd.load(place), sums[r][v]),
+                        Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
                             simd.mul_add(simd.load(place), simd.splat(*factors.get_unchecked(row + r)), sums[r][v])
                         }
                     };

@@ -17,7 +17,8 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
     fn run<S: Simd<T>>(self, simd: S) {
         let Gemm { a, a_transposed, b, mut c, init } = self.0;
         let (m, k) = if a_transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
-        assert_eq!((b.rows, c.rows, c.cols), (k, m, b.cols), "shapes of a product {m} x {k} x {}", b.cols);
+        assert_eq!((b.rows, c.cols), (k, b.cols), "shapes of a product {m} x {k} x {}", b.cols);
+        init.check(m, c.rows);
         assert_eq!(b.cols % S::LANES, 0, "columns of a product are whole vectors");
         for row in 0..m {
             for column in (0..b.cols).step_by(S::LANES) {
@@ -30,15 +31,17 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
                         sum = simd.mul_add(simd.splat(factor), unsafe { simd.load(vector.as_ptr()) }, sum);
                     }
                 }
-                let stride = c.stride;
-                let place = &mut c.data_mut()[row * stride + column..][..S::LANES];
+                let (stride, row_of_c) = (c.stride, init.row(row));
+                let place = &mut c.data_mut()[row_of_c * stride + column..][..S::LANES];
                 // SAFETY: the slice holds a whole vector.
                 unsafe {
                     let before = simd.load(place.as_ptr());
                     let after = match init {
                         Init::Zero => sum,
-                        Init::Keep => simd.add(before, sum),
-                        Init::ScaleRows(factors) => simd.mul_add(before, simd.splat(factors[row]), sum),
+                        Init::Keep | Init::KeepAt(_) => simd.add(before, sum),
+                        Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
+                            simd.mul_add(before, simd.splat(factors[row]), sum)
+                        }
                     };
                     simd.store(place.as_mut_ptr(), after);
                 }

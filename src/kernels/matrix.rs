@@ -21,6 +21,13 @@ impl<'a, T> Matrix<'a, T> {
         Self { cols, ..self }
     }
 
+    /// Some of the rows.
+    pub(crate) fn row_range(self, rows: std::ops::Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let start = if rows.is_empty() { 0 } else { rows.start * self.stride };
+        Self { data: &self.data[start.min(self.data.len())..], rows: rows.len(), ..self }
+    }
+
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data.as_ptr()
     }

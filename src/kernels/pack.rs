@@ -1,15 +1,13 @@
 //! Copies of a tile in the layout and the number type that the products read.
 
 use super::MatrixMut;
-use crate::simd::{Element, Scalar};
-
-/// Rows and channels that are transposed at once: what the compiler keeps in registers of the narrowest vectors.
-pub(crate) const SQUARE: usize = 4;
+use crate::simd::{Element, Kernel, Level, SQUARE, Scalar, Simd};
 
 /// Writes `factor * row` as column `column` of `to`, for each of `rows`; the remaining columns become 0.
 ///
-/// `to` has one row per channel. `lines` is scratch for four rows, `to.rows` each.
+/// `to` has one row per channel. `lines` is scratch for [`SQUARE`] rows, `to.rows` each.
 pub(crate) fn pack_transposed<'a, E: Element>(
+    level: Level,
     mut rows: impl ExactSizeIterator<Item = &'a [E]>,
     factor: E::Compute,
     lines: &mut [E::Compute],
@@ -38,24 +36,39 @@ pub(crate) fn pack_transposed<'a, E: Element>(
             };
         }
         let width = SQUARE.min(columns - column);
-        transpose(group, factor, &mut data[column..], stride, channels, width);
+        let to = MatrixMut::new(&mut data[column..], channels, width, stride);
+        E::Compute::run(level, Transpose { rows: group, factor, to });
     }
 }
 
-/// Writes four rows as `width` columns.
-#[inline]
-fn transpose<T: Scalar>(rows: [&[T]; SQUARE], factor: T, to: &mut [T], stride: usize, channels: usize, width: usize) {
-    let whole = if width == SQUARE { channels - channels % SQUARE } else { 0 };
-    for channel in (0..whole).step_by(SQUARE) {
-        let square: [[T; SQUARE]; SQUARE] = rows.map(|row| std::array::from_fn(|c| row[channel..channel + SQUARE][c]));
-        for c in 0..SQUARE {
-            let column: [T; SQUARE] = std::array::from_fn(|r| square[r][c] * factor);
-            to[(channel + c) * stride..][..SQUARE].copy_from_slice(&column);
+/// Writes rows as columns.
+struct Transpose<'a, T> {
+    rows: [&'a [T]; SQUARE],
+    factor: T,
+    to: MatrixMut<'a, T>,
+}
+
+impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(mut self, simd: S) {
+        let (channels, width, stride) = (self.to.rows, self.to.cols, self.to.stride);
+        assert!(self.rows.iter().all(|row| row.len() >= channels), "rows of {channels} channels");
+        let whole = if width == SQUARE { channels - channels % SQUARE } else { 0 };
+        for channel in (0..whole).step_by(SQUARE) {
+            let mut rows = [std::ptr::null(); SQUARE];
+            for r in 0..SQUARE {
+                rows[r] = self.rows[r].as_ptr().wrapping_add(channel);
+            }
+            // SAFETY: a square of each lies before `whole`, in rows that long and in a matrix of that many rows.
+            unsafe { simd.transpose(rows, self.factor, self.to.as_mut_ptr().add(channel * stride), stride) };
         }
-    }
-    for channel in whole..channels {
-        for (place, row) in to[channel * stride..][..width].iter_mut().zip(rows) {
-            *place = row[channel] * factor;
+        let to = self.to.data_mut();
+        for channel in whole..channels {
+            for r in 0..width {
+                to[channel * stride + r] = self.rows[r][channel] * self.factor;
+            }
         }
     }
 }

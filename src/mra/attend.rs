@@ -5,8 +5,8 @@ use super::dropped::Dropped;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, SQUARE, Stream, pack_transposed, product};
-use crate::simd::{Element, Level, Scalar};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed, product};
+use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// The state of a tile of queries between strips, and the buffers of a step.
 pub(crate) struct Attend<T> {
@@ -60,7 +60,7 @@ impl<T: Scalar> Attend<T> {
         self.columns = self.queries.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(queries, scale, &mut self.lines, &mut packed);
+        pack_transposed(self.level, queries, scale, &mut self.lines, &mut packed);
         self.maximum[..columns].fill(T::NEG_INFINITY);
         self.sum[..columns].fill(T::ZERO);
         self.values[..self.queries * self.width].fill(T::ZERO);

@@ -18,7 +18,8 @@ use super::bias_tile::BiasTile;
 use super::coarse_backward::{CoarseGradients, coarse_backward};
 use super::finite::needs_guard;
 use super::forward::Inputs;
-use super::gradient_tile::{GradientTile, KeySums, QueryTerms};
+pub(crate) use super::gradient_tile::QueryTerms;
+use super::gradient_tile::{GradientTile, KeySums};
 use super::plan::Plan;
 use super::problem::{Mode, Problem};
 use super::scratch::Buffer;
@@ -55,6 +56,26 @@ pub struct Gradients<'a, E> {
     pub value: TensorMut<'a, E>,
 }
 
+impl<E: Element> Saved<'_, E> {
+    /// Checks the shapes.
+    pub(crate) fn validate(&self, problem: &Problem, value_dim: usize) -> Result<()> {
+        let of = |channels| [problem.batch, problem.heads, problem.query_len, channels];
+        Problem::expect("grad_out", self.grad_out.shape(), of(value_dim))?;
+        Problem::expect("out", self.out.shape(), of(value_dim))?;
+        Problem::expect("lse", self.lse.shape(), of(1))?;
+        self.grad_lse.as_ref().map_or(Ok(()), |grad_lse| Problem::expect("grad_lse", grad_lse.shape(), of(1)))
+    }
+}
+
+impl<E: Element> Gradients<'_, E> {
+    /// Checks the shapes.
+    pub(crate) fn validate(&self, inputs: &Inputs<'_, E>) -> Result<()> {
+        Problem::expect("grad_query", self.query.shape(), inputs.query.shape())?;
+        Problem::expect("grad_key", self.key.shape(), inputs.key.shape())?;
+        Problem::expect("grad_value", self.value.shape(), inputs.value.shape())
+    }
+}
+
 /// Computes the gradients with respect to query, key and value, for the plan of forward.
 ///
 /// Deterministic: the same bits for any number of threads. Gradients of padded tokens are 0.
@@ -70,17 +91,8 @@ pub fn backward<E: Element>(
 ) -> Result<()> {
     let value_dim = inputs.validate(problem)?;
     plan.validate(problem)?;
-    let rows = [problem.batch, problem.heads, problem.query_len];
-    let of = |channels| [rows[0], rows[1], rows[2], channels];
-    Problem::expect("grad_out", saved.grad_out.shape(), of(value_dim))?;
-    Problem::expect("out", saved.out.shape(), of(value_dim))?;
-    Problem::expect("lse", saved.lse.shape(), of(1))?;
-    if let Some(grad_lse) = &saved.grad_lse {
-        Problem::expect("grad_lse", grad_lse.shape(), of(1))?;
-    }
-    Problem::expect("grad_query", gradients.query.shape(), inputs.query.shape())?;
-    Problem::expect("grad_key", gradients.key.shape(), inputs.key.shape())?;
-    Problem::expect("grad_value", gradients.value.shape(), inputs.value.shape())?;
+    saved.validate(problem, value_dim)?;
+    gradients.validate(inputs)?;
     let terms = query_terms(problem, saved);
     let (queries, keys) = (|batch| problem.queries(batch), |batch| problem.keys(batch));
     let guard = needs_guard(problem, &inputs.query, queries)
@@ -106,7 +118,7 @@ pub(crate) fn one_pass(groups: usize, threads: usize) -> bool {
 }
 
 /// Lse and delta of every query, heads and tokens numbered through.
-fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -> Vec<QueryTerms<E::Compute>> {
+pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -> Vec<QueryTerms<E::Compute>> {
     let length = problem.query_len;
     let unset = QueryTerms { lse: E::Compute::NAN, delta: E::Compute::NAN };
     let mut terms = vec![unset; problem.all_heads() * length];
@@ -361,7 +373,7 @@ impl<E: Element> Pass<'_, '_, E> {
 }
 
 /// Adds a token's share of its block's pooled gradient and writes the sum.
-fn finish<E: Element>(row: &mut [E::Compute], pooled: Option<&[E::Compute]>, count: usize, to: &mut [E]) {
+pub(crate) fn finish<E: Element>(row: &mut [E::Compute], pooled: Option<&[E::Compute]>, count: usize, to: &mut [E]) {
     if let Some(pooled) = pooled {
         let share = E::Compute::from_f64(1.0 / count as f64);
         for (x, &p) in row.iter_mut().zip(pooled) {

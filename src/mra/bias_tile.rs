@@ -7,8 +7,8 @@ use super::blocks::Blocks;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::Strip;
-use crate::kernels::{AddBias, Matrix, MatrixMut, SQUARE, pack_transposed};
-use crate::simd::Scalar;
+use crate::kernels::{AddBias, Matrix, MatrixMut, pack_transposed};
+use crate::simd::{SQUARE, Scalar};
 
 /// The buffers for one block.
 pub(crate) struct BiasTile<T> {
@@ -76,7 +76,7 @@ impl<T: Scalar> BiasTile<T> {
         }
         let rows = self.rows.chunks_exact(count).take(queries.len());
         let mut packed = MatrixMut::new(&mut self.packed, count, columns, columns);
-        pack_transposed(rows, T::from_f64(1.0), &mut self.lines, &mut packed);
+        pack_transposed(problem.level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
         let bias = Matrix::new(&self.packed, count, columns, columns);
         T::run(problem.level, AddBias { logits: MatrixMut::new(logits, count, columns, columns), bias });
     }

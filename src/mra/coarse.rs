@@ -131,7 +131,7 @@ pub(crate) fn adjust<T: Scalar>(
 }
 
 /// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
-fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
+pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
         let weight = T::from_f64((keys.count(block) as f64).ln());
         for logit in row {

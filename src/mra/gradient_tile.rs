@@ -13,8 +13,8 @@ use super::dropped::Dropped;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, PartView, Strip};
-use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, SQUARE, Stream, pack_rows, pack_transposed, product};
-use crate::simd::{Element, Level, Scalar};
+use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, Stream, pack_rows, pack_transposed, product};
+use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// A tile of queries with the gradients of their outputs, and the buffers of a step.
 pub(crate) struct GradientTile<T> {
@@ -109,9 +109,9 @@ impl<T: Scalar> GradientTile<T> {
         pack_rows(queries.clone(), &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
         pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
         let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
-        pack_transposed(queries, self.scale, &mut self.lines, &mut packed);
+        pack_transposed(self.level, queries, self.scale, &mut self.lines, &mut packed);
         let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
-        pack_transposed(grads, T::from_f64(1.0), &mut self.lines, &mut packed);
+        pack_transposed(self.level, grads, T::from_f64(1.0), &mut self.lines, &mut packed);
         self.lse[..columns].fill(T::ZERO);
         self.delta[..columns].fill(T::ZERO);
         for (query, terms) in terms.enumerate() {

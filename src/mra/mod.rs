@@ -6,6 +6,7 @@ mod bias;
 mod bias_tile;
 mod blocks;
 mod budget;
+mod causal;
 mod coarse;
 mod coarse_backward;
 mod dropped;
@@ -23,6 +24,9 @@ mod tile;
 pub use backward::{Gradients, Saved, backward};
 pub use bias::{Bias, BiasData};
 pub use budget::Budget;
+pub use causal::{
+    CausalBudget, CausalOptions, CausalProblem, PooledInputs, causal_backward, causal_forward, causal_forward_selecting, pool,
+};
 pub use forward::{Inputs, forward, forward_selecting};
 pub use plan::Plan;
 pub use problem::{Mask, Mode, Options, Problem};

@@ -144,6 +144,31 @@ impl<'a> Problem<'a> {
         })
     }
 
+    /// What pooling a tensor of this shape needs to know.
+    pub(crate) fn for_pooling(shape: [usize; 4], block_size: usize, threads: usize, level: Level) -> Result<Self> {
+        let options = Options {
+            block_size,
+            scale: Some(1.0),
+            mode: Mode::Full,
+            key_mask: None,
+            query_mask: None,
+            bias: None,
+            dropout: 0.0,
+            seed: 0,
+            threads,
+            level,
+        };
+        let shape = [shape[0], shape[1], shape[2], shape[3].max(1)];
+        Self::new(shape, shape, &options)
+    }
+
+    /// Ends the keys of each batch item at a length of its own.
+    pub(crate) fn set_key_lengths(&mut self, lengths: &[usize]) {
+        if !lengths.is_empty() {
+            self.keys = lengths.iter().map(|&length| Blocks::new(length, self.block_size)).collect();
+        }
+    }
+
     /// The blocks of the queries of a batch item.
     pub(crate) fn queries(&self, batch: usize) -> &Blocks {
         &self.queries[batch.min(self.queries.len() - 1)]

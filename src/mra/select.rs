@@ -21,8 +21,8 @@ use super::plan::Plan;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use crate::error::{Error, Result};
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, SQUARE, pack_transposed};
-use crate::simd::{Element, Scalar};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, pack_transposed};
+use crate::simd::{Element, SQUARE, Scalar};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
 use crate::tiles::Chunks;
@@ -155,7 +155,7 @@ impl<T: Scalar> Distances<T> {
         let (channels, stride) = (problem.head_dim, self.stride);
         let key_rows = (0..self.columns).map(|j| &keys.row(j)[..channels]);
         let mut packed = MatrixMut::new(&mut self.keys, channels, stride, stride);
-        pack_transposed(key_rows, T::from_f64(problem.scale), &mut self.lines, &mut packed);
+        pack_transposed(problem.level, key_rows, T::from_f64(problem.scale), &mut self.lines, &mut packed);
         let (data, query_stride) = queries.tail(0);
         T::run(
             problem.level,

@@ -15,6 +15,7 @@ pub(super) enum Dtype {
     Bf16,
     F16,
     Byte,
+    I32,
 }
 
 /// A type of elements that a descriptor can be borrowed as.
@@ -37,6 +38,9 @@ impl Stored for f16 {
 impl Stored for u8 {
     const DTYPE: Dtype = Dtype::Byte;
 }
+impl Stored for i32 {
+    const DTYPE: Dtype = Dtype::I32;
+}
 
 /// `(data_ptr, shape, strides in elements, dtype)`.
 #[derive(FromPyObject)]
@@ -44,7 +48,8 @@ pub(super) struct Descriptor(usize, Vec<usize>, Vec<usize>, u8);
 
 impl Descriptor {
     pub(super) fn dtype(&self) -> Dtype {
-        [Dtype::F32, Dtype::F64, Dtype::Bf16, Dtype::F16].get(usize::from(self.3)).copied().unwrap_or(Dtype::Byte)
+        const CODES: [Dtype; 6] = [Dtype::F32, Dtype::F64, Dtype::Bf16, Dtype::F16, Dtype::Byte, Dtype::I32];
+        CODES.get(usize::from(self.3)).copied().unwrap_or(Dtype::Byte)
     }
 
     /// The shape of a four-dimensional tensor.
@@ -164,26 +169,27 @@ impl Descriptor {
                 Dtype::Bf16 => BiasData::Bf16(self.slice(name)?),
                 Dtype::F16 => BiasData::F16(self.slice(name)?),
                 Dtype::Byte => BiasData::Bool(self.slice(name)?),
+                Dtype::I32 => return Err(Error::new(format!("{name}: dtype int32, expected bool or a floating point type"))),
             }
         };
         Bias::new(name, data, shape, strides)
     }
 
-    /// Contiguous bytes of any shape.
+    /// Contiguous elements of any shape.
     ///
     /// # Safety
     /// - As [`Self::slice`].
-    pub(super) unsafe fn bytes<'a>(&self, name: &str) -> Result<&'a [u8]> {
+    pub(super) unsafe fn contiguous<'a, E: Stored>(&self, name: &str) -> Result<&'a [E]> {
         self.check_contiguous(name)?;
         // SAFETY: the caller's.
         unsafe { self.slice(name) }
     }
 
-    /// Contiguous bytes of any shape, to write.
+    /// Contiguous elements of any shape, to write.
     ///
     /// # Safety
     /// - As [`Self::slice_mut`].
-    pub(super) unsafe fn bytes_mut<'a>(&self, name: &str) -> Result<&'a mut [u8]> {
+    pub(super) unsafe fn contiguous_mut<'a, E: Stored>(&self, name: &str) -> Result<&'a mut [E]> {
         self.check_contiguous(name)?;
         // SAFETY: the caller's.
         unsafe { self.slice_mut(name) }
@@ -201,7 +207,7 @@ impl Descriptor {
     fn addresses(&self) -> std::ops::Range<usize> {
         let size = match self.dtype() {
             Dtype::F64 => 8,
-            Dtype::F32 => 4,
+            Dtype::F32 | Dtype::I32 => 4,
             Dtype::Bf16 | Dtype::F16 => 2,
             Dtype::Byte => 1,
         };

@@ -6,13 +6,17 @@
     reason = "pyo3 passes what it extracted by value; the arguments are the operators' schema (mra_attention._ops)"
 )]
 
+#[macro_use]
+mod element;
 mod borrow;
+mod causal;
 
 use numpy::{IntoPyArray, PyArray4, PyReadonlyArray4, ndarray::Array4};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::threads;
 use crate::{
     Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
 };
@@ -22,31 +26,6 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         PyValueError::new_err(error.to_string())
     }
-}
-
-/// Calls `$body` with `$element` as the element type of a dtype.
-macro_rules! with_element {
-    ($dtype:expr, $element:ident => $body:expr) => {
-        match $dtype {
-            Dtype::F32 => {
-                type $element = f32;
-                $body
-            }
-            Dtype::F64 => {
-                type $element = f64;
-                $body
-            }
-            Dtype::Bf16 => {
-                type $element = half::bf16;
-                $body
-            }
-            Dtype::F16 => {
-                type $element = half::f16;
-                $body
-            }
-            Dtype::Byte => Err(Error::new("query: dtype bool or uint8, expected a floating point type")),
-        }
-    };
 }
 
 /// Those of the tensors that were passed.
@@ -130,7 +109,7 @@ fn select_blocks(
         let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
-            let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.bytes_mut("plan")?) };
+            let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.contiguous_mut::<u8>("plan")?) };
             crate::select_blocks(&problem, &query, &key, &budget, bits)
         })
     })
@@ -182,12 +161,12 @@ fn forward_py(
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
-                let bits = plan_out.bytes_mut("plan_out")?;
+                let bits = plan_out.contiguous_mut::<u8>("plan_out")?;
                 let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
                 let Some(plan_in) = plan_in else {
                     return forward_selecting(&problem, &inputs, &budget, bits, &mut out, &mut lse);
                 };
-                let plan_in = plan_in.bytes("plan")?;
+                let plan_in = plan_in.contiguous::<u8>("plan")?;
                 let plan = Plan::from_bits(&problem, plan_in)?;
                 if bits.len() != plan_in.len() {
                     return Err(Error::new(format!("plan_out: {} bytes, expected {}", bits.len(), plan_in.len())));
@@ -259,7 +238,7 @@ fn backward_py(
                     key: grad_key.tensor_mut("grad_key")?,
                     value: grad_value.tensor_mut("grad_value")?,
                 };
-                let plan = Plan::from_bits(&problem, plan.bytes("plan")?)?;
+                let plan = Plan::from_bits(&problem, plan.contiguous::<u8>("plan")?)?;
                 backward(&problem, &inputs, &saved, &plan, &mut gradients)
             }
         })
@@ -287,6 +266,18 @@ fn block_mask<'py>(
     Ok(mask.into_pyarray(py))
 }
 
+/// Makes torch's own threads do the work: `address` is that of `torch_parallel_for`, not 0.
+#[pyfunction]
+fn use_torch_threads(address: usize) -> PyResult<()> {
+    if address == 0 {
+        return Err(PyValueError::new_err("address: 0, expected the address of torch_parallel_for"));
+    }
+    let function = std::ptr::with_exposed_provenance::<()>(address);
+    // SAFETY: the Python layer looks the function up in torch's own library, which is never unloaded.
+    unsafe { threads::use_torch(std::mem::transmute::<*const (), threads::ParallelFor>(function)) };
+    Ok(())
+}
+
 /// The instruction set in use.
 #[pyfunction]
 fn isa() -> PyResult<&'static str> {
@@ -297,6 +288,13 @@ fn isa() -> PyResult<&'static str> {
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
     Level::available().into_iter().map(Level::name).collect()
+}
+
+/// Rates of one thread in GFLOP/s: fused multiply-adds alone, the products of the exact level, and with their softmax.
+#[pyfunction]
+fn kernel_rates(py: Python<'_>) -> PyResult<(f64, f64, f64)> {
+    let level = Level::current()?;
+    Ok(py.detach(|| crate::bench::rates(level)))
 }
 
 /// How the module was built.
@@ -317,8 +315,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(select_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(forward_py, module)?)?;
     module.add_function(wrap_pyfunction!(backward_py, module)?)?;
+    module.add_function(wrap_pyfunction!(causal::causal_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(causal::causal_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(causal::pool, module)?)?;
     module.add_function(wrap_pyfunction!(block_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel_rates, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -1,8 +1,8 @@
 //! NEON.
 
 use std::arch::aarch64::{
-    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcltq_f32, vcvtnq_s32_f32,
-    vdupq_n_f32, vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
+    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcvtnq_s32_f32, vdupq_n_f32,
+    vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
     vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64, vsubq_s32,
 };
 use std::arch::is_aarch64_feature_detected as detected;
@@ -84,6 +84,22 @@ macro_rules! operations {
                 unsafe { $select($greater(a, b), a, b) }
             }
             #[inline(always)]
+            fn min(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instructions.
+                unsafe { $select($greater(b, a), a, b) }
+            }
+            #[inline(always)]
+            fn at_least(self, a: Self::V, b: Self::V) -> u32 {
+                let (mut x, mut y) = ([0.0; 4], [0.0; 4]);
+                // SAFETY: the arrays have room for a vector, of 2 or 4 lanes.
+                unsafe {
+                    self.store(x.as_mut_ptr(), a);
+                    self.store(y.as_mut_ptr(), b);
+                }
+                let lanes = <Self as Simd<$t>>::LANES;
+                (0..lanes).fold(0, |bits, lane| bits | u32::from(x[lane] >= y[lane]) << lane)
+            }
+            #[inline(always)]
             fn exp(self, x: Self::V) -> Self::V {
                 $exp(self, x)
             }
@@ -131,11 +147,6 @@ fn exp_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
 }
 
 impl Exponent for Neon {
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
-    }
     #[inline(always)]
     fn round(self, x: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instruction.

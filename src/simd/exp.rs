@@ -23,8 +23,6 @@ pub(crate) const MAX_ULPS: f64 = 1.5;
 
 /// What [`exp`] needs beyond the operations of the kernels.
 pub(crate) trait Exponent: Simd<f32> {
-    /// The smaller of both lanes; `b` where either is NaN.
-    fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// The nearest integer, ties to even.
     fn round(self, x: Self::V) -> Self::V;
     /// `2^-n` for an integer `n` in [-128, 127]; infinity for -128 and 0 for 127.

@@ -21,6 +21,9 @@ pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
 pub use scalar::{Element, Scalar};
 
+/// Rows and columns of the squares that [`Simd::transpose`] takes.
+pub(crate) const SQUARE: usize = 8;
+
 /// Operations on vectors of `LANES` scalars of type `T`.
 pub trait Simd<T>: Copy {
     /// The vector.
@@ -52,6 +55,30 @@ pub trait Simd<T>: Copy {
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger of both lanes; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of both lanes; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
+    fn at_least(self, a: Self::V, b: Self::V) -> u32;
+    /// Writes `factor` times a square of [`SQUARE`] rows as columns: element `c` of row `r` to `to[c * stride + r]`.
+    ///
+    /// # Safety
+    /// - Each of `rows` points to at least `SQUARE` initialised scalars, each of `SQUARE` rows of `to`, `stride` scalars apart, to at
+    ///   least as many that nothing else accesses.
+    #[inline(always)]
+    unsafe fn transpose(self, rows: [*const T; SQUARE], factor: T, to: *mut T, stride: usize)
+    where
+        T: Scalar,
+    {
+        // Squares of 4 fit into the registers of the narrowest vectors.
+        for (half, quarter) in [(0, 0), (0, 4), (4, 0), (4, 4)] {
+            for c in half..half + 4 {
+                for r in quarter..quarter + 4 {
+                    // SAFETY: the caller's.
+                    unsafe { *to.add(c * stride + r) = *rows[r].add(c) * factor };
+                }
+            }
+        }
+    }
     /// `e` to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp`](self::exp).
     fn exp(self, x: Self::V) -> Self::V;
 }

@@ -52,6 +52,14 @@ macro_rules! portable {
                 std::array::from_fn(|l| if a[l] > b[l] { a[l] } else { b[l] })
             }
             #[inline(always)]
+            fn min(self, a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|l| if a[l] < b[l] { a[l] } else { b[l] })
+            }
+            #[inline(always)]
+            fn at_least(self, a: Self::V, b: Self::V) -> u32 {
+                (0..LANES).fold(0, |bits, l| bits | u32::from(a[l] >= b[l]) << l)
+            }
+            #[inline(always)]
             fn exp(self, x: Self::V) -> Self::V {
                 $exp(self, x)
             }
@@ -63,10 +71,6 @@ portable!(f32, exp = exp);
 portable!(f64, exp = |_, x: [f64; LANES]| x.map(f64::exp));
 
 impl Exponent for Portable {
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|l| if a[l] < b[l] { a[l] } else { b[l] })
-    }
     #[inline(always)]
     fn round(self, x: Self::V) -> Self::V {
         // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.

@@ -1,19 +1,21 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::{
-    __m256, __m256d, __m512, __m512d, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_pd, _mm256_add_ps,
-    _mm256_castsi256_ps, _mm256_cvtps_epi32, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd,
-    _mm256_max_ps, _mm256_min_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_pd,
-    _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps,
-    _mm512_add_pd, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtps_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd,
-    _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps,
-    _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_epi32,
-    _mm512_sub_pd, _mm512_sub_ps,
+    __m256, __m256d, __m512, __m512d, _CMP_GE_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_ps, _mm256_add_pd,
+    _mm256_add_ps, _mm256_castps128_ps256, _mm256_castsi256_ps, _mm256_cmp_pd, _mm256_cmp_ps, _mm256_cvtps_epi32,
+    _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_insertf128_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps,
+    _mm256_min_pd, _mm256_min_ps, _mm256_movemask_pd, _mm256_movemask_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_round_ps,
+    _mm256_set1_epi32, _mm256_set1_pd, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32,
+    _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_pd, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    _mm512_add_pd, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cmp_pd_mask, _mm512_cmp_ps_mask, _mm512_cvtps_epi32,
+    _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_pd,
+    _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps,
+    _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_pd, _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
 use super::exp::{Exponent, exp};
-use super::{Kernel, Simd};
+use super::{Kernel, SQUARE, Simd};
 
 macro_rules! token {
     ($token:ident, $doc:literal, $features:literal, [$($feature:tt),+]) => {
@@ -50,7 +52,7 @@ token!(Avx512, "512-bit vectors.", "avx512f,avx2,fma", ["avx512f", "avx2", "fma"
 
 macro_rules! operations {
     ($token:ident, $t:ty, $v:ty, $rows:literal, exp = $exp:expr,
-     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
+     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident $(, $transpose:ident)?) => {
         impl Simd<$t> for $token {
             type V = $v;
             const LANES: usize = size_of::<$v>() / size_of::<$t>();
@@ -97,9 +99,26 @@ macro_rules! operations {
                 unsafe { $max(a, b) }
             }
             #[inline(always)]
+            fn min(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instruction.
+                unsafe { $min(a, b) }
+            }
+            #[inline(always)]
+            fn at_least(self, a: Self::V, b: Self::V) -> u32 {
+                // SAFETY: the token proves that the CPU has the instructions.
+                unsafe { $at_least(a, b) }
+            }
+            #[inline(always)]
             fn exp(self, x: Self::V) -> Self::V {
                 $exp(self, x)
             }
+            $(
+                #[inline(always)]
+                unsafe fn transpose(self, rows: [*const $t; SQUARE], factor: $t, to: *mut $t, stride: usize) {
+                    // SAFETY: the token proves that the CPU has the instructions; the rest is the caller's.
+                    unsafe { $transpose(rows, factor, to, stride) }
+                }
+            )?
         }
     };
 }
@@ -118,6 +137,64 @@ fn exp_by_lane<S: Simd<f64>>(simd: S, x: S::V) -> S::V {
     unsafe { simd.load(lanes.as_ptr()) }
 }
 
+/// # Safety
+/// - The CPU has AVX2.
+#[inline(always)]
+unsafe fn at_least_8(a: __m256, b: __m256) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b)).cast_unsigned() }
+}
+
+/// # Safety
+/// - The CPU has AVX2.
+#[inline(always)]
+unsafe fn at_least_4_wide(a: __m256d, b: __m256d) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_GE_OQ>(a, b)).cast_unsigned() }
+}
+
+/// # Safety
+/// - The CPU has AVX-512F.
+#[inline(always)]
+unsafe fn at_least_16(a: __m512, b: __m512) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)) }
+}
+
+/// # Safety
+/// - The CPU has AVX-512F.
+#[inline(always)]
+unsafe fn at_least_8_wide(a: __m512d, b: __m512d) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { u32::from(_mm512_cmp_pd_mask::<_CMP_GE_OQ>(a, b)) }
+}
+
+/// [`Simd::transpose`]. Halves of rows r and r + 4 are loaded into one vector; then only squares of 4 are left to transpose.
+///
+/// # Safety
+/// - The CPU has AVX2, and as [`Simd::transpose`].
+#[inline(always)]
+unsafe fn transpose_8(rows: [*const f32; SQUARE], factor: f32, to: *mut f32, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let factor = _mm256_set1_ps(factor);
+        for half in [0, 4] {
+            let mut lines = [_mm256_setzero_ps(); 4];
+            for r in 0..4 {
+                let (upper, lower) = (_mm_loadu_ps(rows[r].add(half)), _mm_loadu_ps(rows[r + 4].add(half)));
+                lines[r] = _mm256_mul_ps(_mm256_insertf128_ps::<1>(_mm256_castps128_ps256(upper), lower), factor);
+            }
+            let (a, b) = (_mm256_unpacklo_ps(lines[0], lines[1]), _mm256_unpackhi_ps(lines[0], lines[1]));
+            let (c, d) = (_mm256_unpacklo_ps(lines[2], lines[3]), _mm256_unpackhi_ps(lines[2], lines[3]));
+            let to = to.add(half * stride);
+            _mm256_storeu_ps(to, _mm256_shuffle_ps::<0b01_00_01_00>(a, c));
+            _mm256_storeu_ps(to.add(stride), _mm256_shuffle_ps::<0b11_10_11_10>(a, c));
+            _mm256_storeu_ps(to.add(2 * stride), _mm256_shuffle_ps::<0b01_00_01_00>(b, d));
+            _mm256_storeu_ps(to.add(3 * stride), _mm256_shuffle_ps::<0b11_10_11_10>(b, d));
+        }
+    }
+}
+
 // AVX2 has 16 registers: 6 rows x 2 vectors of sums, 2 vectors of one operand and 1 broadcast of the other.
 operations!(
     Avx2,
@@ -132,7 +209,10 @@ operations!(
     _mm256_sub_ps,
     _mm256_mul_ps,
     _mm256_fmadd_ps,
-    _mm256_max_ps
+    _mm256_max_ps,
+    _mm256_min_ps,
+    at_least_8,
+    transpose_8
 );
 operations!(
     Avx2,
@@ -147,7 +227,9 @@ operations!(
     _mm256_sub_pd,
     _mm256_mul_pd,
     _mm256_fmadd_pd,
-    _mm256_max_pd
+    _mm256_max_pd,
+    _mm256_min_pd,
+    at_least_4_wide
 );
 // AVX-512 has 32 registers. 8 rows divide the usual 32 queries or keys of a block; 12 rows would leave a short last tile.
 operations!(
@@ -163,7 +245,10 @@ operations!(
     _mm512_sub_ps,
     _mm512_mul_ps,
     _mm512_fmadd_ps,
-    _mm512_max_ps
+    _mm512_max_ps,
+    _mm512_min_ps,
+    at_least_16,
+    transpose_8
 );
 operations!(
     Avx512,
@@ -178,15 +263,12 @@ operations!(
     _mm512_sub_pd,
     _mm512_mul_pd,
     _mm512_fmadd_pd,
-    _mm512_max_pd
+    _mm512_max_pd,
+    _mm512_min_pd,
+    at_least_8_wide
 );
 
 impl Exponent for Avx2 {
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: the token proves that the CPU has the instruction.
-        unsafe { _mm256_min_ps(a, b) }
-    }
     #[inline(always)]
     fn round(self, x: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instruction.
@@ -203,11 +285,6 @@ impl Exponent for Avx2 {
 }
 
 impl Exponent for Avx512 {
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: the token proves that the CPU has the instruction.
-        unsafe { _mm512_min_ps(a, b) }
-    }
     #[inline(always)]
     fn round(self, x: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instruction.

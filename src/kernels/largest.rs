@@ -1,0 +1,192 @@
+//! The largest numbers of each column, and whether all numbers are finite.
+
+use super::Matrix;
+use crate::simd::{Kernel, Scalar, Simd};
+
+/// Which rows hold the largest numbers of each column, as many as each column wants.
+///
+/// ```text
+/// for each vector of columns:
+///     top[0..K] = -inf
+///     for each row:  x = row;  for t in top:  t, x = max(x, t), min(x, t)      top stays sorted
+///     bound = top[wanted - 1]
+///     for each row:  take it if x > bound, or x = bound and there is room      so ties go to the lower row
+/// ```
+///
+/// `K` is at least what any column wants. A column whose bound is not above `-inf` gets nothing: there are too few numbers
+/// that are neither that nor NaN, and the caller has to look closer. So do all columns if one of them wants more than
+/// [`MOST_LARGEST`].
+pub(crate) struct Largest<'a, T> {
+    /// The numbers; as many columns as whole vectors.
+    pub(crate) numbers: Matrix<'a, T>,
+    /// How many each column wants, at most the number of rows.
+    pub(crate) wanted: &'a [usize],
+    /// Rows that were taken, ascending: those of column `c` from `c * stride` on.
+    pub(crate) rows: &'a mut [u32],
+    /// Room for the rows of a column.
+    pub(crate) stride: usize,
+    /// How many rows each column got: what it wants, or 0.
+    pub(crate) taken: &'a mut [usize],
+}
+
+/// The most that a column can want of [`Largest`]: beyond, the work for each number is that of its dot product.
+pub(crate) const MOST_LARGEST: usize = 32;
+
+impl<T: Scalar> Kernel<T> for Largest<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(mut self, simd: S) {
+        let columns = self.numbers.cols;
+        assert_eq!(columns % S::LANES, 0, "whole vectors of columns");
+        assert!(columns <= self.wanted.len() && columns <= self.taken.len(), "a number for each column");
+        let most = self.wanted[..columns].iter().copied().max().unwrap_or(0);
+        assert!(most <= self.stride && columns * self.stride <= self.rows.len(), "room for what is wanted");
+        self.taken[..columns].fill(0);
+        for column in (0..columns).step_by(S::LANES) {
+            match most {
+                0 => {}
+                1..=4 => self.vector::<S, 4>(simd, column),
+                5..=8 => self.vector::<S, 8>(simd, column),
+                9..=16 => self.vector::<S, 16>(simd, column),
+                17..=MOST_LARGEST => self.vector::<S, MOST_LARGEST>(simd, column),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl<T: Scalar> Largest<'_, T> {
+    #[inline(always)]
+    fn vector<S: Simd<T>, const K: usize>(&mut self, simd: S, column: usize) {
+        let (height, stride) = (self.numbers.rows, self.numbers.stride);
+        // Not a closure: it would be compiled without the instructions of `simd`.
+        let first = self.numbers.as_ptr().wrapping_add(column);
+        let mut top = [simd.splat(T::NEG_INFINITY); K];
+        for row in 0..height {
+            // SAFETY: a whole vector of columns from `column` on is in bounds in every row, by the assertions of `run`.
+            let mut x = simd.max(unsafe { simd.load(first.add(row * stride)) }, simd.splat(T::NEG_INFINITY));
+            for t in &mut top {
+                (*t, x) = (simd.max(x, *t), simd.min(x, *t));
+            }
+        }
+        let mut sorted = [[T::ZERO; 16]; K];
+        assert!(S::LANES <= 16);
+        for (line, t) in sorted.iter_mut().zip(top) {
+            // SAFETY: a line has room for a vector, asserted above.
+            unsafe { simd.store(line.as_mut_ptr(), t) };
+        }
+        let (mut bound, mut ties) = ([T::NAN; 16], [0; 16]);
+        for lane in 0..S::LANES {
+            let wanted = self.wanted[column + lane];
+            if wanted > 0 && sorted[wanted - 1][lane] > T::NEG_INFINITY {
+                bound[lane] = sorted[wanted - 1][lane];
+                ties[lane] = wanted - sorted.iter().filter(|line| line[lane] > bound[lane]).count();
+            }
+        }
+        // SAFETY: room for a vector, asserted above.
+        let bounds = unsafe { simd.load(bound.as_ptr()) };
+        for row in 0..height {
+            // SAFETY: as above.
+            let mut hits = simd.at_least(unsafe { simd.load(first.add(row * stride)) }, bounds);
+            while hits != 0 {
+                let lane = hits.trailing_zeros() as usize;
+                hits &= hits - 1;
+                // SAFETY: a lane of that vector.
+                let tie = unsafe { *first.add(row * stride + lane) } == bound[lane];
+                if !tie || ties[lane] > 0 {
+                    ties[lane] -= usize::from(tie);
+                    let taken = &mut self.taken[column + lane];
+                    self.rows[(column + lane) * self.stride + *taken] = u32::try_from(row).expect("fewer than 2^32 rows");
+                    *taken += 1;
+                }
+            }
+        }
+    }
+}
+
+/// Whether every number of a matrix is finite; its columns are whole vectors.
+pub(crate) struct AllFinite<'a, T>(pub(crate) Matrix<'a, T>);
+
+impl<T: Scalar> Kernel<T> for AllFinite<'_, T> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) -> bool {
+        let matrix = self.0;
+        assert_eq!(matrix.cols % S::LANES, 0, "whole vectors of columns");
+        let zero = simd.splat(T::ZERO);
+        let mut sums = [zero; 4];
+        for row in 0..matrix.rows {
+            for (index, column) in (0..matrix.cols).step_by(S::LANES).enumerate() {
+                // SAFETY: within a row of the matrix.
+                let x = unsafe { simd.load(matrix.as_ptr().add(row * matrix.stride + column)) };
+                // 0 times a finite number is 0, times any other NaN.
+                sums[index % 4] = simd.mul_add(x, zero, sums[index % 4]);
+            }
+        }
+        let sum = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
+        simd.at_least(sum, zero).count_ones() as usize == S::LANES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::RngExt;
+    use proptest::test_runner::{RngAlgorithm, TestRng};
+
+    use super::*;
+    use crate::simd::Level;
+
+    /// Few different numbers, so that there are ties, zeros of both signs among them, some NaN, some `-inf`.
+    #[test]
+    fn the_largest_of_each_column_ties_to_the_lower_row() {
+        for level in Level::available() {
+            let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[9; 32]);
+            for (height, most) in [(1, 1), (5, 3), (40, 4), (40, 8), (70, 16), (70, 32), (33, 32)] {
+                let columns = 2 * f32::lanes(level);
+                let odd = [f32::NAN, f32::NEG_INFINITY, -0.0];
+                let numbers: Vec<f32> = (0..height * columns)
+                    .map(|_| {
+                        if rng.random_range(0..9) == 0 { odd[rng.random_range(0..3)] } else { rng.random_range(-20..20) as f32 }
+                    })
+                    .collect();
+                let wanted: Vec<usize> = (0..columns).map(|_| rng.random_range(0..=most.min(height))).collect();
+                let (mut rows, mut taken) = (vec![u32::MAX; columns * most], vec![0; columns]);
+                let kernel = Largest {
+                    numbers: Matrix::new(&numbers, height, columns, columns),
+                    wanted: &wanted,
+                    rows: &mut rows,
+                    stride: most,
+                    taken: &mut taken,
+                };
+                f32::run(level, kernel);
+                for column in 0..columns {
+                    let value = |row: usize| numbers[row * columns + column];
+                    let mut order: Vec<usize> = (0..height).filter(|&row| value(row) > f32::NEG_INFINITY).collect();
+                    order.sort_by(|&a, &b| (value(b) + 0.0).total_cmp(&(value(a) + 0.0)).then(a.cmp(&b)));
+                    let mut expected = if order.len() < wanted[column] { &[] } else { &order[..wanted[column]] }.to_vec();
+                    expected.sort_unstable();
+                    let result = &rows[column * most..][..taken[column]];
+                    assert!(result.iter().map(|&row| row as usize).eq(expected), "{}: column {column}", level.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_number_that_is_not_finite_is_found() {
+        for level in Level::available() {
+            let (rows, columns) = (3, 3 * f32::lanes(level));
+            let mut numbers = vec![f32::MAX; rows * columns];
+            assert!(f32::run(level, AllFinite(Matrix::new(&numbers, rows, columns, columns))));
+            for place in 0..numbers.len() {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    numbers[place] = bad;
+                    assert!(!f32::run(level, AllFinite(Matrix::new(&numbers, rows, columns, columns))), "{place}");
+                }
+                numbers[place] = -1e-45;
+            }
+        }
+    }
+}

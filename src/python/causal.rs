@@ -1,0 +1,192 @@
+//! The causal form.
+
+use pyo3::prelude::*;
+
+use super::borrow::{Descriptor, Dtype, check_disjoint};
+use super::named;
+use crate::{
+    CausalBudget, CausalOptions, CausalProblem, Error, Gradients, Inputs, Level, Mode, PooledInputs, Problem, Saved,
+    causal_backward as backward, causal_forward as forward, causal_forward_selecting as forward_selecting,
+};
+
+/// The numbers that forward and backward take.
+struct Settings {
+    offsets: Vec<i64>,
+    key_lengths: Option<Vec<usize>>,
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    dropout_p: f64,
+    threads: usize,
+}
+
+impl Settings {
+    fn problem(&self, query: &Descriptor, key: &Descriptor) -> crate::Result<CausalProblem> {
+        if self.dropout_p != 0.0 {
+            return Err(Error::new(format!("dropout_p: {}, expected 0: there is no causal dropout", self.dropout_p)));
+        }
+        let options = CausalOptions {
+            block_size: self.block_size,
+            scale: Some(self.scale),
+            mode: if self.sparse { Mode::Sparse } else { Mode::Full },
+            offsets: &self.offsets,
+            key_lengths: self.key_lengths.as_deref(),
+            threads: self.threads,
+            level: Level::current()?,
+        };
+        CausalProblem::new(query.shape("query")?, key.shape("key")?, &options)
+    }
+}
+
+/// Checks that a plan has numbers for each query.
+fn check_plan(name: &str, plan: &Descriptor, query: &Descriptor, width: Option<usize>) -> crate::Result<()> {
+    let (shape, [batch, heads, length, _]) = (plan.shape(name)?, query.shape("query")?);
+    Problem::expect(name, shape, [batch, heads, length, width.unwrap_or(shape[3])])
+}
+
+#[pyfunction]
+#[pyo3(signature = (query, key, value, pooled_key, pooled_value, plan_in, plan_out, out, lse, *, offsets, key_lengths, scale, block_size, sparse, blocks, local_blocks, first_blocks, dropout_p, seed, threads))]
+pub(super) fn causal_forward(
+    py: Python<'_>,
+    query: Descriptor,
+    key: Descriptor,
+    value: Descriptor,
+    pooled_key: Option<Descriptor>,
+    pooled_value: Option<Descriptor>,
+    plan_in: Option<Descriptor>,
+    plan_out: Descriptor,
+    out: Descriptor,
+    lse: Descriptor,
+    offsets: Vec<i64>,
+    key_lengths: Option<Vec<usize>>,
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    blocks: usize,
+    local_blocks: usize,
+    first_blocks: usize,
+    dropout_p: f64,
+    seed: i64,
+    threads: usize,
+) -> PyResult<()> {
+    let _ = seed;
+    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, threads };
+    let budget = CausalBudget { blocks, local_blocks, first_blocks };
+    py.detach(|| {
+        let reads = named([
+            ("query", Some(&query)),
+            ("key", Some(&key)),
+            ("value", Some(&value)),
+            ("pooled_key", pooled_key.as_ref()),
+            ("pooled_value", pooled_value.as_ref()),
+            ("plan_in", plan_in.as_ref()),
+        ]);
+        check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
+        budget.validate()?;
+        let problem = settings.problem(&query, &key)?;
+        if let (None, Some(_)) = (&pooled_key, &pooled_value) {
+            return Err(Error::new("pooled_key: None, expected the means of keys beside those of values"));
+        }
+        with_element!(query.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
+            unsafe {
+                let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
+                let pooled_value = pooled_value.as_ref().map(|tensor| tensor.tensor("pooled_value")).transpose()?;
+                let pooled = pooled_key.as_ref().map(|tensor| tensor.tensor("pooled_key")).transpose()?;
+                let pooled = pooled.map(|key| PooledInputs { key, value: pooled_value });
+                let numbers = plan_out.contiguous_mut::<i32>("plan_out")?;
+                let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
+                let Some(plan_in) = &plan_in else {
+                    check_plan("plan_out", &plan_out, &query, Some(problem.plan_width(&budget)))?;
+                    return forward_selecting(&problem, &inputs, pooled.as_ref(), &budget, numbers, &mut out, &mut lse);
+                };
+                check_plan("plan", plan_in, &query, None)?;
+                Problem::expect("plan_out", plan_out.shape("plan_out")?, plan_in.shape("plan")?)?;
+                let plan = plan_in.contiguous::<i32>("plan")?;
+                forward(&problem, &inputs, pooled.as_ref(), plan, &mut out, &mut lse)?;
+                numbers.copy_from_slice(plan);
+                Ok(())
+            }
+        })
+    })
+    .map_err(PyErr::from)
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, plan, grad_query, grad_key, grad_value, *, offsets, key_lengths, scale, block_size, sparse, local_blocks, first_blocks, dropout_p, seed, threads))]
+pub(super) fn causal_backward(
+    py: Python<'_>,
+    grad_out: Descriptor,
+    grad_lse: Option<Descriptor>,
+    query: Descriptor,
+    key: Descriptor,
+    value: Descriptor,
+    out: Descriptor,
+    lse: Descriptor,
+    plan: Descriptor,
+    grad_query: Descriptor,
+    grad_key: Descriptor,
+    grad_value: Descriptor,
+    offsets: Vec<i64>,
+    key_lengths: Option<Vec<usize>>,
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    local_blocks: usize,
+    first_blocks: usize,
+    dropout_p: f64,
+    seed: i64,
+    threads: usize,
+) -> PyResult<()> {
+    // The plan says what is exact, and so it stands for the numbers of blocks.
+    let _ = (local_blocks, first_blocks, seed);
+    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, threads };
+    py.detach(|| {
+        let reads = named([
+            ("grad_out", Some(&grad_out)),
+            ("grad_lse", grad_lse.as_ref()),
+            ("query", Some(&query)),
+            ("key", Some(&key)),
+            ("value", Some(&value)),
+            ("out", Some(&out)),
+            ("lse", Some(&lse)),
+            ("plan", Some(&plan)),
+        ]);
+        check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
+        let problem = settings.problem(&query, &key)?;
+        check_plan("plan", &plan, &query, None)?;
+        with_element!(query.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
+            unsafe {
+                let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
+                let saved = Saved {
+                    grad_out: grad_out.tensor("grad_out")?,
+                    grad_lse: grad_lse.as_ref().map(|tensor| tensor.rows("grad_lse")).transpose()?,
+                    out: out.tensor("out")?,
+                    lse: lse.rows("lse")?,
+                };
+                let mut gradients = Gradients {
+                    query: grad_query.tensor_mut("grad_query")?,
+                    key: grad_key.tensor_mut("grad_key")?,
+                    value: grad_value.tensor_mut("grad_value")?,
+                };
+                backward(&problem, &inputs, &saved, plan.contiguous::<i32>("plan")?, &mut gradients)
+            }
+        })
+    })
+    .map_err(PyErr::from)
+}
+
+/// Means of the blocks of a tensor.
+#[pyfunction]
+#[pyo3(signature = (tensor, out, *, block_size, threads))]
+pub(super) fn pool(py: Python<'_>, tensor: Descriptor, out: Descriptor, block_size: usize, threads: usize) -> PyResult<()> {
+    py.detach(|| {
+        check_disjoint(&[("out", &out)], &[("tensor", &tensor)])?;
+        with_element!(tensor.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call and gives a fresh output.
+            unsafe { crate::pool(&tensor.tensor::<E>("tensor")?, &mut out.tensor_mut("out")?, block_size, threads) }
+        })
+    })
+    .map_err(PyErr::from)
+}
