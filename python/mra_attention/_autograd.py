@@ -204,13 +204,17 @@ def _forward_below_autograd(name: str, keyset: Any, args: tuple[Any, ...]) -> Te
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def _is_recorded(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad or args[2].requires_grad)
+
+
 def _record(name: str, keyset: Any, args: tuple[Any, ...]) -> Tensors3:
     """Run a forward operator and record it: its autograd kernel, or with `keyset=None` in place of the operator.
 
     It does what torch.library.register_autograd would, which before `setup_context` looks up the defaults of the schema
     in a time that grows with the square of the number of arguments: tens of microseconds for thirteen.
     """
-    if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad or args[2].requires_grad):
+    if _is_recorded(args):
         return _RecordedForward.apply(name, keyset, *args)
     return _forward_below_autograd(name, keyset, args)
 
@@ -268,14 +272,29 @@ def register_derivative(
     torch.library.register_autograd(str(backward.name()), _refuse_double_backward, lib=_library)
 
 
+def _is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether a call comes to the autograd kernel without a transform, a compiler or a subclass before it."""
+    return not (
+        transforms_active()
+        or torch.compiler.is_compiling()
+        or _jit_tracing()
+        or not (type(args[0]) is type(args[1]) is type(args[2]) is Tensor)
+    )
+
+
 def call_forward(name: str, *args: Any) -> Tensors3:
     """Call a forward operator by the shortest way that the circumstances allow."""
-    query, key, value = args[:3]
     refuse_forward_ad(*args)
-    if transforms_active():
-        return _ForwardFunction.apply(name, *args)
-    if torch.compiler.is_compiling() or _jit_tracing() or not (type(query) is type(key) is type(value) is Tensor):
-        return _families[name].forward(*args)
     # For plain tensors the dispatcher would come to the autograd kernel first. To begin there saves one passage through
     # the dispatcher, up to ten microseconds.
-    return _record(name, None, args)
+    if _is_direct(args):
+        return _record(name, None, args)
+    return _ForwardFunction.apply(name, *args) if transforms_active() else _families[name].forward(*args)
+
+
+def call_for_out(name: str, kernel: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return the first result of a forward operator; where nothing is recorded, `kernel` computes it alone."""
+    if _is_direct(args) and not _is_recorded(args) and not _needs_dispatcher(args):
+        refuse_forward_ad(*args)
+        return kernel(*args)
+    return call_forward(name, *args)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ._descriptors import Descriptor
 from ._descriptors import describe as _describe
 from ._descriptors import describe_optional as _describe_optional
 from ._descriptors import rows as _rows
-from ._outputs import empty_grads, empty_outputs, empty_plan
+from ._outputs import empty_grads, empty_out, empty_outputs, empty_plan
 
 _UINT64 = 2**64 - 1
 
@@ -58,7 +60,27 @@ def select_blocks(
     return plan
 
 
-def forward(
+def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
+    out, lse, plan_out = empty_outputs(query, key, value, args[_BLOCK_SIZE])
+    _forward_into(out, _describe(lse), _describe(plan_out), query, key, value, *args)
+    return out, lse, plan_out
+
+
+def forward_out(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    """Return the output alone. The arguments are those of `forward`."""
+    out = empty_out(query, value.shape[3])
+    _forward_into(out, None, None, query, key, value, *args)
+    return out
+
+
+_BLOCK_SIZE = 6  # its place behind query, key and value
+
+
+def _forward_into(
+    out: Tensor,
+    lse: Descriptor | None,
+    plan_out: Descriptor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,9 +97,7 @@ def forward(
     num_blocks: int | None,
     first_blocks: int,
     diagonal_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
-    out, lse, plan_out = empty_outputs(query, key, value, block_size)
+) -> None:
     query, key, value = _rows(query), _rows(key), _rows(value)
     key_mask = None if key_mask is None else _rows(key_mask)
     query_mask = None if query_mask is None else _rows(query_mask)
@@ -90,9 +110,9 @@ def forward(
         _describe_optional(query_mask),
         _describe_bias(attn_bias, query, key),
         _describe_optional(plan),
-        _describe(plan_out),
+        plan_out,
         _describe(out),
-        _describe(lse),
+        lse,
         scale=scale,
         block_size=block_size,
         sparse=sparse,
@@ -104,7 +124,6 @@ def forward(
         diagonal_blocks=diagonal_blocks,
         threads=torch.get_num_threads(),
     )
-    return out, lse, plan_out
 
 
 def backward(

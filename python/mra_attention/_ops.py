@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _cpu
 from ._autograd import (
     Tensors3,
+    call_for_out,
     call_forward,
     check_device,
     define,
@@ -175,41 +176,11 @@ def select_blocks(
     )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    attn_bias: Tensor | None,
-    plan: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    dropout_p: float,
-    blocks_per_row: float,
-    num_blocks: int | None,
-    first_blocks: int,
-    diagonal_blocks: int,
-) -> Tensors3:
-    """Return the output, the log-sum-exp and the plan of 4-D inputs."""
-    return call_forward(
-        "forward",
-        query,
-        key,
-        value,
-        key_mask,
-        query_mask,
-        attn_bias,
-        plan,
-        seed,
-        scale,
-        block_size,
-        sparse,
-        dropout_p,
-        blocks_per_row,
-        num_blocks,
-        first_blocks,
-        diagonal_blocks,
-    )
+def forward(*args: Any) -> Tensors3:
+    """Return the output, the log-sum-exp and the plan of 4-D inputs. The arguments are those of the operator."""
+    return call_forward("forward", *args)
+
+
+def forward_out(*args: Any) -> Tensor:
+    """Return the output alone; where no gradient is recorded, the rest is not even allocated."""
+    return call_for_out("forward", _cpu.forward_out, *args)

@@ -36,11 +36,15 @@ def empty_plan(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     return torch.empty((batch, heads, rows, (columns + 7) // 8), dtype=torch.uint8, device=query.device)
 
 
+def empty_out(query: Tensor, value_dim: int) -> Tensor:
+    """Allocate the output."""
+    return _empty(query, query.shape[2], value_dim)
+
+
 def empty_like_query(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """Allocate the output and the log-sum-exp."""
     lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    shape = query.shape[:3]
-    return _empty(query, shape[2], value_dim), torch.empty(shape, dtype=lse_dtype, device=query.device)
+    return empty_out(query, value_dim), torch.empty(query.shape[:3], dtype=lse_dtype, device=query.device)
 
 
 def empty_outputs(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

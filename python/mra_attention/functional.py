@@ -103,12 +103,19 @@ def scaled_dot_product_attention(
     value : Tensor
         `(..., Hk, Lk, Dv)`, dtype as `query`. `Dv` may differ from `D`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, True where the key may be attended to, of a shape that broadcasts to `(B, 1, 1, Lk)`.
-        A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. In self-attention pass `query_padding_mask`
-        as well, or padded positions take part in the averages of the query blocks. Or a causal bias,
-        `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
+        bool, True where the key may be attended to, or a bias that is added to the logits: float32 or the dtype of
+        `query`, `-inf` where the key may not be attended to. Any shape that broadcasts to `(..., H, Lq, Lk)`; nothing
+        that is repeated is copied. A bool mask that is the same for all queries and heads, of shape `(B, 1, 1, Lk)` for
+        example, is key padding: those keys do not take part in averages either. A mask of shape `(B, Lk)` is passed as
+        `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
+        take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
+        is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
+        the average of its biases. So a mask never makes a result wrong, only slower.
+        Or a causal bias, `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
-        Only 0.0 is supported.
+        The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
+        pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
+        as a whole. The seed is drawn from torch's default generator, and only if `dropout_p > 0`.
     is_causal : bool, default False
         Whether query `t` sees the keys up to `t` only, which `causal_upper_left` also says; with `causal_lower_right`
         it sees the keys up to `t + Lk - Lq`. Each token then chooses blocks for itself, and nothing that comes later
@@ -160,20 +167,21 @@ def scaled_dot_product_attention(
     ValueError
         If an argument has a value that is not accepted, or shapes do not fit together.
     NotImplementedError
-        For what is to come: `dropout_p > 0`, masks that depend on the query or the head, additive masks, more than two
-        resolutions, devices other than the CPU; and when the call is differentiated in forward mode or twice.
+        For what is to come: more than two resolutions, devices other than the CPU; when `attn_mask` requires a
+        gradient; with dropout below `torch.vmap`; and when the call is differentiated in forward mode or twice.
 
     Notes
     -----
-    Definition: docs/definitions.md, section 2 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for Approximate
-    Self-Attention", arXiv 2207.10284, algorithms 1 and 2), and section 3 for causal attention.
+    Definition: docs/definitions.md, sections 2 and 5 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2), and section 3 for causal attention.
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
-    never reaches a result, not even a NaN.
+    never reaches a result, not even a NaN; nor does, with a mask, what a query does not see.
 
-    The result and the gradients are deterministic: the same bits on every run, for any number of threads. As many
-    threads are used as `torch.get_num_threads()` says. Under `torch.autocast("cpu")` inputs are cast as for torch's
-    own attention. The selection of blocks is constant for differentiation.
+    The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
+    after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
+    `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant
+    for differentiation.
 
     Examples
     --------
@@ -228,6 +236,9 @@ def scaled_dot_product_attention(
     else:
         bits = None if plan is None else _checks.plan_bits(plan, query, key, block_size)
         numbers = (scale, block_size, sparse, dropout_p, *selection)
+        if not return_lse:
+            out = _ops.forward_out(query, key, value, *masks, bits, seed, *numbers)
+            return out if lead is None else out.reshape(*lead, *out.shape[2:])
         out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, *numbers)
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
@@ -325,7 +336,7 @@ def plan(
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, broadcastable to `(B, 1, 1, Lk)`; or a causal bias.
+        bool, or an additive bias: blocks that it cuts are in the plan beside those of the budget. Or a causal bias.
     is_causal : bool, default False
         Whether the plan is one of causal attention.
     scale : float, optional

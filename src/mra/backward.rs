@@ -95,8 +95,10 @@ pub fn backward<E: Element>(
     gradients.validate(inputs)?;
     let terms = query_terms(problem, saved);
     let (queries, keys) = (|batch| problem.queries(batch), |batch| problem.keys(batch));
-    let (query, grad_out) = ((&inputs.query, &queries as _), (&saved.grad_out, &queries as _));
-    let guard = needs_guard(problem, &[query, grad_out, (&inputs.key, &keys), (&inputs.value, &keys)]);
+    let guard = needs_guard(problem, &inputs.query, queries)
+        || needs_guard(problem, &saved.grad_out, queries)
+        || needs_guard(problem, &inputs.key, keys)
+        || needs_guard(problem, &inputs.value, keys);
     let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, inputs, &saved.grad_out, &terms, plan, guard));
     let pass = Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, coarse, gradients, value_dim, guard };
     let (groups, products) = (problem.batch * problem.kv_heads, plan.num_blocks() * problem.block_size.pow(2) * 3);

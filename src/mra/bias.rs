@@ -206,7 +206,9 @@ impl<'a> Pairs<'a> {
         let mut means = vec![0.0; if mask { 0 } else { kinds.len() }];
         let tasks = if columns == 0 { 0 } else { items * distinct_heads * rows };
         let (to_kinds, to_means) = (Chunks::new(&mut kinds, columns), Chunks::new(&mut means, if mask { 0 } else { columns }));
-        threads::for_each(threads, tasks, Scan::default, |scan, task| {
+        // Below some tens of microseconds of reading, further threads bring nothing.
+        let elements = items * distinct_heads * bias.shape[2] * bias.shape[3];
+        threads::for_each(threads.min(elements / SCAN_THREAD + 1), tasks, Scan::default, |scan, task| {
             let (item, head, i) = (task / rows / distinct_heads, task / rows % distinct_heads, task % rows);
             let (queries, keys) = (&queries[item.min(queries.len() - 1)], &keys[item.min(keys.len() - 1)]);
             // SAFETY: each task has its own row of blocks.
@@ -245,6 +247,9 @@ impl<'a> Pairs<'a> {
 
 /// Keys that are scanned together for all queries of a block: what is known of them stays in a first-level cache.
 const SCAN_KEYS: usize = 1024;
+
+/// Biases that are worth a thread.
+const SCAN_THREAD: usize = 1 << 17;
 
 /// What is known of the keys of a few blocks after some queries.
 #[derive(Debug, Default)]
@@ -316,11 +321,11 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
         kinds: &mut [Kind],
         means: &mut [f64],
     ) {
-        let [line, lowest, highest] = lines;
+        let [line, minus_lowest, highest] = lines;
         let rows = self.queries.clone().count();
         self.for_parts(kinds.len(), |blocks, numbers| {
             line.resize(numbers.len(), S::ZERO);
-            refill(lowest, numbers.len(), S::INFINITY);
+            refill(minus_lowest, numbers.len(), S::NEG_INFINITY);
             refill(highest, numbers.len(), S::NEG_INFINITY);
             refill(sums, numbers.len(), 0.0);
             for query in self.queries.clone() {
@@ -330,12 +335,12 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
                     self.bias.read(self.place(query), self.keys, numbers.clone(), line);
                     line
                 });
-                S::run(self.level, Extend { bias, highest, lowest, sums });
+                S::run(self.level, Extend { bias, highest, minus_lowest, sums });
             }
             for j in blocks {
                 let keys = self.keys.start(j) - numbers.start..self.keys.start(j + 1) - numbers.start;
-                let highest = highest[keys.clone()].iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max);
-                let lowest = lowest[keys.clone()].iter().map(|&x| x.into()).fold(f64::INFINITY, f64::min);
+                let largest = |bounds: &[S]| bounds.iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max);
+                let (highest, lowest) = (largest(&highest[keys.clone()]), -largest(&minus_lowest[keys.clone()]));
                 let sum: f64 = sums[keys.clone()].iter().sum();
                 kinds[j] = kind_of(lowest, highest, sum, rows * keys.len());
                 // The sum of numbers near the lowest one overflows.

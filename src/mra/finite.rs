@@ -9,20 +9,16 @@ use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
 
-/// Whether pairs are masked and one of these tensors has a NaN or an infinity at a valid token: then products must not
-/// multiply it by the weight 0 of a hidden pair.
+/// Whether a tensor, whose sequences are cut as `blocks_of(batch)` says, has a NaN or an infinity at a valid token. Where
+/// pairs are masked, products must then not multiply it by the weight 0 of a hidden pair.
 pub(crate) fn needs_guard<'b, E: Element>(
     problem: &Problem<'_>,
-    tensors: &[(&Tensor<'_, E>, &(dyn Fn(usize) -> &'b Blocks + Sync))],
-) -> bool {
-    problem.pairs.is_some() && tensors.iter().any(|(tensor, blocks_of)| !is_finite(problem, tensor, blocks_of))
-}
-
-fn is_finite<'b, E: Element>(
-    problem: &Problem<'_>,
     tensor: &Tensor<'_, E>,
-    blocks_of: &(dyn Fn(usize) -> &'b Blocks + Sync),
+    blocks_of: impl Fn(usize) -> &'b Blocks + Sync,
 ) -> bool {
+    if problem.pairs.is_none() {
+        return false;
+    }
     let [batch, heads, length, channels] = tensor.shape();
     let found = AtomicBool::new(false);
     let threads = problem.threads_for(batch * heads * length * channels);
@@ -42,7 +38,7 @@ fn is_finite<'b, E: Element>(
             }
         }
     });
-    !found.into_inner()
+    found.into_inner()
 }
 
 /// 0 times a number is 0 unless it is NaN or infinite. Eight chains let the compiler use vectors.

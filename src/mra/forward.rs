@@ -89,7 +89,7 @@ pub(crate) fn forward_with<E: Element>(
     let value_dim = inputs.validate(problem)?;
     Problem::expect("out", out.shape(), [problem.batch, problem.heads, problem.query_len, value_dim])?;
     Problem::expect("lse", lse.shape(), [problem.batch, problem.heads, problem.query_len, 1])?;
-    let guard = needs_guard(problem, &[(&inputs.value, &|batch| problem.keys(batch))]);
+    let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
     let coarse = pyramid.filter(|_| problem.mode == Mode::Full).map(|pyramid| {
         let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
         Coarse::new(problem, plan, &pyramid.queries, &pyramid.keys, &values, guard)

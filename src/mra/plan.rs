@@ -35,6 +35,11 @@ impl Plan {
         key_blocks.div_ceil(8)
     }
 
+    /// Bytes that hold the bits of all rows.
+    pub fn bytes(problem: &Problem) -> usize {
+        problem.all_heads() * problem.query_blocks() * Self::row_bytes(problem.key_blocks())
+    }
+
     /// Reads a plan from bits: for each batch item, head and query block `ceil(nk / 8)` bytes, block `j` in bit `j % 8` of byte
     /// `j / 8`. Bits beyond the last block and bits of blocks without valid tokens or visible pairs are left out; blocks that
     /// the problem's mask cuts are selected in any case.

@@ -163,6 +163,7 @@ impl<T: Scalar> Distances<T> {
                 a: Matrix::new(data, self.rows, channels, query_stride),
                 a_transposed: false,
                 b: Matrix::new(&self.keys, channels, stride, stride),
+                b_rows: None,
                 c: MatrixMut::new(&mut self.values, self.rows, stride, stride),
                 init: Init::Zero,
             },

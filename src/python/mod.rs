@@ -18,8 +18,10 @@ use pyo3::types::PyDict;
 
 use crate::threads;
 use crate::{
-    Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
+    Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, Scalar, TensorMut, backward, forward,
+    forward_selecting,
 };
+
 use borrow::{Descriptor, Dtype, Named, check_disjoint};
 
 impl From<Error> for PyErr {
@@ -116,6 +118,12 @@ fn select_blocks(
     .map_err(PyErr::from)
 }
 
+/// A tensor `(B, H, L, 1)` for an output of this shape.
+fn rows_of_own<T: Scalar>(memory: &mut Vec<T>, [batch, heads, length, _]: [usize; 4]) -> crate::Result<TensorMut<'_, T>> {
+    memory.resize(batch * heads * length, T::ZERO);
+    TensorMut::new("lse", memory, [batch, heads, length, 1], [heads * length, length, 1, 1])
+}
+
 #[pyfunction(name = "forward")]
 #[pyo3(signature = (query, key, value, key_mask, query_mask, attn_bias, plan_in, plan_out, out, lse, *, scale, block_size, sparse, dropout_p, seed, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn forward_py(
@@ -127,9 +135,9 @@ fn forward_py(
     query_mask: Option<Descriptor>,
     attn_bias: Option<Descriptor>,
     plan_in: Option<Descriptor>,
-    plan_out: Descriptor,
+    plan_out: Option<Descriptor>,
     out: Descriptor,
-    lse: Descriptor,
+    lse: Option<Descriptor>,
     scale: f64,
     block_size: usize,
     sparse: bool,
@@ -153,7 +161,8 @@ fn forward_py(
             ("attn_bias", attn_bias.as_ref()),
             ("plan_in", plan_in.as_ref()),
         ]);
-        check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
+        let writes = named([("plan_out", plan_out.as_ref()), ("out", Some(&out)), ("lse", lse.as_ref())]);
+        check_disjoint(&writes, &reads)?;
         let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
         // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
         let problem = unsafe { settings.problem(&query, &key, masks) }?;
@@ -161,8 +170,20 @@ fn forward_py(
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
-                let bits = plan_out.contiguous_mut::<u8>("plan_out")?;
-                let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
+                // What the caller does not want is computed all the same, in memory of our own.
+                let (mut own_bits, mut own_lse) = (Vec::new(), Vec::new());
+                let bits = match &plan_out {
+                    Some(plan_out) => plan_out.contiguous_mut::<u8>("plan_out")?,
+                    None => {
+                        own_bits.resize(Plan::bytes(&problem), 0);
+                        &mut own_bits
+                    }
+                };
+                let mut out = out.tensor_mut::<E>("out")?;
+                let mut lse = match &lse {
+                    Some(lse) => lse.rows_mut("lse")?,
+                    None => rows_of_own(&mut own_lse, out.shape())?,
+                };
                 let Some(plan_in) = plan_in else {
                     return forward_selecting(&problem, &inputs, &budget, bits, &mut out, &mut lse);
                 };

@@ -18,8 +18,8 @@ from torch import Tensor
 class Settings:
     """What a call asks for, in the terms of docs/definitions.md. Masks are bool, True = valid, (B, Lk) and (B, Lq).
 
-    bias is a mask (bool) or an additive bias that depends on the query; it broadcasts to (B, H, Lq, Lk), and the package
-    takes it or key_mask as attn_mask, not both.
+    bias is a mask (bool) or an additive bias that depends on the query; it broadcasts to (B, H, Lq, Lk), and the
+    package takes it or key_mask as attn_mask, not both.
     """
 
     block_size: int = 32
@@ -212,8 +212,8 @@ def attention(
     """Output and log-sum-exp of section 2.6 for a given selection, one softmax over all entries of both levels.
 
     The entries of a query are every key token (exact logit, counted if its block is selected) and every key block
-    (pooled logit with multiplicity cnt_j, counted if the block is live and not selected). Dropout multiplies the weights
-    by `keep`: (B, H, Lq, Lk) for tokens and (B, H, nq, nk) for blocks.
+    (pooled logit with multiplicity cnt_j, counted if the block is live and not selected). Dropout multiplies the
+    weights by `keep`: (B, H, Lq, Lk) for tokens and (B, H, nq, nk) for blocks.
     """
     p = _pyramid(query, key, settings, dtype)
     value = _clean(value, p.key_valid, query.shape[1], dtype)

@@ -1,4 +1,4 @@
-"""Dropout of attention weights: docs/definitions.md, section 2, Dropout.
+"""Dropout of attention weights: docs/definitions.md, section 5, Dropout.
 
 What is dropped is read off the package itself: with values that are the columns of an identity, every weight is an
 element of the output, and the kept ones are those that are not 0.
@@ -26,7 +26,12 @@ SETTINGS: dict[str, Any] = {"resolutions": (BLOCK, 1), "blocks_per_row": 1.5}
 
 
 def _kept(
-    shape: tuple[int, ...], selected: Tensor, settings: Settings, p: float, seed: int, dtype: torch.dtype = torch.float64
+    shape: tuple[int, ...],
+    selected: Tensor,
+    settings: Settings,
+    p: float,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Which weights of tokens `(B, H, Lq, Lk)` and of blocks `(B, H, nq, nk)` are kept by the call after this seed.
 
@@ -63,7 +68,11 @@ def test_matches_the_formulas(p: float, mode: str, bias: str) -> None:
         "additive": torch.randn(4, 43, 51, generator=generator, dtype=torch.float64),
     }
     settings = Settings(
-        block_size=BLOCK, blocks_per_row=1.5, mode=mode, bias=biases[bias], query_mask=helpers.random_mask(2, 43, seed=2)
+        block_size=BLOCK,
+        blocks_per_row=1.5,
+        mode=mode,
+        bias=biases[bias],
+        query_mask=helpers.random_mask(2, 43, seed=2),
     )
     selected = helpers.block_mask(query, key, settings)
     keep = _kept(SHAPE, selected, settings, p, seed=7)
@@ -97,7 +106,9 @@ def test_what_is_dropped_depends_on_nothing_but_the_seed_and_the_place() -> None
     settings = Settings(block_size=BLOCK)
     first = _kept(SHAPE, selected, settings, 0.4, seed=1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert all(torch.equal(*pair) for pair in zip(first, _kept(SHAPE, selected, settings, 0.4, 1, dtype), strict=True))
+        assert all(
+            torch.equal(*pair) for pair in zip(first, _kept(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
+        )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -116,7 +127,9 @@ def test_the_mean_over_seeds_is_the_result_without_dropout() -> None:
     query, key, value, *_ = random_inputs((1, 2, 43, 51, 6))
     expected = scaled_dot_product_attention(query, key, value, **SETTINGS)
     torch.manual_seed(0)
-    draws = torch.stack([scaled_dot_product_attention(query, key, value, dropout_p=0.3, **SETTINGS) for _ in range(500)])
+    draws = torch.stack(
+        [scaled_dot_product_attention(query, key, value, dropout_p=0.3, **SETTINGS) for _ in range(500)]
+    )
     deviation = draws.std(0) / len(draws) ** 0.5
     # 516 numbers, each the mean of 500 draws: beyond 5 standard deviations once in thousands of seeds.
     assert ((draws.mean(0) - expected).abs() <= 5 * deviation).all()

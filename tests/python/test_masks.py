@@ -75,7 +75,9 @@ def test_matches_the_formulas(name: str, mode: str) -> None:
     inputs = random_inputs(SHAPE, value_dim=5)
     settings = Settings(block_size=BLOCK, mode=mode, blocks_per_row=1.5, bias=_bias(name))
     if name in ("prefix", "prefix-per-head"):  # a bool mask that is the same for all queries only removes keys
-        settings = Settings(block_size=BLOCK, mode=mode, blocks_per_row=1.5, bias=_bias(name).expand(2, 2, 43, 51).clone())
+        settings = Settings(
+            block_size=BLOCK, mode=mode, blocks_per_row=1.5, bias=_bias(name).expand(2, 2, 43, 51).clone()
+        )
     helpers.assert_matches_oracle(*inputs[:3], settings, *inputs[3:])
 
 
@@ -147,7 +149,9 @@ def test_shapes_broadcast_as_those_of_torch(
     inputs_shape: tuple[int, ...], mask_shape: tuple[int, ...], additive: bool
 ) -> None:
     key_shape = (*inputs_shape[:-2], 51, inputs_shape[-1])
-    query, key = (torch.randn(shape, generator=_generator(), dtype=torch.float64) for shape in (inputs_shape, key_shape))
+    query, key = (
+        torch.randn(shape, generator=_generator(), dtype=torch.float64) for shape in (inputs_shape, key_shape)
+    )
     mask = torch.randn(mask_shape, generator=_generator(2), dtype=torch.float64)
     mask = mask if additive else mask > 0
     arguments: Any = {"resolutions": (BLOCK, 1), "blocks_per_row": 99.0}
@@ -280,7 +284,7 @@ def test_what_is_hidden_never_reaches_a_result(dtype: torch.dtype, mode: str, ad
     mask = torch.arange(60)[:, None] // 20 == torch.arange(60) // 20
     bias = torch.zeros(60, 60).masked_fill(~mask, -math.inf) if additive else mask
     settings = Settings(block_size=BLOCK, mode=mode, blocks_per_row=1.0, bias=bias)
-    plan = mra_attention.plan(query, key, **{k: v for k, v in settings.keywords().items()})
+    plan = mra_attention.plan(query, key, **settings.keywords())
     more = {"plan": plan, "blocks_per_row": 4.0}
     clean = helpers.run_package(query, key, value, settings, grad_out, grad_lse, **more)
     others = torch.cat([torch.arange(20), torch.arange(40, 60)])

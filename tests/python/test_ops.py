@@ -30,7 +30,11 @@ def forward_arguments(shape: str, layout: str, masked: bool, given_plan: bool, s
     tensors = inputs(shape, layout=layout)
     key_mask, query_mask = masks(shape, masked)
     numbers = (0.3, BLOCK_SIZE, 1.5, None, 0, 0)
-    chosen = OPS.select_blocks(*tensors[:2], key_mask, query_mask, pair_bias(shape, masked), *numbers) if given_plan else None
+    chosen = (
+        OPS.select_blocks(*tensors[:2], key_mask, query_mask, pair_bias(shape, masked), *numbers)
+        if given_plan
+        else None
+    )
     bias, seed = pair_bias(shape, masked), torch.tensor([5]) if masked else None
     return *tensors, key_mask, query_mask, bias, chosen, seed, 0.3, BLOCK_SIZE, sparse, rate(masked), 1.5, None, 0, 0
 

@@ -138,7 +138,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "mask-double": (
         {"attn_mask": torch.zeros(2, 1, 40, 48, dtype=torch.float64)},
         TypeError,
-        ["attn_mask must be a bool tensor", "additive bias of float32", "dtype of query, torch.float32", "torch.float64"],
+        [
+            "attn_mask must be a bool tensor",
+            "additive bias of float32",
+            "dtype of query, torch.float32",
+            "torch.float64",
+        ],
     ),
     "mask-gradient": (
         {"attn_mask": torch.zeros(40, 48, requires_grad=True)},

@@ -5,7 +5,7 @@
 //! output; `b` the block size, `n` the number of keys.
 //!
 //! ```text
-//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b       scaled, summed, perhaps of means of b tokens
+//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b + max |bias|   scaled, summed, perhaps of means of b tokens
 //! weight      off by a factor  1 + w:  the logit's error, and for each strip of keys a subtraction and two exponentials
 //! out         (2 w + (2 n + b + 8) u) max |v|                          a quotient of sums of n weights
 //! dS          p (w + (Dv + 3) u) N,  N = G V + G O + max |dlse|
@@ -50,7 +50,8 @@ impl Bounds {
             [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
                 .map(|count| count.max(1) as f64);
         let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
-        let logit = scale * norm(&data.query) * norm(&data.key) + b.ln();
+        let bias = data.bias.as_ref().map_or(0.0, largest);
+        let logit = scale * norm(&data.query) * norm(&data.key) + b.ln() + bias;
         // Two steps that follow each other take more keys than fit into one; so does the coarse level with pooled keys.
         let steps = 2.0 * (2.0 * n / STRIP + 2.0);
         let weight = (d + 2.0 * b + 8.0) * u * logit + steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;

@@ -8,7 +8,7 @@ mod number;
 mod stored;
 
 pub(crate) use bounds::Bounds;
-pub(crate) use case::{Case, Data, Padding};
+pub(crate) use case::{Case, Data, Padding, Pairs};
 pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
 pub(crate) use levels::{levels, levels_required};
 pub(crate) use number::{Number, Rounded};
