@@ -45,12 +45,15 @@ impl BlockLists {
 fn for_entries(sights: &[Sight], plan: &[i32], width: usize, mut body: impl FnMut(u32, usize)) {
     for (query, sight) in (0..).zip(sights) {
         let row = &plan[query as usize * width..][..width];
+        // Plans are ascending as a rule, and then a comparison tells that a number is new.
+        let mut highest = -1;
         for (place, &number) in row.iter().enumerate() {
             if let Some(block) = visible(number, sight)
-                && !repeated(&row[..place], number)
+                && (number > highest || !row[..place].contains(&number))
             {
                 body(query, block);
             }
+            highest = highest.max(number);
         }
     }
 }
@@ -58,9 +61,4 @@ fn for_entries(sights: &[Sight], plan: &[i32], width: usize, mut body: impl FnMu
 /// The block that a number of a plan stands for, if the query sees any of it.
 pub(crate) fn visible(number: i32, sight: &Sight) -> Option<usize> {
     usize::try_from(number).ok().filter(|&block| block < sight.blocks)
-}
-
-/// Whether a number was there before. Plans are ascending as a rule, and then one comparison tells.
-fn repeated(before: &[i32], number: i32) -> bool {
-    before.last().is_some_and(|&last| last >= number) && before.contains(&number)
 }
