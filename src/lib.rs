@@ -14,6 +14,8 @@
 //! `kernels` the computations on one tile, `mra` the algorithm, `threads` and `tiles` how tasks and outputs are spread over
 //! cores, `reference` the formulas in float64, written to be read. The definitions: docs/definitions.md.
 
+#[doc(hidden)]
+pub mod bench;
 mod error;
 mod kernels;
 mod mra;
@@ -30,9 +32,9 @@ pub mod tch;
 
 pub use error::{Error, Result};
 pub use mra::{
-    Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan, PooledInputs, Problem,
-    Saved, backward, causal_backward, causal_forward, causal_forward_selecting, forward, forward_selecting, pool,
-    select_blocks,
+    Bias, BiasData, Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan,
+    PooledInputs, Problem, Saved, backward, causal_backward, causal_forward, causal_forward_selecting, forward,
+    forward_selecting, pool, select_blocks,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;

@@ -32,6 +32,8 @@ pub struct Attention<'a> {
     pub query_mask: Option<ArrayView2<'a, bool>>,
     /// `(B, Lk)`, true where a key is valid; `None` is everywhere.
     pub key_mask: Option<ArrayView2<'a, bool>>,
+    /// `(B, H, Lq, Lk)`, added to the logits; `-inf` hides a pair. `None` is 0 everywhere.
+    pub bias: Option<ArrayView4<'a, f64>>,
     /// Tokens per block.
     pub block_size: usize,
     /// The factor of the logits; `None` is `1 / sqrt(D)`.
@@ -139,6 +141,7 @@ impl<'a> Attention<'a> {
             value: self.value.slice_move(s![b, kv, .., ..]),
             query_valid: valid(self.query_mask, self.query.dim().2),
             key_valid: valid(self.key_mask, self.key.dim().2),
+            bias: self.bias.map(|bias| bias.slice_move(s![b, h, .., ..])),
             block_size: self.block_size,
             scale: self.scale.unwrap_or(1.0 / (self.query.dim().3 as f64).sqrt()),
             mode: self.mode,
@@ -153,9 +156,18 @@ struct Head<'a> {
     value: ArrayView2<'a, f64>,
     query_valid: Vec<bool>,
     key_valid: Vec<bool>,
+    bias: Option<ArrayView2<'a, f64>>,
     block_size: usize,
     scale: f64,
     mode: Mode,
+}
+
+/// What a bias makes of a block (section 5).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Dead,
+    Cut,
+    Open,
 }
 
 struct HeadGradients<'a> {
@@ -203,28 +215,64 @@ impl Head<'_> {
         (0..self.query_valid.len()).filter(|&t| self.query_valid[t])
     }
 
-    /// `P[t, s]`.
-    fn logit(&self, t: usize, s: usize) -> f64 {
-        self.scale * dot(self.query.row(t), self.key.row(s))
+    fn bias(&self, t: usize, s: usize) -> f64 {
+        self.bias.map_or(0.0, |bias| bias[[t, s]])
     }
 
-    /// `c[i, j]`.
+    /// `P[t, s]`.
+    fn logit(&self, t: usize, s: usize) -> f64 {
+        if self.bias(t, s) == f64::NEG_INFINITY {
+            return f64::NEG_INFINITY;
+        }
+        self.scale * dot(self.query.row(t), self.key.row(s)) + self.bias(t, s)
+    }
+
+    /// `c[i, j]`, with the mean of the bias where the block is open.
     fn pooled_logits(&self) -> Array2<f64> {
-        let (qh, kh) = (pool(self.query, &self.query_blocks()), pool(self.key, &self.key_blocks()));
-        Array2::from_shape_fn((qh.nrows(), kh.nrows()), |(i, j)| self.scale * dot(qh.row(i), kh.row(j)))
+        let (query_blocks, key_blocks, kinds) = (self.query_blocks(), self.key_blocks(), self.kinds());
+        let (qh, kh) = (pool(self.query, &query_blocks), pool(self.key, &key_blocks));
+        Array2::from_shape_fn((qh.nrows(), kh.nrows()), |(i, j)| {
+            let pairs = query_blocks[i].iter().flat_map(|&t| key_blocks[j].iter().map(move |&s| (t, s)));
+            let mean = pairs.map(|(t, s)| self.bias(t, s)).sum::<f64>() / (query_blocks[i].len() * key_blocks[j].len()) as f64;
+            self.scale * dot(qh.row(i), kh.row(j)) + if kinds[[i, j]] == Kind::Open { mean } else { 0.0 }
+        })
+    }
+
+    fn kinds(&self) -> Array2<Kind> {
+        let (query_blocks, key_blocks) = (self.query_blocks(), self.key_blocks());
+        Array2::from_shape_fn((query_blocks.len(), key_blocks.len()), |(i, j)| {
+            let pairs = query_blocks[i].iter().flat_map(|&t| key_blocks[j].iter().map(move |&s| (t, s)));
+            let biases: Vec<f64> = pairs.map(|(t, s)| self.bias(t, s)).collect();
+            let (lowest, highest) = biases.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
+            if biases.iter().all(|&x| x == f64::NEG_INFINITY) {
+                Kind::Dead
+            } else if biases.iter().all(|x| x.is_finite()) && highest - lowest <= 1e3 {
+                Kind::Open
+            } else {
+                Kind::Cut
+            }
+        })
+    }
+
+    /// The blocks that are computed exactly: those of the selection that are open, and those that the bias cuts.
+    fn exact(&self, selected: ArrayView2<'_, bool>) -> Array2<bool> {
+        let kinds = self.kinds();
+        Array2::from_shape_fn(kinds.raw_dim(), |at| match kinds[at] {
+            Kind::Dead => false,
+            Kind::Cut => true,
+            Kind::Open => selected[at],
+        })
     }
 
     fn select(&self, budget: &Budget) -> Array2<bool> {
         let c = self.pooled_logits();
-        let (query_blocks, key_blocks) = (self.query_blocks(), self.key_blocks());
+        let query_blocks = self.query_blocks();
         let live_rows: Vec<usize> = (0..c.nrows()).filter(|&i| !query_blocks[i].is_empty()).collect();
-        let live_columns: Vec<usize> = (0..c.ncols()).filter(|&j| !key_blocks[j].is_empty()).collect();
+        let kinds = self.kinds();
         let mut selected = Array2::from_elem(c.raw_dim(), false);
         let mut candidates = Vec::new();
-        if live_columns.is_empty() {
-            return selected;
-        }
         for &i in &live_rows {
+            let live_columns: Vec<usize> = (0..c.ncols()).filter(|&j| kinds[[i, j]] == Kind::Open).collect();
             let best = live_columns.iter().map(|&j| c[[i, j]]).fold(f64::NEG_INFINITY, f64::max);
             let first_best = live_columns.iter().position(|&j| c[[i, j]] == best);
             for (place, &j) in live_columns.iter().enumerate() {
@@ -244,20 +292,22 @@ impl Head<'_> {
         for (_, i, j) in candidates.into_iter().take(number_of_blocks(budget, live_rows.len()).saturating_sub(forced)) {
             selected[[i, j]] = true;
         }
-        selected
+        self.exact(selected.view())
     }
 
     /// Writes the output and the lse of every valid query that sees a key.
     fn forward(&self, selected: ArrayView2<'_, bool>, mut out: ArrayViewMut2<'_, f64>, mut lse: ArrayViewMut1<'_, f64>) {
         let (c, key_blocks) = (self.pooled_logits(), self.key_blocks());
         let vh = pool(self.value, &key_blocks);
+        let (kinds, exact) = (self.kinds(), self.exact(selected));
         for (i, t) in self.query_blocks().iter().enumerate().flat_map(|(i, queries)| queries.iter().map(move |&t| (i, t))) {
             // The logit, how many keys it stands for, and their value.
             let mut terms = Vec::new();
             for (j, keys) in key_blocks.iter().enumerate() {
-                if selected[[i, j]] {
-                    terms.extend(keys.iter().map(|&s| (self.logit(t, s), 1.0, self.value.row(s))));
-                } else if self.mode == Mode::Full && !keys.is_empty() {
+                if exact[[i, j]] {
+                    let seen = keys.iter().filter(|&&s| self.bias(t, s) != f64::NEG_INFINITY);
+                    terms.extend(seen.map(|&s| (self.logit(t, s), 1.0, self.value.row(s))));
+                } else if self.mode == Mode::Full && kinds[[i, j]] == Kind::Open {
                     terms.push((c[[i, j]], keys.len() as f64, vh.row(j)));
                 }
             }
@@ -288,9 +338,11 @@ impl Head<'_> {
             delta[t] = dot(g.row(t), out.row(t)) - grad_lse.map_or(0.0, |gl| gl[t]);
         }
         let (query_blocks, key_blocks) = (self.query_blocks(), self.key_blocks());
+        let exact = self.exact(selected);
         for (i, queries) in query_blocks.iter().enumerate() {
-            for (_, keys) in key_blocks.iter().enumerate().filter(|&(j, _)| selected[[i, j]]) {
-                for (&t, &s) in queries.iter().flat_map(|t| keys.iter().map(move |s| (t, s))) {
+            for (_, keys) in key_blocks.iter().enumerate().filter(|&(j, _)| exact[[i, j]]) {
+                let pairs = queries.iter().flat_map(|t| keys.iter().map(move |s| (t, s)));
+                for (&t, &s) in pairs.filter(|&(&t, &s)| self.bias(t, s) != f64::NEG_INFINITY) {
                     let p = (self.logit(t, s) - lse[t]).exp();
                     let ds = p * (dot(g.row(t), self.value.row(s)) - delta[t]);
                     add(&mut to.query, t, self.scale * ds, self.key.row(s));
@@ -314,12 +366,12 @@ impl Head<'_> {
     ) {
         let (query_blocks, key_blocks) = (self.query_blocks(), self.key_blocks());
         let (qh, kh, vh) = (pool(self.query, &query_blocks), pool(self.key, &key_blocks), pool(self.value, &key_blocks));
-        let c = self.pooled_logits();
+        let (c, kinds, exact) = (self.pooled_logits(), self.kinds(), self.exact(selected));
         let (mut dqh, mut dkh, mut dvh) =
             (Array2::zeros(qh.raw_dim()), Array2::zeros(kh.raw_dim()), Array2::zeros(vh.raw_dim()));
         for (i, queries) in query_blocks.iter().enumerate().filter(|(_, queries)| !queries.is_empty()) {
             let unselected: Vec<usize> =
-                (0..key_blocks.len()).filter(|&j| !selected[[i, j]] && !key_blocks[j].is_empty()).collect();
+                (0..key_blocks.len()).filter(|&j| !exact[[i, j]] && kinds[[i, j]] == Kind::Open).collect();
             let r = unselected.iter().map(|&j| c[[i, j]]).fold(f64::NEG_INFINITY, f64::max);
             let (mut sum_g, mut sum_delta) = (Array1::<f64>::zeros(g.ncols()), 0.0);
             for &t in queries.iter().filter(|_| !unselected.is_empty()) {

@@ -1,4 +1,4 @@
-"""Check, time, print and record: `python -m benchmarks.speed`."""
+"""Check, time, print, draw and record: `python -m benchmarks.speed`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from .accuracy import errors
 from .measure import Row, measurements
-from .report import table, write_record
+from .plots import draw
+from .report import folder, table, write_record
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def main() -> int:
     text = table(rows, errors())
     print(text)
     if not arguments.only:
+        draw(folder() / "time-and-error.png", arguments.seconds / 10)
         print(f"\nRecorded in {write_record(rows, text)}")
     return 0
 

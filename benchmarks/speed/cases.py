@@ -18,6 +18,7 @@ class Case:
     heads: int = 8
     head_dim: int = 64
     backward: bool = False
+    causal: bool = False
     keywords: dict[str, object] = field(default_factory=dict)
 
 
@@ -29,4 +30,13 @@ CASES = [
     Case("forward + backward, L 512", 512, 3, backward=True),
     Case("every block, forward, L 2048", 2048, 1.3, keywords=EVERYTHING),
     Case("every block, forward + backward, L 2048", 2048, 1.1, backward=True, keywords=EVERYTHING),
+    Case("causal, forward, L 8192, 8 blocks", 8192, 10, causal=True, keywords={"blocks_per_row": 8}),
+    Case(
+        "causal, forward + backward, L 8192, 8 blocks",
+        8192,
+        7,
+        backward=True,
+        causal=True,
+        keywords={"blocks_per_row": 8},
+    ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import mra_attention
@@ -49,18 +50,52 @@ def _dense_rows(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.P
     return (weights * selected) @ v + coarse @ pooled_values.repeat_interleave(b, dim=2)
 
 
+def check_causal(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[str, object], tolerance: float) -> None:
+    """Compare some tokens with docs/definitions.md, section 3, for the plan that is selected."""
+    plan = mra_attention.plan(query, key, is_causal=True, **keywords)
+    out = mra_attention.scaled_dot_product_attention(query, key, value, is_causal=True, **keywords)
+    tokens = [0, 31, 32, query.shape[2] // 2 + 5, query.shape[2] - 1]
+    expected = torch.stack([_causal_token(query, key, value, plan, token) for token in tokens], dim=2)
+    error = relative_error(out[:, :, tokens], expected)
+    if not error <= tolerance:
+        raise AssertionError(f"causal forward of {tuple(query.shape)} {keywords}: error {error:.1e} > {tolerance:.1e}")
+
+
+def _causal_token(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.CausalPlan, token: int) -> Tensor:
+    """Return the output of one token."""
+    b = plan.block_size
+    q, k, v = query[:, :, token].double(), key[:, :, : token + 1].double(), value[:, :, : token + 1].double()
+    past = token // b  # blocks that are wholly visible
+    selected = plan.block_mask()[:, :, token]
+    if not selected[..., past].all():
+        raise AssertionError(f"token {token} has not selected its own block")
+    scale = q.shape[-1] ** -0.5
+    means_k, means_v = (x[:, :, : past * b].unflatten(2, (past, b)).mean(3) for x in (k, v))
+    exact = scale * torch.einsum("bhd,bhsd->bhs", q, k)
+    exact = exact.masked_fill(~selected.repeat_interleave(b, dim=-1)[..., : token + 1], -torch.inf)
+    coarse = scale * torch.einsum("bhd,bhjd->bhj", q, means_k) + math.log(b)
+    coarse = coarse.masked_fill(selected[..., :past], -torch.inf)
+    weights = torch.cat([exact, coarse], dim=-1).softmax(-1)
+    return torch.einsum("bhs,bhsd->bhd", weights, torch.cat([v, means_v], dim=2))
+
+
 def check_gradients(
-    tensors: tuple[Tensor, ...], grad_out: Tensor, keywords: Mapping[str, object], tolerance: float
+    tensors: tuple[Tensor, ...],
+    grad_out: Tensor,
+    keywords: Mapping[str, object],
+    tolerance: float,
+    *,
+    causal: bool = False,
 ) -> None:
     """Compare gradients with those of the same plan in float64, which the tests compare with the definitions."""
     keywords = dict(keywords)
     mode = keywords.pop("mode", "full")
-    plan = mra_attention.plan(tensors[0], tensors[1], **keywords)
+    plan = mra_attention.plan(tensors[0], tensors[1], is_causal=causal, **keywords)
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
         out = mra_attention.scaled_dot_product_attention(
-            *leaves, plan=plan, mode=mode, resolutions=(plan.block_size, 1)
+            *leaves, is_causal=causal, plan=plan, mode=mode, resolutions=(plan.block_size, 1)
         )
         return torch.autograd.grad(out, leaves, grad_out.to(dtype))
 

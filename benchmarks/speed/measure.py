@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from mra_attention import KVCache, _core
 from mra_attention import scaled_dot_product_attention as mra
 from torch import Tensor, nn
 
+from .accuracy import error_on_real_data
 from .cases import CASES, EVERYTHING, Case
-from .checks import check_forward, check_gradients
+from .checks import check_causal, check_forward, check_gradients, relative_error
 from .timing import interleaved
 
 TOLERANCE = 1e-5
@@ -31,6 +33,8 @@ class Row:
     wanted: str
     holds: bool | None
     unit: str = "ms"
+    error: float | None = None
+    """Relative error on real queries, keys and values with the same arguments."""
 
 
 def inputs(heads: int, length: int, head_dim: int, *, grad: bool = False) -> list[Tensor]:
@@ -48,21 +52,25 @@ def against_sdpa(case: Case, seconds: float) -> Row:
     """Time a case and SDPA in turns, after a check of the result."""
     tensors = inputs(case.heads, case.length, case.head_dim, grad=case.backward)
     detached = [x.detach() for x in tensors]
-    check_forward(*detached, case.keywords, TOLERANCE)
+    (check_causal if case.causal else check_forward)(*detached, case.keywords, TOLERANCE)
 
     def ours(*args: Tensor) -> Tensor:
-        return mra(*args, **case.keywords)
+        return mra(*args, is_causal=case.causal, **case.keywords)
+
+    def peer(*args: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*args, is_causal=case.causal)
 
     if case.backward:
         grad_out = torch.randn_like(tensors[0])
-        check_gradients(tuple(detached), grad_out, case.keywords, TOLERANCE)
-        calls = {"peer": step(F.scaled_dot_product_attention, tensors, grad_out), "ours": step(ours, tensors, grad_out)}
+        check_gradients(tuple(detached), grad_out, case.keywords, TOLERANCE, causal=case.causal)
+        calls = {"peer": step(peer, tensors, grad_out), "ours": step(ours, tensors, grad_out)}
     else:
-        calls = {"peer": lambda: F.scaled_dot_product_attention(*tensors), "ours": lambda: ours(*tensors)}
+        calls = {"peer": lambda: peer(*tensors), "ours": lambda: ours(*tensors)}
     times = interleaved(calls, seconds=seconds)
     ratio = times["peer"] / times["ours"]
     wanted = f">= {case.least:g}x"
-    return Row(case.name, 1e3 * times["peer"], 1e3 * times["ours"], ratio, wanted, ratio >= case.least)
+    error = error_on_real_data(causal=case.causal, **case.keywords)
+    return Row(case.name, 1e3 * times["peer"], 1e3 * times["ours"], ratio, wanted, ratio >= case.least, error=error)
 
 
 def sparse_against_full(seconds: float) -> Row:
@@ -71,7 +79,48 @@ def sparse_against_full(seconds: float) -> Row:
     check_forward(*tensors, {"mode": "sparse"}, TOLERANCE)
     times = interleaved({"peer": lambda: mra(*tensors), "ours": lambda: mra(*tensors, mode="sparse")}, seconds=seconds)
     ratio = times["peer"] / times["ours"]
-    return Row("sparse against full, L 4096", 1e3 * times["peer"], 1e3 * times["ours"], ratio, ">= 1x", ratio >= 1)
+    error = error_on_real_data(mode="sparse")
+    name = "sparse against full, L 4096"
+    return Row(name, 1e3 * times["peer"], 1e3 * times["ours"], ratio, ">= 1x", ratio >= 1, error=error)
+
+
+def decoding(seconds: float) -> Row:
+    """Time one step of decoding with 65536 tokens in the cache: append a token, attend to all."""
+    length, least = 65536, 15
+    query, key, value = (x[:, :, -1:].clone() for x in inputs(8, length, 64))
+    past = inputs(8, length, 64)
+    cache = KVCache(1, 8, 64, max_length=length)
+    cache.append(past[1][:, :, :-1], past[2][:, :, :-1])
+
+    def ours() -> Tensor:
+        cache.append(key, value)
+        out = cache.attend(query, blocks_per_row=8)
+        cache.crop(length - 1)
+        return out
+
+    # SDPA gets its keys and values in one tensor, the new token already in its place.
+    full = [torch.cat([x[:, :, :-1], new], dim=2) for x, new in ((past[1], key), (past[2], value))]
+    with torch.no_grad():
+        cache.append(key, value)
+        everything = cache.attend(query, blocks_per_row=2**20)
+        cache.crop(length - 1)
+        error = relative_error(everything, F.scaled_dot_product_attention(query, *full))
+        if not error <= TOLERANCE:
+            raise AssertionError(f"decoding with every block: error {error:.1e} > {TOLERANCE:.1e}")
+        times = interleaved(
+            {"peer": lambda: F.scaled_dot_product_attention(query, *full), "ours": ours}, seconds=seconds
+        )
+    ratio = times["peer"] / times["ours"]
+    name = "decoding step, 65536 tokens, 8 blocks"
+    return Row(name, 1e3 * times["peer"], 1e3 * times["ours"], ratio, f">= {least}x", ratio >= least)
+
+
+def share_of_peak() -> Row:
+    """Compare the products of the exact level with fused multiply-adds on registers alone, on one thread."""
+    peak, products, with_softmax = _core.kernel_rates()
+    share = 100 * products / peak
+    name = f"products, share of FMA peak (with softmax {100 * with_softmax / peak:.0f} %)"
+    return Row(name, peak, products, share, ">= 50 %", share >= 50, unit="GF/s")
 
 
 def growth(seconds: float) -> Row:
@@ -196,6 +245,8 @@ def measurements(seconds: float) -> Iterator[tuple[str, Callable[[], list[Row]]]
     """Yield the name of each measurement and the function that makes it."""
     for case in CASES:
         yield case.name, lambda case=case: [against_sdpa(case, seconds)]
+    yield "decoding", lambda: [decoding(seconds)]
+    yield "peak", lambda: [share_of_peak()]
     yield "sparse", lambda: [sparse_against_full(seconds)]
     yield "bfloat16", lambda: [half_width(seconds)]
     yield "growth", lambda: [growth(seconds)]

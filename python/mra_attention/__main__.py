@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import __version__, scaled_dot_product_attention
 from ._core import available_isas, build_info, isa
+from ._threads import THREADS_OF
 
 LENGTH, HEAD_DIM, BLOCK_SIZE = 200, 64, 32  # the length is not a multiple of the block size
 # At most this multiple of the error that torch's own float32 attention makes (docs/definitions.md, section 6).
@@ -22,7 +23,7 @@ def _describe() -> None:
     print(f"mra_attention    {__version__}")
     print(f"native module    {build['profile']} build for {build['target']} by {build['rustc']}")
     print(f"instruction set  {isa()} (available: {', '.join(available_isas())})")
-    print(f"torch            {torch.__version__}, threads: {torch.get_num_threads()}")
+    print(f"torch            {torch.__version__}, threads: {torch.get_num_threads()}, of {THREADS_OF}")
 
 
 def _run(attention: Callable[..., Tensor], tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -92,33 +92,29 @@ def check_bool_mask(name: str, mask: Any) -> None:
 # Switches
 
 
+def check_not_causal(local_blocks: int) -> None:
+    """Check that no argument of causal attention comes with a call that is not causal."""
+    if local_blocks != 1:
+        raise ValueError(
+            f"local_blocks={local_blocks!r} is for causal attention only (is_causal=True); use diagonal_blocks, or "
+            "leave it at 1"
+        )
+
+
 def check_bool(name: str, value: Any) -> None:
     """Check that a switch is True or False."""
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_causal(is_causal: Any) -> None:
-    """Check `is_causal`."""
-    if is_causal is not False:
-        check_bool("is_causal", is_causal)
-        raise NotImplementedError("is_causal=True is for later; only is_causal=False is supported now")
-
-
-def check_dropout(dropout_p: Any) -> None:
+def dropout(dropout_p: Any) -> float:
     """Check `dropout_p`."""
     if type(dropout_p) is float and dropout_p == 0.0:
-        return
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
-    if not 0.0 <= float(dropout_p) <= 1.0:
+        return 0.0
+    number = _as_float("dropout_p", dropout_p, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
-    if dropout_p == 0:
-        return
-    raise NotImplementedError(
-        f"dropout_p={dropout_p!r}: dropout is for later; only dropout_p=0.0 is supported now "
-        "(in evaluation pass 0.0, as for torch's own attention)"
-    )
+    return number
 
 
 def is_sparse(mode: Any) -> bool:
@@ -212,8 +208,8 @@ def _block_size_of_ladder(resolutions: Any) -> int:
 # The plan
 
 
-def check_plan(plan: Any, query: Tensor, key: Tensor, size: int) -> None:
-    """Check that a plan was made for these 4-D inputs and this block size."""
+def plan_bits(plan: Any, query: Tensor, key: Tensor, size: int) -> Tensor:
+    """Check that a plan was made for these 4-D inputs and this block size, and return its bits."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be None or a mra_attention.Plan, got {type(plan).__name__}")
     check_cpu("plan.bits", plan.bits)
@@ -229,15 +225,19 @@ def check_plan(plan: Any, query: Tensor, key: Tensor, size: int) -> None:
             "plan was made for other inputs: (batch, heads, query length, key length) is "
             f"{made_for} in the plan and {used_for} in query and key"
         )
+    return plan.bits
 
 
-def check_plan_alone(blocks_per_row: Any, num_blocks: Any, first_blocks: Any, diagonal_blocks: Any) -> None:
+def check_plan_alone(
+    blocks_per_row: Any, num_blocks: Any, first_blocks: Any, diagonal_blocks: Any, local_blocks: Any
+) -> None:
     """Check that no argument that asks for a selection comes with a plan, which is one."""
     for name, value, default in (
         ("blocks_per_row", blocks_per_row, 4.0),
         ("num_blocks", num_blocks, None),
         ("first_blocks", first_blocks, 0),
         ("diagonal_blocks", diagonal_blocks, 0),
+        ("local_blocks", local_blocks, 1),
     ):
         if value is not default and value != default:
             raise ValueError(

@@ -41,6 +41,7 @@ def select_blocks(
     key: _Descriptor,
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
+    attn_bias: _Descriptor | None,
     plan: _Descriptor,
     *,
     scale: float,
@@ -57,14 +58,17 @@ def forward(
     value: _Descriptor,
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
+    attn_bias: _Descriptor | None,
     plan_in: _Descriptor | None,
-    plan_out: _Descriptor,
+    plan_out: _Descriptor | None,
     out: _Descriptor,
-    lse: _Descriptor,
+    lse: _Descriptor | None,
     *,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
+    seed: int,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
@@ -81,6 +85,7 @@ def backward(
     lse: _Descriptor,
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
+    attn_bias: _Descriptor | None,
     plan: _Descriptor,
     grad_query: _Descriptor,
     grad_key: _Descriptor,
@@ -89,6 +94,8 @@ def backward(
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
+    seed: int,
     threads: int,
 ) -> None: ...
 def causal_forward(
@@ -141,5 +148,7 @@ def causal_backward(
 def pool(tensor: _Descriptor, out: _Descriptor, *, block_size: int, threads: int) -> None: ...
 def block_mask(plan: npt.NDArray[np.uint8], num_key_blocks: int) -> npt.NDArray[np.bool_]: ...
 def build_info() -> _BuildInfo: ...
+def use_torch_threads(address: int) -> None: ...
+def kernel_rates() -> tuple[float, float, float]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

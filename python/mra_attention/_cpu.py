@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._outputs import empty_grads, empty_outputs, empty_plan
+from ._descriptors import Descriptor
+from ._descriptors import describe as _describe
+from ._descriptors import describe_optional as _describe_optional
+from ._descriptors import rows as _rows
+from ._outputs import empty_grads, empty_out, empty_outputs, empty_plan
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4}
-
-_Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or a copy if the elements of its rows are not adjacent."""
-    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
+_UINT64 = 2**64 - 1
 
 
-def _describe(tensor: Tensor) -> _Descriptor:
-    """Return what the native module reads. The caller keeps the tensor alive until the call is over."""
-    code = _DTYPE_CODES.get(tensor.dtype)
-    if code is None:
-        raise TypeError(f"mra_attention has no kernel for {tensor.dtype}; accepted: {list(_DTYPE_CODES)}")
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), code
-
-
-def _describe_optional(tensor: Tensor | None) -> _Descriptor | None:
-    return None if tensor is None else _describe(tensor)
+def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Descriptor | None:
+    """Describe a mask or bias that broadcasts to `(B, H, Lq, Lk)`, repeated by strides of 0."""
+    if bias is None:
+        return None
+    return _describe(bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
 
 
 def select_blocks(
@@ -39,6 +29,7 @@ def select_blocks(
     key: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     scale: float,
     block_size: int,
     blocks_per_row: float,
@@ -56,6 +47,7 @@ def select_blocks(
         _describe(key),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         scale=scale,
         block_size=block_size,
@@ -68,23 +60,44 @@ def select_blocks(
     return plan
 
 
-def forward(
+def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
+    out, lse, plan_out = empty_outputs(query, key, value, args[_BLOCK_SIZE])
+    _forward_into(out, _describe(lse), _describe(plan_out), query, key, value, *args)
+    return out, lse, plan_out
+
+
+def forward_out(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    """Return the output alone. The arguments are those of `forward`."""
+    out = empty_out(query, value.shape[3])
+    _forward_into(out, None, None, query, key, value, *args)
+    return out
+
+
+_BLOCK_SIZE = 6  # its place behind query, key and value
+
+
+def _forward_into(
+    out: Tensor,
+    lse: Descriptor | None,
+    plan_out: Descriptor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
     blocks_per_row: float,
     num_blocks: int | None,
     first_blocks: int,
     diagonal_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
-    out, lse, plan_out = empty_outputs(query, key, value, block_size)
+) -> None:
     query, key, value = _rows(query), _rows(key), _rows(value)
     key_mask = None if key_mask is None else _rows(key_mask)
     query_mask = None if query_mask is None else _rows(query_mask)
@@ -95,20 +108,22 @@ def forward(
         _describe(value),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe_optional(plan),
-        _describe(plan_out),
+        plan_out,
         _describe(out),
-        _describe(lse),
+        lse,
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         blocks_per_row=blocks_per_row,
         num_blocks=num_blocks,
         first_blocks=first_blocks,
         diagonal_blocks=diagonal_blocks,
         threads=torch.get_num_threads(),
     )
-    return out, lse, plan_out
 
 
 def backward(
@@ -121,10 +136,13 @@ def backward(
     lse: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    attn_bias: Tensor | None,
     plan: Tensor,
+    seed: Tensor | None,
     scale: float,
     block_size: int,
     sparse: bool,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     grads = empty_grads(query, key, value)
@@ -142,6 +160,7 @@ def backward(
         _describe(lse),
         _describe_optional(key_mask),
         _describe_optional(query_mask),
+        _describe_bias(attn_bias, query, key),
         _describe(plan),
         _describe(grads[0]),
         _describe(grads[1]),
@@ -149,6 +168,8 @@ def backward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed.item()) & _UINT64,
         threads=torch.get_num_threads(),
     )
     return grads

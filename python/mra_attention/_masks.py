@@ -1,4 +1,7 @@
-"""Masks: which ones are accepted, and how they become the `(B, Lk)` and `(B, Lq)` masks of the operators."""
+"""Masks: which ones are accepted, and how they become those of the operators.
+
+`(B, Lk)` and `(B, Lq)` say which tokens are valid; a mask or bias of pairs broadcasts to `(B, H, Lq, Lk)`.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
-from ._checks import check_bool_mask
+from ._checks import check_bool_mask, check_cpu, check_dense
 from ._shapes import Shape, broadcast, text
 
-_SUPPORTED = "now: a key padding mask, bool, True = may be attended to, broadcastable to (batch, 1, 1, key length)"
 
+def key_mask_or_bias(
+    mask: Any, dtype: torch.dtype, lead: Shape, query_length: int, key_length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check `attn_mask`; return it as a key mask `(B, Lk)` if that is all it is, or else as a mask or bias of pairs.
 
-def key_mask(mask: Any, lead: Shape, query_length: int, key_length: int) -> Tensor | None:
-    """Check `attn_mask`, which may only remove keys, and bring it to `(B, Lk)`."""
-    _check_kind(mask)
+    A bool mask that is the same for every query and every head only removes keys: they then count for nothing, not even
+    in the averages of their blocks.
+    """
+    _check_kind(mask, dtype)
     shape = mask.shape
-    if len(lead) == 2 and shape == (lead[0], 1, 1, key_length):
-        return mask.view(lead[0], key_length)
+    if len(lead) == 2 and shape == (lead[0], 1, 1, key_length) and mask.dtype is torch.bool:
+        return mask.view(lead[0], key_length), None
     full = (*lead, query_length, key_length)
     if not 1 <= len(shape) <= len(full) or broadcast([shape, full]) != full:
         raise ValueError(
             "attn_mask must be broadcastable to (..., heads, query length, key length) = "
             f"{text(full)}, got the shape {text(shape)}{_hint(shape, lead, key_length)}"
         )
-    for dimension, what in ((-2, "query"), (-3, "head")):
-        if len(shape) >= -dimension and shape[dimension] > 1 and mask.stride(dimension) != 0:
-            raise NotImplementedError(
-                f"attn_mask of shape {text(shape)} is not the same for every {what} (dimension {dimension}): such "
-                f"masks are for later; {_SUPPORTED}{_hint(shape, lead, key_length)}"
-            )
+    if mask.dtype is not torch.bool or not all(_is_same_along(mask, dimension) for dimension in (-2, -3)):
+        return None, _four_dimensions(mask, lead, query_length, key_length)
     for _ in range(min(len(shape) - 1, 2)):
         if mask.shape[-2] == 0:
-            return None  # no query or no head, so there is nothing to mask
+            return None, None  # no query or no head, so there is nothing to mask
         mask = mask.select(-2, 0)
-    return _flatten_batch(mask, lead, key_length)
+    return _flatten_batch(mask, lead, key_length), None
 
 
 def query_mask(mask: Any, lead: Shape, query_length: int) -> Tensor:
@@ -55,15 +57,23 @@ def query_mask(mask: Any, lead: Shape, query_length: int) -> Tensor:
     return _flatten_batch(mask, lead, query_length)
 
 
-def _check_kind(mask: Any) -> None:
-    if type(mask) is Tensor and mask.dtype is torch.bool:
-        check_bool_mask("attn_mask", mask)
-        return
-    if isinstance(mask, CausalBias):
-        raise NotImplementedError(f"attn_mask is a CausalBias: causal attention is for later; {_SUPPORTED}")
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        raise NotImplementedError(f"attn_mask is additive ({mask.dtype}): such masks are for later; {_SUPPORTED}")
-    check_bool_mask("attn_mask", mask)
+def _check_kind(mask: Any, dtype: torch.dtype) -> None:
+    check_dense("attn_mask", mask)
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
+        raise TypeError(
+            "attn_mask must be a bool tensor (True takes part in attention), or an additive bias of float32 or of the "
+            f"dtype of query, {dtype}; got {mask.dtype}"
+        )
+    check_cpu("attn_mask", mask)
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "attn_mask requires a gradient, and mra_attention computes none for it; pass attn_mask.detach(), or call "
+            "torch.nn.functional.scaled_dot_product_attention where the bias is to be learned"
+        )
+
+
+def _is_same_along(mask: Tensor, dimension: int) -> bool:
+    return mask.dim() < -dimension or mask.shape[dimension] <= 1 or mask.stride(dimension) == 0
 
 
 def _hint(shape: Shape, lead: Shape, key_length: int) -> str:
@@ -71,6 +81,23 @@ def _hint(shape: Shape, lead: Shape, key_length: int) -> str:
     if len(lead) == 2 and tuple(shape) == (lead[0], key_length):
         return ". A mask of shape (batch, key length) is passed as mask[:, None, None, :]"
     return ""
+
+
+def _four_dimensions(mask: Tensor, lead: Shape, query_length: int, key_length: int) -> Tensor:
+    """Bring a mask or bias that broadcasts to `(*lead, Lq, Lk)` to four dimensions that broadcast to `(B, H, Lq, Lk)`.
+
+    What is repeated is not copied, but with several batch dimensions of which only some are.
+    """
+    rank = len(lead) + 2
+    mask = mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape))
+    if rank < 4:
+        return mask.reshape((1,) * (4 - rank) + tuple(mask.shape))
+    batch = mask.shape[: rank - 3]
+    if rank > 4:
+        if math.prod(batch) > 1:
+            mask = mask.expand(*lead[:-1], *mask.shape[rank - 3 :])
+        mask = mask.flatten(0, rank - 4)
+    return mask
 
 
 def _flatten_batch(mask: Tensor, lead: Shape, length: int) -> Tensor:

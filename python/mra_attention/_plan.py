@@ -1,4 +1,4 @@
-"""The block selection as a value."""
+"""The block selection as a value, of either form of attention."""
 
 from __future__ import annotations
 
@@ -91,3 +91,78 @@ class Plan:
     def density(self) -> Tensor:
         """Selected fraction of the `nq * nk` blocks: float32 of shape `(B, H)`; 0 where there are no blocks."""
         return self.num_blocks / max(self._num_query_blocks * self._num_key_blocks, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class CausalPlan:
+    """Which key blocks every token attends to exactly; the result of `mra_attention.plan` of a causal call.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        int32 of shape `(B, H, Lq, W)` on the CPU: the indices of the blocks of each token, ascending, then -1. All
+        batch dimensions are flattened into `B`; inputs without a batch count as `B = 1`, and without heads as `H = 1`.
+        `W` is at least 1 (where there are keys) and at most `ceil(key_length / block_size)`.
+    key_length : int
+        Number of keys.
+    block_size : int
+        Tokens per block; the last block may be shorter.
+    offset : int
+        Position of the first query among the keys: query `t` sees the keys up to `t + offset`.
+
+    Raises
+    ------
+    TypeError
+        If `blocks` is not an int32 tensor.
+    ValueError
+        If the shape of `blocks` is not the one above.
+
+    Notes
+    -----
+    docs/definitions.md, section 3, defines the selection. A block that lies wholly behind a token, or is named twice,
+    is left out when the plan is used.
+    """
+
+    blocks: Tensor
+    key_length: int
+    block_size: int
+    offset: int
+
+    def __post_init__(self) -> None:
+        blocks: Any = self.blocks
+        if not isinstance(blocks, Tensor) or blocks.dtype is not torch.int32:
+            found = f"a {blocks.dtype} tensor" if isinstance(blocks, Tensor) else type(blocks).__name__
+            raise TypeError(f"blocks must be a torch.int32 tensor, got {found}")
+        if self.block_size < 1 or self.key_length < 0:
+            raise ValueError(
+                "block_size must be at least 1 and key_length at least 0, got "
+                f"block_size={self.block_size}, key_length={self.key_length}"
+            )
+        columns = self._num_key_blocks
+        if blocks.dim() != 4 or not min(columns, 1) <= blocks.shape[3] <= columns:
+            raise ValueError(
+                f"blocks must have the shape (B, H, Lq, W) with W from {min(columns, 1)} to {columns} for "
+                f"key_length={self.key_length} and block_size={self.block_size}, got {tuple(blocks.shape)}"
+            )
+
+    @property
+    def _num_key_blocks(self) -> int:
+        return (self.key_length + self.block_size - 1) // self.block_size
+
+    def block_mask(self) -> Tensor:
+        """Return the selection as a mask of blocks.
+
+        Returns
+        -------
+        Tensor
+            bool of shape `(B, H, Lq, nk)` with `nk = ceil(key_length / block_size)`, True where the block is selected.
+        """
+        columns = self._num_key_blocks
+        # One more column takes the places that are not used.
+        mask = self.blocks.new_zeros((*self.blocks.shape[:3], columns + 1), dtype=torch.bool)
+        return mask.scatter(-1, self.blocks.long() % (columns + 1), True)[..., :columns]
+
+    @property
+    def num_blocks(self) -> Tensor:
+        """Number of selected blocks of each token: int64 of shape `(B, H, Lq)`."""
+        return (self.blocks >= 0).sum(-1)

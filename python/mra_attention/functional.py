@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
-from . import _checks, _masks, _ops, _shapes
-from ._plan import Plan
+from . import _causal, _checks, _masks, _ops, _shapes
+from ._plan import CausalPlan, Plan
 
 __all__ = ["plan", "scaled_dot_product_attention"]
+
+_Masks: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_MASKS: _Masks = (None, None, None)
 
 
 @overload
@@ -31,8 +35,9 @@ def scaled_dot_product_attention(
     mode: Literal["full", "sparse"] = "full",
     first_blocks: int = 0,
     diagonal_blocks: int = 0,
+    local_blocks: int = 1,
     query_padding_mask: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | CausalPlan | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -54,8 +59,9 @@ def scaled_dot_product_attention(
     mode: Literal["full", "sparse"] = "full",
     first_blocks: int = 0,
     diagonal_blocks: int = 0,
+    local_blocks: int = 1,
     query_padding_mask: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | CausalPlan | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,8 +82,9 @@ def scaled_dot_product_attention(
     mode: Literal["full", "sparse"] = "full",
     first_blocks: int = 0,
     diagonal_blocks: int = 0,
+    local_blocks: int = 1,
     query_padding_mask: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | CausalPlan | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-resolution attention, with the signature of torch.nn.functional.scaled_dot_product_attention.
@@ -97,13 +104,23 @@ def scaled_dot_product_attention(
     value : Tensor
         `(..., Hk, Lk, Dv)`, dtype as `query`. `Dv` may differ from `D`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, True where the key may be attended to, of a shape that broadcasts to `(B, 1, 1, Lk)`.
-        A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. In self-attention pass `query_padding_mask`
-        as well, or padded positions take part in the averages of the query blocks.
+        bool, True where the key may be attended to, or a bias that is added to the logits: float32 or the dtype of
+        `query`, `-inf` where the key may not be attended to. Any shape that broadcasts to `(..., H, Lq, Lk)`; nothing
+        that is repeated is copied. A bool mask that is the same for all queries and heads, of shape `(B, 1, 1, Lk)` for
+        example, is key padding: those keys do not take part in averages either. A mask of shape `(B, Lk)` is passed as
+        `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
+        take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
+        is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
+        the average of its biases. So a mask never makes a result wrong, only slower.
+        Or a causal bias, `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
-        Only 0.0 is supported.
+        The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
+        pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
+        as a whole. The seed is drawn from torch's default generator, and only if `dropout_p > 0`.
     is_causal : bool, default False
-        Only False is supported.
+        Whether query `t` sees the keys up to `t` only, which `causal_upper_left` also says; with `causal_lower_right`
+        it sees the keys up to `t + Lk - Lq`. Each token then chooses blocks for itself, and nothing that comes later
+        has any influence on it. Excludes `attn_mask`, `num_blocks`, `diagonal_blocks` and `query_padding_mask`.
     scale : float, optional
         Factor of the logits; `1 / sqrt(D)` by default.
     enable_gqa : bool, default False
@@ -112,22 +129,26 @@ def scaled_dot_product_attention(
         `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
     blocks_per_row : float, default 4.0
         The budget: the number of exact blocks for each query block, on average over the query blocks of a head that
-        have a valid token. `floor(blocks_per_row * query_blocks + 0.5)` blocks of a head are exact.
+        have a valid token. `floor(blocks_per_row * query_blocks + 0.5)` blocks of a head are exact. In causal attention
+        `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token.
     num_blocks : int, optional
         The budget as the number of exact blocks of a head; overrides `blocks_per_row`. Either budget is raised to the
         forced blocks and limited to the blocks that have a valid query and a valid key.
     mode : {"full", "sparse"}, default "full"
         Whether blocks outside the budget enter through their averages or are left out.
     first_blocks : int, default 0
-        Blocks of the first `first_blocks` rows and columns of blocks are always exact.
+        Blocks of the first `first_blocks` rows and columns of blocks are always exact. In causal attention, the first
+        `first_blocks` key blocks.
     diagonal_blocks : int, default 0
         If positive, blocks `(i, j)` with `|i - j| <= diagonal_blocks // 2` are always exact. So is, whatever the
         arguments, the best block of every row.
+    local_blocks : int, default 1
+        Only in causal attention: the `local_blocks` key blocks up to that of the token itself are always exact.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0.
-    plan : Plan, optional
+    plan : Plan or CausalPlan, optional
         A selection made by `mra_attention.plan`, used in place of a new one. The arguments of the budget must then be
-        left at their defaults.
+        left at their defaults. A `CausalPlan` is for causal attention, a `Plan` for all other.
     return_lse : bool, default False
         Whether to return the logarithm of the softmax denominators as well.
 
@@ -147,21 +168,21 @@ def scaled_dot_product_attention(
     ValueError
         If an argument has a value that is not accepted, or shapes do not fit together.
     NotImplementedError
-        For what is to come: `is_causal=True`, `dropout_p > 0`, masks that depend on the query or the head, additive
-        masks, causal bias objects, more than two resolutions, nested tensors, devices other than the CPU; and when
-        the call is differentiated in forward mode or twice.
+        For what is to come: more than two resolutions, devices other than the CPU; when `attn_mask` requires a
+        gradient; with dropout below `torch.vmap`; and when the call is differentiated in forward mode or twice.
 
     Notes
     -----
-    Definition: docs/definitions.md, section 2 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for Approximate
-    Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
+    Definition: docs/definitions.md, sections 2 and 5 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2), and section 3 for causal attention.
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
-    never reaches a result, not even a NaN.
+    never reaches a result, not even a NaN; nor does, with a mask, what a query does not see.
 
-    The result and the gradients are deterministic: the same bits on every run, for any number of threads. As many
-    threads are used as `torch.get_num_threads()` says. Under `torch.autocast("cpu")` inputs are cast as for torch's
-    own attention. The selection of blocks is constant for differentiation.
+    The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
+    after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
+    `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant
+    for differentiation.
 
     Examples
     --------
@@ -172,25 +193,98 @@ def scaled_dot_product_attention(
     torch.Size([1, 4, 1000, 64])
     """
     sparse = _checks.is_sparse(mode)
-    _checks.check_dropout(dropout_p)
+    dropout_p = _checks.dropout(dropout_p)
     _checks.check_bool("return_lse", return_lse)
     block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    local_blocks = _checks.integer("local_blocks", local_blocks, 1)
+    causal = _causal.is_requested(is_causal, attn_mask)
     if plan is not None:
-        _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    inputs, lead, key_mask, query_mask = _arrange(
-        (query, key, value), attn_mask, is_causal, enable_gqa, query_padding_mask
-    )
+        _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks, local_blocks)
+    if causal:
+        _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
+    else:
+        _checks.check_not_causal(local_blocks)
+    inputs, lead, masks = _arrange((query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask)
     query, key, value = inputs
-    if plan is not None:
-        _checks.check_plan(plan, query, key, block_size)
     scale = _checks.scale_or_default(scale, query.shape[3])
-    bits = None if plan is None else plan.bits
-    out, lse, _ = _ops.forward(query, key, value, key_mask, query_mask, bits, scale, block_size, sparse, *selection)
+    # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
+    # must leave torch's generator alone.
+    seed = None if dropout_p == 0.0 else torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    if causal:
+        numbers = (scale, block_size, sparse, dropout_p, selection[0], local_blocks, selection[2])
+        out, lse = _causal.attention(inputs, attn_mask, plan, seed, *numbers)
+    else:
+        bits = None if plan is None else _checks.plan_bits(plan, query, key, block_size)
+        numbers = (scale, block_size, sparse, dropout_p, *selection)
+        if not return_lse:
+            out = _ops.forward_out(query, key, value, *masks, bits, seed, *numbers)
+            return out if lead is None else out.reshape(*lead, *out.shape[2:])
+        out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, *numbers)
     if lead is not None:
         out = out.reshape(*lead, *out.shape[2:])
     if not return_lse:
         return out
     return out, lse if lead is None else lse.reshape(*lead, lse.shape[2])
+
+
+@overload
+def plan(  # pyright: ignore[reportOverlappingOverload] : a CausalBias is a Tensor
+    query: Tensor,
+    key: Tensor,
+    attn_mask: CausalBias,
+    is_causal: Literal[False] = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    local_blocks: int = 1,
+    query_padding_mask: Tensor | None = None,
+) -> CausalPlan: ...
+
+
+@overload
+def plan(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: None = None,
+    *,
+    is_causal: Literal[True],
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    local_blocks: int = 1,
+    query_padding_mask: Tensor | None = None,
+) -> CausalPlan: ...
+
+
+@overload
+def plan(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: Literal[False] = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    resolutions: Sequence[int] = (32, 1),
+    blocks_per_row: float = 4.0,
+    num_blocks: int | None = None,
+    mode: Literal["full", "sparse"] = "full",
+    first_blocks: int = 0,
+    diagonal_blocks: int = 0,
+    local_blocks: int = 1,
+    query_padding_mask: Tensor | None = None,
+) -> Plan: ...
 
 
 def plan(
@@ -207,8 +301,9 @@ def plan(
     mode: Literal["full", "sparse"] = "full",
     first_blocks: int = 0,
     diagonal_blocks: int = 0,
+    local_blocks: int = 1,
     query_padding_mask: Tensor | None = None,
-) -> Plan:
+) -> Plan | CausalPlan:
     """Select the blocks that `scaled_dot_product_attention` computes exactly, without computing attention.
 
     With the same arguments, `scaled_dot_product_attention` makes the same selection; given as its argument `plan`, the
@@ -221,9 +316,9 @@ def plan(
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask : Tensor, optional
-        Key padding mask: bool, broadcastable to `(B, 1, 1, Lk)`.
+        bool, or an additive bias: blocks that it cuts are in the plan beside those of the budget. Or a causal bias.
     is_causal : bool, default False
-        Only False is supported.
+        Whether the plan is one of causal attention.
     scale : float, optional
         Factor of the logits; `1 / sqrt(D)` by default.
     enable_gqa : bool, default False
@@ -238,13 +333,15 @@ def plan(
         Accepted so that both functions take the same arguments; the selection is the same in both modes.
     first_blocks, diagonal_blocks : int, default 0
         Blocks that are always selected.
+    local_blocks : int, default 1
+        Blocks that are always selected in causal attention.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
 
     Returns
     -------
-    Plan
-        For each of the `B * H` heads of the inputs, batch dimensions flattened.
+    Plan or CausalPlan
+        For each of the `B * H` heads of the inputs, batch dimensions flattened; of causal attention, for each token.
 
     Raises
     ------
@@ -253,8 +350,9 @@ def plan(
 
     Notes
     -----
-    Definition: docs/definitions.md, section 2 (arXiv 2207.10284, algorithm 1). Deterministic: the same selection on
-    every run, for any number of threads; of equal scores the lower block index is taken. Nothing is differentiated.
+    Definition: docs/definitions.md, section 2 (arXiv 2207.10284, algorithm 1), and section 3 for causal attention.
+    Deterministic: the same selection on every run, for any number of threads; of equal scores the lower block index is
+    taken. Nothing is differentiated.
 
     Examples
     --------
@@ -267,10 +365,18 @@ def plan(
     """
     _checks.is_sparse(mode)
     block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    inputs, _, key_mask, query_mask = _arrange((query, key), attn_mask, is_causal, enable_gqa, query_padding_mask)
+    local_blocks = _checks.integer("local_blocks", local_blocks, 1)
+    causal = _causal.is_requested(is_causal, attn_mask)
+    if causal:
+        _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
+    else:
+        _checks.check_not_causal(local_blocks)
+    inputs, _, masks = _arrange((query, key), None if causal else attn_mask, enable_gqa, query_padding_mask)
     query, key = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
-    bits = _ops.select_blocks(query, key, key_mask, query_mask, scale, block_size, *selection)
+    if causal:
+        return _causal.select(inputs, attn_mask, scale, block_size, selection[0], local_blocks, selection[2])
+    bits = _ops.select_blocks(query, key, *masks, scale, block_size, *selection)
     return Plan(bits, query.shape[2], key.shape[2], block_size)
 
 
@@ -293,26 +399,30 @@ def _selection(
 def _arrange(
     inputs: tuple[Tensor, ...],
     attn_mask: Tensor | None,
-    is_causal: bool,
     enable_gqa: bool,
     query_padding_mask: Tensor | None,
-) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, Tensor | None, Tensor | None]:
-    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks of keys and queries."""
+) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, _Masks]:
+    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks."""
     if torch.is_autocast_enabled("cpu"):
         inputs = _autocast(inputs)
+        if attn_mask is not None:
+            (attn_mask,) = _autocast((attn_mask,))
     _checks.check_inputs(*inputs)
-    _checks.check_causal(is_causal)
     _checks.check_bool("enable_gqa", enable_gqa)
     inputs, lead = _shapes.arrange(inputs, enable_gqa)
-    key_mask = query_mask = None
+    masks = _NO_MASKS
     if attn_mask is not None or query_padding_mask is not None:
         query_length, key_length = inputs[0].shape[2], inputs[1].shape[2]
         lead_or_default = tuple(inputs[0].shape[:2]) if lead is None else lead
+        key_mask = query_mask = attn_bias = None
         if attn_mask is not None:
-            key_mask = _masks.key_mask(attn_mask, lead_or_default, query_length, key_length)
+            key_mask, attn_bias = _masks.key_mask_or_bias(
+                attn_mask, inputs[0].dtype, lead_or_default, query_length, key_length
+            )
         if query_padding_mask is not None:
             query_mask = _masks.query_mask(query_padding_mask, lead_or_default, query_length)
-    return inputs, lead, key_mask, query_mask
+        masks = (key_mask, query_mask, attn_bias)
+    return inputs, lead, masks
 
 
 def _autocast(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

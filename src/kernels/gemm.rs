@@ -33,7 +33,7 @@ pub(crate) enum Init<'a, T> {
 
 impl<T> Init<'_, T> {
     /// Checks that it says something about each of `rows` rows of the product, and none beyond the rows of C.
-    fn check(&self, rows: usize, rows_of_c: usize) {
+    pub(super) fn check(&self, rows: usize, rows_of_c: usize) {
         if let Self::ScaleRows(factors) | Self::ScaleRowsAt(factors, _) = self {
             assert!(factors.len() >= rows, "a factor for each row");
         }
@@ -43,6 +43,12 @@ impl<T> Init<'_, T> {
         } else {
             assert_eq!(rows, rows_of_c, "rows of a product");
         }
+    }
+
+    /// The row of C that a row of the product goes to.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> usize {
+        if let Self::KeepAt(places) | Self::ScaleRowsAt(_, places) = self { places[row] as usize } else { row }
     }
 }
 

@@ -31,6 +31,10 @@ impl<'a, T> Matrix<'a, T> {
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data.as_ptr()
     }
+
+    pub(crate) fn data(&self) -> &'a [T] {
+        self.data
+    }
 }
 
 /// A matrix to write, rows contiguous.

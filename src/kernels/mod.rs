@@ -5,14 +5,22 @@
 //! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
 //! are packed transposed once per tile; keys and values are read where they lie.
 
+mod bias;
+mod dropout;
 mod gemm;
+mod guarded;
 mod largest;
 mod matrix;
 mod pack;
+mod pool;
 mod softmax;
 
+pub(crate) use bias::{AddBias, Extend, ExtendMask};
+pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};
+pub(crate) use guarded::product;
 pub(crate) use largest::{AllFinite, Largest};
 pub(crate) use matrix::{Matrix, MatrixMut};
 pub(crate) use pack::{pack_rows, pack_transposed};
+pub(crate) use pool::AddRows;
 pub(crate) use softmax::{LogitGradient, OnlineSoftmax};

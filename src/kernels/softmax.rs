@@ -99,7 +99,8 @@ unsafe fn exponentials<T: Scalar, S: Simd<T>>(simd: S, column: *mut T, keys: usi
 /// gradients[s, t] = factor * weights[s, t] * (gradients[s, t] - delta[t])        (was <g_t, v_s>)
 /// ```
 ///
-/// docs/definitions.md, section 2, Backward.
+/// docs/definitions.md, section 2, Backward. With `guard`, weight and gradient are 0 where the logit is `-inf` or the weight
+/// 0, even where NaN is among the other numbers.
 pub(crate) struct LogitGradient<'a, T> {
     /// One row per key, one column per query: logits, become the weights.
     pub(crate) weights: MatrixMut<'a, T>,
@@ -111,6 +112,8 @@ pub(crate) struct LogitGradient<'a, T> {
     pub(crate) delta: &'a [T],
     /// The scale of the logits.
     pub(crate) factor: T,
+    /// Whether a pair without weight counts for nothing, whatever is stored there.
+    pub(crate) guard: bool,
 }
 
 impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
@@ -131,11 +134,35 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
                 let delta = simd.load(self.delta.as_ptr().add(query));
                 for key in 0..keys {
                     let (weight, gradient) = (weights.add(key * stride + query), gradients.add(key * stride + query));
-                    let w = simd.exp(simd.sub(simd.load(weight), lse));
+                    let logit = simd.load(weight);
+                    let w = simd.exp(simd.sub(logit, lse));
                     simd.store(weight, w);
                     let g = simd.mul(simd.mul(w, factor), simd.sub(simd.load(gradient), delta));
                     simd.store(gradient, g);
+                    if self.guard {
+                        clear_hidden(simd, logit, weight, gradient);
+                    }
                 }
+            }
+        }
+    }
+}
+
+/// Sets weights and gradients to 0 in the lanes whose logit is `-inf` or whose weight is 0.
+///
+/// # Safety
+/// - A vector is writable at `weight` and at `gradient`.
+#[inline(always)]
+unsafe fn clear_hidden<T: Scalar, S: Simd<T>>(simd: S, logits: S::V, weight: *mut T, gradient: *mut T) {
+    let mut lanes = [T::ZERO; 16];
+    assert!(S::LANES <= lanes.len());
+    // SAFETY: there is room for a vector, asserted above; the rest is the caller's.
+    unsafe {
+        simd.store(lanes.as_mut_ptr(), logits);
+        for (lane, &logit) in lanes[..S::LANES].iter().enumerate() {
+            if logit == T::NEG_INFINITY || *weight.add(lane) == T::ZERO {
+                *weight.add(lane) = T::ZERO;
+                *gradient.add(lane) = T::ZERO;
             }
         }
     }
@@ -247,6 +274,7 @@ mod tests {
                 lse: &lse,
                 delta: &delta,
                 factor,
+                guard: false,
             };
             f32::run(level, kernel);
             for index in 0..keys * queries {

@@ -1,15 +1,18 @@
 //! The running softmax of a tile of queries over strips of keys.
 
 use super::coarse::CoarseState;
+use super::dropped::Dropped;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed, product};
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// The state of a tile of queries between strips, and the buffers of a step.
 pub(crate) struct Attend<T> {
     level: Level,
+    guard: bool,
+    dropped: Option<Dropped>,
     /// Queries of the tile.
     pub(crate) queries: usize,
     /// Lanes: the queries rounded up to whole vectors.
@@ -30,11 +33,13 @@ pub(crate) struct Attend<T> {
 }
 
 impl<T: Scalar> Attend<T> {
-    /// Buffers for tiles of at most `columns` queries.
-    pub(crate) fn new(problem: &Problem, columns: usize, value_dim: usize) -> Self {
+    /// Buffers for tiles of at most `columns` queries. With `guard` a weight of 0 hides even a NaN.
+    pub(crate) fn new(problem: &Problem<'_>, columns: usize, value_dim: usize, guard: bool) -> Self {
         let width = problem.padded::<T>(value_dim);
         Self {
             level: problem.level,
+            guard,
+            dropped: problem.dropout.map(Dropped::new),
             queries: 0,
             columns: 0,
             width,
@@ -59,6 +64,13 @@ impl<T: Scalar> Attend<T> {
         self.maximum[..columns].fill(T::NEG_INFINITY);
         self.sum[..columns].fill(T::ZERO);
         self.values[..self.queries * self.width].fill(T::ZERO);
+    }
+
+    /// Says which queries the tile has, for dropout: tokens, or blocks of them.
+    pub(crate) fn number_queries(&mut self, stream: Stream, head: usize, queries: impl Iterator<Item = usize>) {
+        if let Some(dropped) = &mut self.dropped {
+            dropped.start(stream, head, queries, self.columns);
+        }
     }
 
     /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand.
@@ -93,10 +105,15 @@ impl<T: Scalar> Attend<T> {
                 rescale: &mut self.rescale,
             },
         );
+        if let Some(dropped) = &mut self.dropped {
+            dropped.read_keys(strip, source);
+            dropped.drop_weights(self.level, &mut self.logits, self.columns);
+        }
         for part in strip.parts(source) {
             let weights = &self.logits[part.rows.start * columns..part.rows.end * columns];
-            T::run(
+            product(
                 self.level,
+                self.guard,
                 Gemm {
                     a: Matrix::new(weights, part.rows.len(), self.queries, columns),
                     a_transposed: true,

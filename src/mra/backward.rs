@@ -14,7 +14,9 @@
 
 use std::ops::Range;
 
+use super::bias_tile::BiasTile;
 use super::coarse_backward::{CoarseGradients, coarse_backward};
+use super::finite::needs_guard;
 use super::forward::Inputs;
 pub(crate) use super::gradient_tile::QueryTerms;
 use super::gradient_tile::{GradientTile, KeySums};
@@ -24,6 +26,7 @@ use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
 use super::tile::{tile_columns, tiles};
 use crate::error::Result;
+use crate::kernels::Stream;
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
@@ -91,8 +94,13 @@ pub fn backward<E: Element>(
     saved.validate(problem, value_dim)?;
     gradients.validate(inputs)?;
     let terms = query_terms(problem, saved);
-    let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, inputs, &saved.grad_out, &terms, plan));
-    let pass = Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, coarse, gradients, value_dim };
+    let (queries, keys) = (|batch| problem.queries(batch), |batch| problem.keys(batch));
+    let guard = needs_guard(problem, &inputs.query, queries)
+        || needs_guard(problem, &saved.grad_out, queries)
+        || needs_guard(problem, &inputs.key, keys)
+        || needs_guard(problem, &inputs.value, keys);
+    let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, inputs, &saved.grad_out, &terms, plan, guard));
+    let pass = Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, coarse, gradients, value_dim, guard };
     let (groups, products) = (problem.batch * problem.kv_heads, plan.num_blocks() * problem.block_size.pow(2) * 3);
     let threads = problem.threads_for(products * (problem.head_dim + value_dim));
     if one_pass(groups, threads) {
@@ -142,9 +150,16 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -
     terms
 }
 
+/// What a thread computes a block in.
+struct Buffers<T> {
+    tile: GradientTile<T>,
+    strip: Strip<T>,
+    bias: BiasTile<T>,
+}
+
 /// The exact blocks of all heads, and the writing of the results.
 struct Pass<'a, 'g, E: Element> {
-    problem: &'a Problem,
+    problem: &'a Problem<'a>,
     inputs: &'a Inputs<'a, E>,
     grad_out: &'a Tensor<'a, E>,
     terms: &'a [QueryTerms<E::Compute>],
@@ -152,6 +167,7 @@ struct Pass<'a, 'g, E: Element> {
     coarse: Option<CoarseGradients<E::Compute>>,
     gradients: &'a Gradients<'g, E>,
     value_dim: usize,
+    guard: bool,
 }
 
 impl<E: Element> Pass<'_, '_, E> {
@@ -159,19 +175,18 @@ impl<E: Element> Pass<'_, '_, E> {
     fn by_groups(&self, threads: usize) {
         let problem = self.problem;
         let scratch = || {
-            let (tile, strip) = self.buffers();
-            let (dk, dv) =
-                (Buffer::scratch(problem.key_len * tile.key_width), Buffer::scratch(problem.key_len * tile.value_width));
-            (tile, strip, dk, dv)
+            let buffers = self.buffers();
+            let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
+            (buffers, Buffer::scratch(problem.key_len * key_width), Buffer::scratch(problem.key_len * value_width))
         };
-        threads::for_each(threads, problem.batch * problem.kv_heads, scratch, |(tile, strip, dk, dv), group| {
+        threads::for_each(threads, problem.batch * problem.kv_heads, scratch, |(buffers, dk, dv), group| {
             let source = self.source(group);
             dk.fill(E::Compute::ZERO);
             dv.fill(E::Compute::ZERO);
             for head in self.heads_of(group) {
                 for i in 0..problem.query_blocks() {
                     // SAFETY: each task has its own heads.
-                    unsafe { self.row(head, i, tile, strip, &source, Some(&mut KeySums { dk, dv, first: 0 })) };
+                    unsafe { self.row(head, i, buffers, &source, Some(&mut KeySums { dk, dv, first: 0 })) };
                 }
             }
             for block in 0..problem.key_blocks() {
@@ -188,11 +203,11 @@ impl<E: Element> Pass<'_, '_, E> {
             threads,
             self.problem.all_heads() * nq,
             || self.buffers(),
-            |(tile, strip), task| {
+            |buffers, task| {
                 let (head, i) = (task / nq, task % nq);
                 let source = self.source(self.problem.kv_row(head));
                 // SAFETY: each task has its own block of queries.
-                unsafe { self.row(head, i, tile, strip, &source, None) };
+                unsafe { self.row(head, i, buffers, &source, None) };
             },
         );
     }
@@ -201,37 +216,47 @@ impl<E: Element> Pass<'_, '_, E> {
     fn by_columns(&self, threads: usize) {
         let (problem, nk) = (self.problem, self.problem.key_blocks());
         let scratch = || {
-            let (tile, strip) = self.buffers();
-            let (dk, dv) =
-                (Buffer::scratch(problem.block_size * tile.key_width), Buffer::scratch(problem.block_size * tile.value_width));
-            (tile, strip, dk, dv)
+            let buffers = self.buffers();
+            let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
+            (buffers, Buffer::scratch(problem.block_size * key_width), Buffer::scratch(problem.block_size * value_width))
         };
-        threads::for_each(threads, problem.batch * problem.kv_heads * nk, scratch, |(tile, strip, dk, dv), task| {
-            let (group, block) = (task / nk, task % nk);
-            let source = self.source(group);
-            let numbers = source.numbers(block);
-            dk.fill(E::Compute::ZERO);
-            dv.fill(E::Compute::ZERO);
-            strip.clear();
-            strip.push(&source, numbers.clone());
-            for head in self.heads_of(group) {
-                for &i in self.plan.column(head, block) {
-                    let blocks = problem.queries(head / problem.heads);
-                    for queries in tiles(blocks.start(i as usize)..blocks.start(i as usize + 1)) {
-                        self.start(head, queries, tile);
-                        let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: numbers.start };
-                        tile.strip(strip, &source, false, Some(sums), |_, _| {});
+        threads::for_each(
+            threads,
+            problem.batch * problem.kv_heads * nk,
+            scratch,
+            |(Buffers { tile, strip, bias }, dk, dv), task| {
+                let (group, block) = (task / nk, task % nk);
+                let source = self.source(group);
+                let numbers = source.numbers(block);
+                dk.fill(E::Compute::ZERO);
+                dv.fill(E::Compute::ZERO);
+                strip.clear();
+                strip.push(&source, numbers.clone());
+                for head in self.heads_of(group) {
+                    for &i in self.plan.column(head, block) {
+                        let blocks = problem.queries(head / problem.heads);
+                        for queries in tiles(blocks.start(i as usize)..blocks.start(i as usize + 1)) {
+                            self.start(head, queries.clone(), tile);
+                            let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: numbers.start };
+                            tile.strip(strip, &source, false, Some(sums), |logits, columns| {
+                                bias.apply(problem, (head, i as usize), &queries, strip, logits, columns);
+                            });
+                        }
                     }
                 }
-            }
-            // SAFETY: each task has its own block of keys.
-            unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
-        });
+                // SAFETY: each task has its own block of keys.
+                unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
+            },
+        );
     }
 
-    fn buffers(&self) -> (GradientTile<E::Compute>, Strip<E::Compute>) {
-        let tile = GradientTile::new(self.problem, tile_columns::<E::Compute>(self.problem), self.value_dim);
-        (tile, Strip::new(self.problem, self.problem.head_dim, self.value_dim))
+    fn buffers(&self) -> Buffers<E::Compute> {
+        let columns = tile_columns::<E::Compute>(self.problem);
+        Buffers {
+            tile: GradientTile::new(self.problem, columns, self.value_dim, self.guard),
+            strip: Strip::new(self.problem, self.problem.head_dim, self.value_dim),
+            bias: BiasTile::new(self.problem, columns),
+        }
     }
 
     /// The keys and values of a group of heads.
@@ -255,8 +280,9 @@ impl<E: Element> Pass<'_, '_, E> {
         tile.start(
             queries.clone().map(|number| query.row(blocks.token(number))),
             queries.clone().map(|number| grad.row(blocks.token(number))),
-            queries.map(|number| terms[blocks.token(number)]),
+            queries.clone().map(|number| terms[blocks.token(number)]),
         );
+        tile.number_queries(Stream::Exact, head, queries.map(|number| blocks.token(number)));
     }
 
     /// One block of queries against its selected keys: dq, and dk and dv if wanted.
@@ -267,11 +293,11 @@ impl<E: Element> Pass<'_, '_, E> {
         &self,
         head: usize,
         i: usize,
-        tile: &mut GradientTile<E::Compute>,
-        strip: &mut Strip<E::Compute>,
+        buffers: &mut Buffers<E::Compute>,
         source: &KeySource<'_, E>,
         mut sums: Option<&mut KeySums<'_, E::Compute>>,
     ) {
+        let Buffers { tile, strip, bias } = buffers;
         let (batch, head_of_item) = (head / self.problem.heads, head % self.problem.heads);
         let blocks = self.problem.queries(batch);
         if blocks.count(i) < blocks.range(i).len() {
@@ -282,17 +308,22 @@ impl<E: Element> Pass<'_, '_, E> {
         }
         for queries in tiles(blocks.start(i)..blocks.start(i + 1)) {
             self.start(head, queries.clone(), tile);
+            let mut step = |tile: &mut GradientTile<E::Compute>, strip: &Strip<E::Compute>| {
+                tile.strip(strip, source, true, sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
+                    bias.apply(self.problem, (head, i), &queries, strip, logits, columns);
+                });
+            };
             strip.clear();
             for &j in self.plan.row(head, i) {
                 let numbers = source.numbers(j as usize);
                 if !strip.push(source, numbers.clone()) {
-                    tile.strip(strip, source, true, sums.as_deref_mut().map(KeySums::reborrow), |_, _| {});
+                    step(tile, strip);
                     strip.clear();
                     assert!(strip.push(source, numbers), "an empty strip has room for a block");
                 }
             }
             if strip.rows() > 0 {
-                tile.strip(strip, source, true, sums.as_deref_mut().map(KeySums::reborrow), |_, _| {});
+                step(tile, strip);
             }
             let pooled = self.coarse.as_ref().map(|coarse| coarse.dq(head, i));
             for (query, number) in queries.enumerate() {

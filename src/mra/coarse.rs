@@ -2,11 +2,12 @@
 //!
 //! It is the same softmax as the exact one, over pooled keys, with two differences: a pooled key stands for as many keys
 //! as its block has valid ones, so the logarithm of that count is added to its logits; and where a block is selected its logit
-//! is `-inf`.
+//! is `-inf`. A bias adds its mean, and hides what it hides: see [`adjust`].
 
 use std::ops::Range;
 
 use super::attend::Attend;
+use super::bias::Kind;
 use super::blocks::Blocks;
 use super::plan::Plan;
 use super::problem::Problem;
@@ -14,6 +15,7 @@ use super::pyramid::Pooled;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
 use super::tile::{TILE_QUERIES, coarse_tile_columns};
+use crate::kernels::Stream;
 use crate::simd::Scalar;
 use crate::threads;
 use crate::tiles::Chunks;
@@ -34,7 +36,14 @@ pub(crate) struct CoarseState<'a, T> {
 
 impl<T: Scalar> Coarse<T> {
     /// Attends from every pooled query to the pooled keys of the blocks that its block has not selected.
-    pub(crate) fn new(problem: &Problem, plan: &Plan, queries: &Pooled<T>, keys: &Pooled<T>, values: &Pooled<T>) -> Self {
+    pub(crate) fn new(
+        problem: &Problem<'_>,
+        plan: &Plan,
+        queries: &Pooled<T>,
+        keys: &Pooled<T>,
+        values: &Pooled<T>,
+        guard: bool,
+    ) -> Self {
         let (nq, nk) = (problem.query_blocks(), problem.key_blocks());
         let row = values.width + 2;
         let mut states = Buffer::scratch(problem.all_heads() * nq * row);
@@ -43,7 +52,7 @@ impl<T: Scalar> Coarse<T> {
         let threads = problem.threads_for(problem.all_heads() * nq * nk * 2 * problem.head_dim);
         let scratch = || {
             (
-                Attend::<T>::new(problem, coarse_tile_columns::<T>(problem), values.width),
+                Attend::<T>::new(problem, coarse_tile_columns::<T>(problem), values.width, guard),
                 Strip::<T>::new(problem, keys.width, values.width),
             )
         };
@@ -55,13 +64,13 @@ impl<T: Scalar> Coarse<T> {
             let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
             let pooled = queries.head(head);
             attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale));
+            attend.number_queries(Stream::Coarse, head, rows.clone());
             for_strips(nk, Strip::<T>::capacity(problem), |blocks| {
                 strip.clear();
                 strip.push(&source, blocks.clone());
                 let columns = attend.columns;
                 attend.strip(strip, &source, |logits| {
-                    weigh(logits, columns, problem.keys(head / problem.heads), blocks.clone());
-                    exclude(logits, columns, plan, head, rows.clone(), blocks);
+                    adjust(problem, plan, head, rows.clone(), blocks, logits, columns);
                 });
             });
             for (query, i) in rows.enumerate() {
@@ -93,6 +102,34 @@ pub(crate) fn for_strips(len: usize, most: usize, mut body: impl FnMut(Range<usi
     (0..len).step_by(most).for_each(|start| body(start..(start + most).min(len)));
 }
 
+/// Makes the logits of pooled keys, one row of `columns` for each of `blocks`, those of the coarse level: one lane for each of
+/// the query blocks `rows`.
+pub(crate) fn adjust<T: Scalar>(
+    problem: &Problem<'_>,
+    plan: &Plan,
+    head: usize,
+    rows: Range<usize>,
+    blocks: Range<usize>,
+    logits: &mut [T],
+    columns: usize,
+) {
+    weigh(logits, columns, problem.keys(head / problem.heads), blocks.clone());
+    if let Some(pairs) = &problem.pairs {
+        let (pairs, additive) = (pairs.head(head), !pairs.is_mask());
+        for (column, i) in rows.clone().enumerate() {
+            for (row, (j, kind)) in blocks.clone().zip(&pairs.kinds(i)[blocks.clone()]).enumerate() {
+                let logit = &mut logits[row * columns + column];
+                match kind {
+                    Kind::Open if additive => *logit += T::from_f64(pairs.mean(i, j)),
+                    Kind::Open => {}
+                    Kind::Cut | Kind::Dead => *logit = T::NEG_INFINITY,
+                }
+            }
+        }
+    }
+    exclude(logits, columns, plan, head, rows, blocks);
+}
+
 /// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
 pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
@@ -104,14 +141,7 @@ pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, 
 }
 
 /// Sets the logits of selected blocks to `-inf`.
-pub(crate) fn exclude<T: Scalar>(
-    logits: &mut [T],
-    columns: usize,
-    plan: &Plan,
-    head: usize,
-    rows: Range<usize>,
-    blocks: Range<usize>,
-) {
+fn exclude<T: Scalar>(logits: &mut [T], columns: usize, plan: &Plan, head: usize, rows: Range<usize>, blocks: Range<usize>) {
     for (column, i) in rows.enumerate() {
         let selected = plan.row(head, i);
         let first = selected.partition_point(|&j| (j as usize) < blocks.start);

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use super::backward::one_pass;
 use super::blocks::Blocks;
-use super::coarse::{exclude, for_strips, weigh};
+use super::coarse::{adjust, for_strips};
 use super::forward::{Inputs, Pyramid};
 use super::gradient_tile::{GradientTile, KeySums, QueryTerms};
 use super::plan::Plan;
@@ -26,6 +26,7 @@ use super::pyramid::Pooled;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
 use super::tile::{TILE_QUERIES, coarse_tile_columns, tiles};
+use crate::kernels::Stream;
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
@@ -66,6 +67,7 @@ pub(crate) fn coarse_backward<E: Element>(
     grad_out: &Tensor<'_, E>,
     terms: &[QueryTerms<E::Compute>],
     plan: &Plan,
+    guard: bool,
 ) -> CoarseGradients<E::Compute> {
     let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
     let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
@@ -90,6 +92,7 @@ pub(crate) fn coarse_backward<E: Element>(
         sums: &sums,
         all: Blocks::new(nk, 1),
         value_dim: grad_out.shape()[3],
+        guard,
     };
     let threads = problem.threads_for(problem.all_heads() * nq * nk * 3 * (key_width + value_width));
     if one_pass(groups, threads) {
@@ -102,13 +105,14 @@ pub(crate) fn coarse_backward<E: Element>(
 }
 
 struct Pass<'a, T: Scalar> {
-    problem: &'a Problem,
+    problem: &'a Problem<'a>,
     plan: &'a Plan,
     pyramid: &'a Pyramid<T>,
     values: &'a Pooled<T>,
     sums: &'a BlockSums<T>,
     all: Blocks,
     value_dim: usize,
+    guard: bool,
 }
 
 impl<T: Scalar> Pass<'_, T> {
@@ -194,7 +198,7 @@ impl<T: Scalar> Pass<'_, T> {
     }
 
     fn buffers(&self) -> (GradientTile<T>, Strip<T>) {
-        let tile = GradientTile::new(self.problem, coarse_tile_columns::<T>(self.problem), self.value_dim);
+        let tile = GradientTile::new(self.problem, coarse_tile_columns::<T>(self.problem), self.value_dim, self.guard);
         (tile, Strip::new(self.problem, self.problem.head_dim, self.value_dim))
     }
 
@@ -204,8 +208,9 @@ impl<T: Scalar> Pass<'_, T> {
         tile.start(
             rows.clone().map(|i| &queries.row(i)[..self.problem.head_dim]),
             rows.clone().map(|i| &sums.row(i)[..self.value_dim]),
-            rows.map(|i| self.sums.terms[head * self.problem.query_blocks() + i]),
+            rows.clone().map(|i| self.sums.terms[head * self.problem.query_blocks() + i]),
         );
+        tile.number_queries(Stream::Coarse, head, rows);
     }
 
     #[allow(clippy::too_many_arguments, reason = "a place in the matrix of blocks, the buffers, and what is wanted")]
@@ -224,8 +229,7 @@ impl<T: Scalar> Pass<'_, T> {
         strip.clear();
         strip.push(&source, blocks.clone());
         tile.strip(strip, &source, want_dq, sums, |logits, columns| {
-            weigh(logits, columns, self.problem.keys(head / self.problem.heads), blocks.clone());
-            exclude(logits, columns, self.plan, head, rows, blocks);
+            adjust(self.problem, self.plan, head, rows, blocks, logits, columns);
         });
     }
 }

@@ -1,8 +1,12 @@
 //! Forward: out and lse of every query (docs/definitions.md, section 2.6).
 
+use std::ops::Range;
+
 use super::attend::Attend;
+use super::bias_tile::BiasTile;
 use super::budget::Budget;
 use super::coarse::Coarse;
+use super::finite::needs_guard;
 use super::plan::Plan;
 use super::problem::{Mode, Problem};
 use super::pyramid::Pooled;
@@ -10,6 +14,7 @@ use super::select::select_from;
 use super::strip::{KeySource, Strip};
 use super::tile::{tile_columns, tiles};
 use crate::error::Result;
+use crate::kernels::Stream;
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
@@ -84,27 +89,30 @@ pub(crate) fn forward_with<E: Element>(
     let value_dim = inputs.validate(problem)?;
     Problem::expect("out", out.shape(), [problem.batch, problem.heads, problem.query_len, value_dim])?;
     Problem::expect("lse", lse.shape(), [problem.batch, problem.heads, problem.query_len, 1])?;
+    let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
     let coarse = pyramid.filter(|_| problem.mode == Mode::Full).map(|pyramid| {
         let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
-        Coarse::new(problem, plan, &pyramid.queries, &pyramid.keys, &values)
+        Coarse::new(problem, plan, &pyramid.queries, &pyramid.keys, &values, guard)
     });
     let nq = problem.query_blocks();
     let exact = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
     let (out, lse) = (&*out, &*lse);
     let scratch = || {
-        (Attend::new(problem, tile_columns::<E::Compute>(problem), value_dim), Strip::new(problem, problem.head_dim, value_dim))
+        let columns = tile_columns::<E::Compute>(problem);
+        let strip = Strip::new(problem, problem.head_dim, value_dim);
+        (Attend::new(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
     };
-    threads::for_each(problem.threads_for(exact), problem.all_heads() * nq, scratch, |(attend, strip), task| {
+    threads::for_each(problem.threads_for(exact), problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
         let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq };
         // SAFETY: each task has its own block of queries, and writes only its rows.
-        unsafe { row.compute(attend, strip, out, lse) };
+        unsafe { row.compute(attend, strip, bias, out, lse) };
     });
     Ok(())
 }
 
 /// One block of queries of one head.
 struct BlockRow<'a, E: Element> {
-    problem: &'a Problem,
+    problem: &'a Problem<'a>,
     inputs: &'a Inputs<'a, E>,
     plan: &'a Plan,
     coarse: Option<&'a Coarse<E::Compute>>,
@@ -119,6 +127,7 @@ impl<E: Element> BlockRow<'_, E> {
         &self,
         attend: &mut Attend<E::Compute>,
         strip: &mut Strip<E::Compute>,
+        bias: &mut BiasTile<E::Compute>,
         out: &TensorMut<'_, E>,
         lse: &TensorMut<'_, E::Compute>,
     ) {
@@ -137,10 +146,11 @@ impl<E: Element> BlockRow<'_, E> {
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
             attend
                 .start(tile.clone().map(|number| queries.row(blocks.token(number))), E::Compute::from_f64(self.problem.scale));
+            attend.number_queries(Stream::Exact, self.head, tile.clone().map(|number| blocks.token(number)));
             if let Some(coarse) = self.coarse {
                 attend.resume(&coarse.state(self.head, self.i));
             }
-            self.attend_to_selected(attend, strip, batch);
+            self.attend_to_selected(attend, strip, bias, &tile);
             for (query, number) in tile.enumerate() {
                 let token = blocks.token(number);
                 // SAFETY: the caller's.
@@ -149,21 +159,33 @@ impl<E: Element> BlockRow<'_, E> {
         }
     }
 
-    fn attend_to_selected(&self, attend: &mut Attend<E::Compute>, strip: &mut Strip<E::Compute>, batch: usize) {
-        let kv_head = self.problem.kv_head(self.head % self.problem.heads);
+    fn attend_to_selected(
+        &self,
+        attend: &mut Attend<E::Compute>,
+        strip: &mut Strip<E::Compute>,
+        bias: &mut BiasTile<E::Compute>,
+        queries: &Range<usize>,
+    ) {
+        let (batch, kv_head) = (self.head / self.problem.heads, self.problem.kv_head(self.head % self.problem.heads));
         let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
         let source = KeySource::new(self.problem, keys, values, self.problem.keys(batch));
+        let mut step = |strip: &Strip<E::Compute>| {
+            let columns = attend.columns;
+            attend.strip(strip, &source, |logits| {
+                bias.apply(self.problem, (self.head, self.i), queries, strip, logits, columns);
+            });
+        };
         strip.clear();
         for &j in self.plan.row(self.head, self.i) {
             let numbers = source.numbers(j as usize);
             if !strip.push(&source, numbers.clone()) {
-                attend.strip(strip, &source, |_| {});
+                step(strip);
                 strip.clear();
                 assert!(strip.push(&source, numbers), "an empty strip has room for a block");
             }
         }
         if strip.rows() > 0 {
-            attend.strip(strip, &source, |_| {});
+            step(strip);
         }
     }
 }

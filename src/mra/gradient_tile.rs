@@ -2,22 +2,25 @@
 //!
 //! ```text
 //! weights   = exp(scale * keys queries^T - lse)           recomputed, one row per key
-//! gradients = scale * weights * (values grads^T - delta)
-//! dq += gradients^T keys        dk += gradients queries        dv += weights grads
+//! gradients = scale * weights * (values grads^T - delta)   with dropout, what is dropped of values grads^T is 0
+//! dq += gradients^T keys        dk += gradients queries        dv += weights grads      (less what is dropped)
 //! ```
 //!
 //! Every sum runs over keys or queries in the same order and in the same pieces, whether the rows of the plan or its columns
 //! drive the loop; so one pass that computes all three and two passes that compute dq and then dk and dv give the same bits.
 
+use super::dropped::Dropped;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use super::strip::{KeySource, PartView, Strip};
-use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, pack_rows, pack_transposed};
+use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, Stream, pack_rows, pack_transposed, product};
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// A tile of queries with the gradients of their outputs, and the buffers of a step.
 pub(crate) struct GradientTile<T> {
     level: Level,
+    guard: bool,
+    dropped: Option<Dropped>,
     scale: T,
     head_dim: usize,
     value_dim: usize,
@@ -65,12 +68,14 @@ impl<T> KeySums<'_, T> {
 }
 
 impl<T: Scalar> GradientTile<T> {
-    /// Buffers for tiles of at most `columns` queries.
-    pub(crate) fn new(problem: &Problem, columns: usize, value_dim: usize) -> Self {
+    /// Buffers for tiles of at most `columns` queries. With `guard` a weight of 0 hides even a NaN.
+    pub(crate) fn new(problem: &Problem<'_>, columns: usize, value_dim: usize, guard: bool) -> Self {
         let (head_dim, keys) = (problem.head_dim, Strip::<T>::capacity(problem));
         let (key_width, value_width) = (problem.padded::<T>(head_dim), problem.padded::<T>(value_dim));
         Self {
             level: problem.level,
+            guard,
+            dropped: problem.dropout.map(Dropped::new),
             scale: T::from_f64(problem.scale),
             head_dim,
             value_dim,
@@ -116,6 +121,13 @@ impl<T: Scalar> GradientTile<T> {
         self.dq[..self.count * self.key_width].fill(T::ZERO);
     }
 
+    /// Says which queries the tile has, for dropout: tokens, or blocks of them.
+    pub(crate) fn number_queries(&mut self, stream: Stream, head: usize, queries: impl Iterator<Item = usize>) {
+        if let Some(dropped) = &mut self.dropped {
+            dropped.start(stream, head, queries, self.columns);
+        }
+    }
+
     /// Adds what the keys of a strip contribute to dq, or to the gradients of keys and values, or both. `adjust` may change
     /// the logits, one row per key and `columns` lanes, beforehand.
     pub(crate) fn strip<E: Element<Compute = T>>(
@@ -131,6 +143,10 @@ impl<T: Scalar> GradientTile<T> {
             self.logits_and_products(&part);
         }
         adjust(&mut self.weights[..strip.rows() * columns], columns);
+        if let Some(dropped) = &mut self.dropped {
+            dropped.read_keys(strip, source);
+            dropped.drop_weights(self.level, &mut self.gradients, columns);
+        }
         T::run(
             self.level,
             LogitGradient {
@@ -139,8 +155,12 @@ impl<T: Scalar> GradientTile<T> {
                 lse: &self.lse,
                 delta: &self.delta,
                 factor: self.scale,
+                guard: self.guard,
             },
         );
+        if let Some(dropped) = &self.dropped {
+            dropped.drop_weights(self.level, &mut self.weights, columns);
+        }
         for part in strip.parts(source) {
             if let Some(sums) = &mut sums {
                 self.add_to_keys(&part, sums);
@@ -180,8 +200,9 @@ impl<T: Scalar> GradientTile<T> {
 
     fn add_to_queries(&mut self, part: &PartView<'_, T>) {
         let (width, columns) = (self.key_width, self.columns);
-        T::run(
+        product(
             self.level,
+            self.guard,
             Gemm {
                 a: Matrix::new(&self.gradients[part.rows.start * columns..], part.rows.len(), self.count, columns),
                 a_transposed: true,
@@ -200,8 +221,9 @@ impl<T: Scalar> GradientTile<T> {
             (&self.weights, &self.grads, self.value_width, &mut *sums.dv),
         ];
         for (a, b, width, c) in products {
-            T::run(
+            product(
                 self.level,
+                self.guard,
                 Gemm {
                     a: Matrix::new(&a[part.rows.start * columns..], part.rows.len(), self.count, columns),
                     a_transposed: false,

@@ -2,11 +2,15 @@
 
 mod attend;
 mod backward;
+mod bias;
+mod bias_tile;
 mod blocks;
 mod budget;
 mod causal;
 mod coarse;
 mod coarse_backward;
+mod dropped;
+mod finite;
 mod forward;
 mod gradient_tile;
 mod plan;
@@ -18,6 +22,7 @@ mod strip;
 mod tile;
 
 pub use backward::{Gradients, Saved, backward};
+pub use bias::{Bias, BiasData};
 pub use budget::Budget;
 pub use causal::{
     CausalBudget, CausalOptions, CausalProblem, PooledInputs, causal_backward, causal_forward, causal_forward_selecting, pool,

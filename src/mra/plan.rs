@@ -1,12 +1,13 @@
 //! The plan: which blocks are computed exactly.
 
+use super::bias::Kind;
 use super::problem::Problem;
 use crate::error::{Error, Result};
 
 /// The selected blocks of every head, by rows and by columns.
 ///
 /// Selection is discontinuous, so it is made once and kept as a value: forward, backward and tests read the plan, never a
-/// threshold. Blocks without a valid query or a valid key are not in it.
+/// threshold. Blocks without a valid query or a valid key are not in it, nor those that a mask hides; those that it cuts are.
 #[derive(Debug)]
 pub struct Plan {
     query_blocks: usize,
@@ -34,8 +35,14 @@ impl Plan {
         key_blocks.div_ceil(8)
     }
 
+    /// Bytes that hold the bits of all rows.
+    pub fn bytes(problem: &Problem) -> usize {
+        problem.all_heads() * problem.query_blocks() * Self::row_bytes(problem.key_blocks())
+    }
+
     /// Reads a plan from bits: for each batch item, head and query block `ceil(nk / 8)` bytes, block `j` in bit `j % 8` of byte
-    /// `j / 8`. Bits beyond the last block and bits of blocks without valid tokens are left out.
+    /// `j / 8`. Bits beyond the last block and bits of blocks without valid tokens or visible pairs are left out; blocks that
+    /// the problem's mask cuts are selected in any case.
     ///
     /// # Errors
     /// If `bits` has not the length that the problem needs.
@@ -56,8 +63,18 @@ impl Plan {
             for i in 0..query_blocks {
                 if queries.count(i) > 0 {
                     let row = &bits[(head * query_blocks + i) * row_bytes..][..row_bytes];
-                    let selected = ones(row).filter(|&j| j < key_blocks && keys.count(j) > 0);
-                    rows.indices.extend(selected.map(|j| u32::try_from(j).expect("fewer than 2^32 blocks")));
+                    let number = |j| u32::try_from(j).expect("fewer than 2^32 blocks");
+                    if let Some(pairs) = &problem.pairs {
+                        let kinds = pairs.head(head).kinds(i);
+                        let selected = kinds.iter().enumerate().filter(|&(j, kind)| match kind {
+                            Kind::Dead => false,
+                            Kind::Cut => true,
+                            Kind::Open => row[j / 8] >> (j % 8) & 1 == 1,
+                        });
+                        rows.indices.extend(selected.map(|(j, _)| number(j)));
+                    } else {
+                        rows.indices.extend(ones(row).filter(|&j| j < key_blocks && keys.count(j) > 0).map(number));
+                    }
                 }
                 rows.offsets.push(rows.indices.len());
             }

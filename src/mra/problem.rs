@@ -1,7 +1,9 @@
 //! Shapes, scale and masks: validated once, passed everywhere.
 
+use super::bias::{Bias, Pairs};
 use super::blocks::Blocks;
 use crate::error::{Error, Result};
+use crate::kernels::Dropout;
 use crate::simd::Level;
 
 /// Which terms the softmax has (docs/definitions.md, section 2.6).
@@ -50,6 +52,12 @@ pub struct Options<'a> {
     pub key_mask: Option<Mask<'a>>,
     /// Valid queries; outputs and gradients of the others are 0.
     pub query_mask: Option<Mask<'a>>,
+    /// Which pairs of a query and a key count, or what is added to their logits (docs/definitions.md, section 5).
+    pub bias: Option<Bias<'a>>,
+    /// The probability with which a weight is dropped, 0 to 1; 0 is no dropout.
+    pub dropout: f64,
+    /// Decides, with the place of a weight, whether it is dropped; the same for forward and backward.
+    pub seed: u64,
     /// Threads to compute on, at least 1. The result does not depend on it.
     pub threads: usize,
     /// The instruction set. Results of different levels differ by rounding.
@@ -58,7 +66,7 @@ pub struct Options<'a> {
 
 /// One validated call.
 #[derive(Debug)]
-pub struct Problem {
+pub struct Problem<'a> {
     pub(crate) batch: usize,
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
@@ -70,11 +78,13 @@ pub struct Problem {
     pub(crate) mode: Mode,
     pub(crate) threads: usize,
     pub(crate) level: Level,
+    pub(crate) pairs: Option<Pairs<'a>>,
+    pub(crate) dropout: Option<Dropout>,
     queries: Vec<Blocks>,
     keys: Vec<Blocks>,
 }
 
-impl Problem {
+impl<'a> Problem<'a> {
     /// The largest block size.
     pub const MAX_BLOCK: usize = 128;
 
@@ -82,7 +92,7 @@ impl Problem {
     ///
     /// # Errors
     /// If they do not fit each other or the options; the message names what is wrong.
-    pub fn new(query: [usize; 4], key: [usize; 4], options: &Options<'_>) -> Result<Self> {
+    pub fn new(query: [usize; 4], key: [usize; 4], options: &Options<'a>) -> Result<Self> {
         let [batch, heads, query_len, head_dim] = query;
         let [key_batch, kv_heads, key_len, key_dim] = key;
         if batch != key_batch || head_dim != key_dim {
@@ -106,6 +116,15 @@ impl Problem {
         if !scale.is_finite() {
             return Err(Error::new(format!("scale: {scale}, expected a finite number")));
         }
+        if !(0.0..=1.0).contains(&options.dropout) {
+            return Err(Error::new(format!("dropout: {}, expected a probability", options.dropout)));
+        }
+        let queries = blocks("query_mask", batch, query_len, options.block_size, options.query_mask)?;
+        let keys = blocks("key_mask", batch, key_len, options.block_size, options.key_mask)?;
+        let expected = [batch, heads, query_len, key_len];
+        if let Some(bias) = options.bias.filter(|bias| bias.shape != expected) {
+            return Err(Error::new(format!("bias: shape {:?}, expected {expected:?}", bias.shape)));
+        }
         Ok(Self {
             batch,
             heads,
@@ -118,15 +137,27 @@ impl Problem {
             mode: options.mode,
             threads: options.threads,
             level: options.level,
-            queries: blocks("query_mask", batch, query_len, options.block_size, options.query_mask)?,
-            keys: blocks("key_mask", batch, key_len, options.block_size, options.key_mask)?,
+            pairs: options.bias.map(|bias| Pairs::new(bias, &queries, &keys, options.threads, options.level)),
+            dropout: Dropout::new(options.dropout, options.seed),
+            queries,
+            keys,
         })
     }
 
     /// What pooling a tensor of this shape needs to know.
     pub(crate) fn for_pooling(shape: [usize; 4], block_size: usize, threads: usize, level: Level) -> Result<Self> {
-        let options =
-            Options { block_size, scale: Some(1.0), mode: Mode::Full, key_mask: None, query_mask: None, threads, level };
+        let options = Options {
+            block_size,
+            scale: Some(1.0),
+            mode: Mode::Full,
+            key_mask: None,
+            query_mask: None,
+            bias: None,
+            dropout: 0.0,
+            seed: 0,
+            threads,
+            level,
+        };
         let shape = [shape[0], shape[1], shape[2], shape[3].max(1)];
         Self::new(shape, shape, &options)
     }
@@ -208,7 +239,7 @@ fn blocks(name: &str, batch: usize, length: usize, size: usize, mask: Option<Mas
         .collect())
 }
 
-impl Problem {
+impl Problem<'_> {
     /// A number of channels rounded up to whole vectors.
     pub(crate) fn padded<T: crate::simd::Scalar>(&self, channels: usize) -> usize {
         channels.next_multiple_of(T::lanes(self.level))

@@ -3,7 +3,8 @@
 use super::blocks::Blocks;
 use super::problem::Problem;
 use super::scratch::Buffer;
-use crate::simd::{Element, Scalar};
+use crate::kernels::{AddRows, Matrix};
+use crate::simd::{Element, Level, Scalar};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
 use crate::tiles::Chunks;
@@ -37,7 +38,7 @@ impl<T: Scalar> Pooled<T> {
                 let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
                 // SAFETY: each task has its own row.
                 let mean = unsafe { rows.get_mut(task) };
-                average(&tensor.head(item, head), blocks_of(item), block, line, mean);
+                average(problem.level, &tensor.head(item, head), blocks_of(item), block, line, mean);
             },
         );
         Self { means, blocks, width }
@@ -65,22 +66,32 @@ impl<T: Scalar> Pooled<T> {
 }
 
 /// Writes the mean of the valid tokens of a block.
-fn average<E: Element>(tokens: &Rows<'_, E>, blocks: &Blocks, block: usize, line: &mut [E::Compute], mean: &mut [E::Compute]) {
-    let count = blocks.count(block);
-    if count == 0 {
+fn average<E: Element>(
+    level: Level,
+    tokens: &Rows<'_, E>,
+    blocks: &Blocks,
+    block: usize,
+    line: &mut [E::Compute],
+    mean: &mut [E::Compute],
+) {
+    let (numbers, channels) = (blocks.start(block)..blocks.start(block + 1), tokens.cols());
+    if numbers.is_empty() {
         return;
     }
-    for number in blocks.start(block)..blocks.start(block + 1) {
-        let row = tokens.row(blocks.token(number));
-        let row = E::as_compute(row).unwrap_or_else(|| {
-            E::widen(row, &mut line[..row.len()]);
-            &line[..row.len()]
-        });
-        for (sum, &x) in mean.iter_mut().zip(row) {
-            *sum += x;
+    let weight = E::Compute::from_f64(1.0 / numbers.len() as f64);
+    let (first, stride) = tokens.tail(blocks.token(numbers.start));
+    match E::as_compute(first) {
+        Some(data) if blocks.consecutive(numbers.clone()) => {
+            E::Compute::run(level, AddRows { rows: Matrix::new(data, numbers.len(), channels, stride), sums: mean });
+        }
+        _ => {
+            for number in numbers {
+                let line = &mut line[..channels];
+                E::widen(tokens.row(blocks.token(number)), line);
+                E::Compute::run(level, AddRows { rows: Matrix::new(line, 1, channels, channels), sums: mean });
+            }
         }
     }
-    let weight = E::Compute::from_f64(1.0 / count as f64);
     for sum in mean {
         *sum = *sum * weight;
     }

@@ -32,6 +32,11 @@ impl<'a, E: Element> KeySource<'a, E> {
         Self { keys, values, blocks, in_place }
     }
 
+    /// Which token has this number.
+    pub(crate) fn token(&self, number: usize) -> usize {
+        self.blocks.token(number)
+    }
+
     /// The numbers of the valid keys of a block.
     pub(crate) fn numbers(&self, block: usize) -> Range<usize> {
         self.blocks.start(block)..self.blocks.start(block + 1)
@@ -91,6 +96,11 @@ impl<T: Scalar> Strip<T> {
 
     pub(crate) fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Rows that lie together, and the number of the first key of each.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        self.parts.iter().map(|part| (part.rows.clone(), part.first))
     }
 
     pub(crate) fn clear(&mut self) {

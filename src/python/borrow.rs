@@ -5,7 +5,7 @@ use pyo3::FromPyObject;
 
 use crate::error::{Error, Result};
 use crate::tensor::span;
-use crate::{Mask, Tensor, TensorMut};
+use crate::{Bias, BiasData, Mask, Tensor, TensorMut};
 
 /// Element types, numbered as in `mra_attention._cpu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +153,26 @@ impl Descriptor {
         let (shape, strides) = self.dims(name)?;
         // SAFETY: the caller's.
         Mask::new(name, unsafe { self.slice(name) }?, shape, strides)
+    }
+
+    /// A mask or bias `(B, H, Lq, Lk)`.
+    ///
+    /// # Safety
+    /// - As [`Self::slice`].
+    pub(super) unsafe fn bias<'a>(&self, name: &str) -> Result<Bias<'a>> {
+        let (shape, strides) = self.dims(name)?;
+        // SAFETY: the caller's.
+        let data = unsafe {
+            match self.dtype() {
+                Dtype::F32 => BiasData::F32(self.slice(name)?),
+                Dtype::F64 => BiasData::F64(self.slice(name)?),
+                Dtype::Bf16 => BiasData::Bf16(self.slice(name)?),
+                Dtype::F16 => BiasData::F16(self.slice(name)?),
+                Dtype::Byte => BiasData::Bool(self.slice(name)?),
+                Dtype::I32 => return Err(Error::new(format!("{name}: dtype int32, expected bool or a floating point type"))),
+            }
+        };
+        Bias::new(name, data, shape, strides)
     }
 
     /// Contiguous elements of any shape.

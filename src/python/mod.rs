@@ -16,9 +16,12 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::threads;
 use crate::{
-    Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
+    Budget, Error, Gradients, Inputs, Level, Mode, Options, Plan, Problem, Saved, Scalar, TensorMut, backward, forward,
+    forward_selecting,
 };
+
 use borrow::{Descriptor, Dtype, Named, check_disjoint};
 
 impl From<Error> for PyErr {
@@ -38,25 +41,35 @@ struct Settings {
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 }
 
+/// What hides tokens or pairs of them.
+#[derive(Clone, Copy)]
+struct Masks<'a> {
+    key: Option<&'a Descriptor>,
+    query: Option<&'a Descriptor>,
+    bias: Option<&'a Descriptor>,
+}
+
 impl Settings {
-    fn problem(
-        self,
-        query: &Descriptor,
-        key: &Descriptor,
-        key_mask: Option<&Descriptor>,
-        query_mask: Option<&Descriptor>,
-    ) -> crate::Result<Problem> {
-        // SAFETY: the Python layer keeps every tensor alive during the call; `Descriptor` has checked the rest.
+    /// # Safety
+    /// - The masks belong to tensors that live, unchanged, as long as the problem.
+    unsafe fn problem<'a>(self, query: &Descriptor, key: &Descriptor, masks: Masks<'_>) -> crate::Result<Problem<'a>> {
+        // SAFETY: the caller's; `Descriptor` checks the rest.
         let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
         let options = Options {
             block_size: self.block_size,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
-            key_mask: mask("key_mask", key_mask)?,
-            query_mask: mask("query_mask", query_mask)?,
+            key_mask: mask("key_mask", masks.key)?,
+            query_mask: mask("query_mask", masks.query)?,
+            // SAFETY: the caller's; `Descriptor` checks the rest.
+            bias: masks.bias.map(|bias| unsafe { bias.bias("attn_bias") }).transpose()?,
+            dropout: self.dropout_p,
+            seed: self.seed,
             threads: self.threads,
             level: Level::current()?,
         };
@@ -65,13 +78,14 @@ impl Settings {
 }
 
 #[pyfunction]
-#[pyo3(signature = (query, key, key_mask, query_mask, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, key_mask, query_mask, attn_bias, plan, *, scale, block_size, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn select_blocks(
     py: Python<'_>,
     query: Descriptor,
     key: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     scale: f64,
     block_size: usize,
@@ -81,7 +95,7 @@ fn select_blocks(
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse: false, threads };
+    let settings = Settings { scale, block_size, sparse: false, dropout_p: 0.0, seed: 0, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -89,9 +103,12 @@ fn select_blocks(
             ("key", Some(&key)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
         ]);
         check_disjoint(&[("plan", &plan)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             let (query, key, bits) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.contiguous_mut::<u8>("plan")?) };
@@ -101,8 +118,14 @@ fn select_blocks(
     .map_err(PyErr::from)
 }
 
+/// A tensor `(B, H, L, 1)` for an output of this shape.
+fn rows_of_own<T: Scalar>(memory: &mut Vec<T>, [batch, heads, length, _]: [usize; 4]) -> crate::Result<TensorMut<'_, T>> {
+    memory.resize(batch * heads * length, T::ZERO);
+    TensorMut::new("lse", memory, [batch, heads, length, 1], [heads * length, length, 1, 1])
+}
+
 #[pyfunction(name = "forward")]
-#[pyo3(signature = (query, key, value, key_mask, query_mask, plan_in, plan_out, out, lse, *, scale, block_size, sparse, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
+#[pyo3(signature = (query, key, value, key_mask, query_mask, attn_bias, plan_in, plan_out, out, lse, *, scale, block_size, sparse, dropout_p, seed, blocks_per_row, num_blocks, first_blocks, diagonal_blocks, threads))]
 fn forward_py(
     py: Python<'_>,
     query: Descriptor,
@@ -110,20 +133,23 @@ fn forward_py(
     value: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan_in: Option<Descriptor>,
-    plan_out: Descriptor,
+    plan_out: Option<Descriptor>,
     out: Descriptor,
-    lse: Descriptor,
+    lse: Option<Descriptor>,
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     blocks_per_row: f64,
     num_blocks: Option<usize>,
     first_blocks: usize,
     diagonal_blocks: usize,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     let budget = Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks };
     py.detach(|| {
         let reads = named([
@@ -132,16 +158,31 @@ fn forward_py(
             ("value", Some(&value)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan_in", plan_in.as_ref()),
         ]);
-        check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let writes = named([("plan_out", plan_out.as_ref()), ("out", Some(&out)), ("lse", lse.as_ref())]);
+        check_disjoint(&writes, &reads)?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
-                let bits = plan_out.contiguous_mut::<u8>("plan_out")?;
-                let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
+                // What the caller does not want is computed all the same, in memory of our own.
+                let (mut own_bits, mut own_lse) = (Vec::new(), Vec::new());
+                let bits = if let Some(plan_out) = &plan_out {
+                    plan_out.contiguous_mut::<u8>("plan_out")?
+                } else {
+                    own_bits.resize(Plan::bytes(&problem), 0);
+                    &mut own_bits
+                };
+                let mut out = out.tensor_mut::<E>("out")?;
+                let mut lse = match &lse {
+                    Some(lse) => lse.rows_mut("lse")?,
+                    None => rows_of_own(&mut own_lse, out.shape())?,
+                };
                 let Some(plan_in) = plan_in else {
                     return forward_selecting(&problem, &inputs, &budget, bits, &mut out, &mut lse);
                 };
@@ -159,7 +200,7 @@ fn forward_py(
 }
 
 #[pyfunction(name = "backward")]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, key_mask, query_mask, attn_bias, plan, grad_query, grad_key, grad_value, *, scale, block_size, sparse, dropout_p, seed, threads))]
 fn backward_py(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -171,6 +212,7 @@ fn backward_py(
     lse: Descriptor,
     key_mask: Option<Descriptor>,
     query_mask: Option<Descriptor>,
+    attn_bias: Option<Descriptor>,
     plan: Descriptor,
     grad_query: Descriptor,
     grad_key: Descriptor,
@@ -178,9 +220,11 @@ fn backward_py(
     scale: f64,
     block_size: usize,
     sparse: bool,
+    dropout_p: f64,
+    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let settings = Settings { scale, block_size, sparse, threads };
+    let settings = Settings { scale, block_size, sparse, dropout_p, seed, threads };
     py.detach(|| {
         let reads = named([
             ("grad_out", Some(&grad_out)),
@@ -192,10 +236,13 @@ fn backward_py(
             ("lse", Some(&lse)),
             ("key_mask", key_mask.as_ref()),
             ("query_mask", query_mask.as_ref()),
+            ("attn_bias", attn_bias.as_ref()),
             ("plan", Some(&plan)),
         ]);
         check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
-        let problem = settings.problem(&query, &key, key_mask.as_ref(), query_mask.as_ref())?;
+        let masks = Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref() };
+        // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
+        let problem = unsafe { settings.problem(&query, &key, masks) }?;
         with_element!(query.dtype(), E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -239,6 +286,18 @@ fn block_mask<'py>(
     Ok(mask.into_pyarray(py))
 }
 
+/// Makes torch's own threads do the work: `address` is that of `torch_parallel_for`, not 0.
+#[pyfunction]
+fn use_torch_threads(address: usize) -> PyResult<()> {
+    if address == 0 {
+        return Err(PyValueError::new_err("address: 0, expected the address of torch_parallel_for"));
+    }
+    let function = std::ptr::with_exposed_provenance::<()>(address);
+    // SAFETY: the Python layer looks the function up in torch's own library, which is never unloaded.
+    unsafe { threads::use_torch(std::mem::transmute::<*const (), threads::ParallelFor>(function)) };
+    Ok(())
+}
+
 /// The instruction set in use.
 #[pyfunction]
 fn isa() -> PyResult<&'static str> {
@@ -249,6 +308,13 @@ fn isa() -> PyResult<&'static str> {
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
     Level::available().into_iter().map(Level::name).collect()
+}
+
+/// Rates of one thread in GFLOP/s: fused multiply-adds alone, the products of the exact level, and with their softmax.
+#[pyfunction]
+fn kernel_rates(py: Python<'_>) -> PyResult<(f64, f64, f64)> {
+    let level = Level::current()?;
+    Ok(py.detach(|| crate::bench::rates(level)))
 }
 
 /// How the module was built.
@@ -273,7 +339,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(causal::causal_backward, module)?)?;
     module.add_function(wrap_pyfunction!(causal::pool, module)?)?;
     module.add_function(wrap_pyfunction!(block_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel_rates, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -16,7 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call asks for, in the terms of docs/definitions.md. Masks are bool, True = valid, (B, Lk) and (B, Lq)."""
+    """What a call asks for, in the terms of docs/definitions.md. Masks are bool, True = valid, (B, Lk) and (B, Lq).
+
+    bias is a mask (bool) or an additive bias that depends on the query; it broadcasts to (B, H, Lq, Lk), and the
+    package takes it or key_mask as attn_mask, not both.
+    """
 
     block_size: int = 32
     mode: str = "full"
@@ -27,6 +31,7 @@ class Settings:
     scale: float | None = None
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
+    bias: Tensor | None = None
 
     def keywords(self) -> dict[str, Any]:
         """The same request as keyword arguments of the package's functions, without enable_gqa."""
@@ -38,7 +43,7 @@ class Settings:
             "first_blocks": self.first_blocks,
             "diagonal_blocks": self.diagonal_blocks,
             "scale": self.scale,
-            "attn_mask": None if self.key_mask is None else self.key_mask[:, None, None, :],
+            "attn_mask": self.bias if self.key_mask is None else self.key_mask[:, None, None, :],
             "query_padding_mask": self.query_mask,
         }
 
@@ -114,20 +119,63 @@ def live_blocks(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
     return (p.query_count > 0)[:, :, None] & (p.key_count > 0)[:, None, :]
 
 
+class _Blocks(NamedTuple):
+    """What section 5 makes of every block, each (B, H, nq, nk), and the bias of every pair, (B, H, Lq, Lk)."""
+
+    bias: Tensor
+    live: Tensor
+    cut: Tensor
+    mean: Tensor
+
+
+def _blocks(p: _Pyramid, settings: Settings, dtype: torch.dtype) -> _Blocks:
+    batch, heads, query_length, _ = p.query.shape
+    key_length = p.key.shape[2]
+    bias = torch.zeros((), dtype=dtype) if settings.bias is None else settings.bias
+    if bias.dtype is torch.bool:
+        bias = torch.zeros(bias.shape, dtype=dtype).masked_fill(~bias, -math.inf)
+    bias = bias.to(dtype).expand(batch, heads, query_length, key_length)
+    _, query_member = _membership(p.query_valid, settings.block_size)
+    _, key_member = _membership(p.key_valid, settings.block_size)
+    rows, columns = query_member[:, None].double(), key_member[:, None].double().transpose(-1, -2)
+    pairs = rows @ torch.ones(batch, heads, query_length, key_length, dtype=torch.float64) @ columns
+    seen = rows @ (bias != -math.inf).double() @ columns
+    valid = p.query_valid[:, None, :, None] & p.key_valid[:, None, None, :]
+    highest, lowest = (
+        sign * _block_maxima((sign * bias.double()).masked_fill(~valid, -math.inf), settings.block_size)
+        for sign in (1.0, -1.0)
+    )
+    wide = ~(highest - lowest <= 1e3)  # NaN is wide, too
+    cut = (seen > 0) & ((seen < pairs) | wide)
+    live = (seen > 0) & ~cut
+    finite = torch.where(bias.isfinite() & valid, bias, torch.zeros((), dtype=dtype)).double()
+    mean = (rows @ finite @ columns / pairs.clamp(min=1)).to(dtype)
+    return _Blocks(bias, live, cut, mean.masked_fill(~live, 0.0))
+
+
+def _block_maxima(x: Tensor, block_size: int) -> Tensor:
+    """(..., nq, nk) from (..., Lq, Lk); -inf where a block has nothing."""
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:2], *(-(-length // block_size) for length in x.shape[2:]))
+    for dim in (-2, -1):
+        x = torch.cat([part.amax(dim, keepdim=True) for part in x.split(block_size, dim)], dim)
+    return x
+
+
 def select(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
     """(B, H, nq, nk) bool: the blocks selected by section 2.1 to 2.5, one head at a time."""
     p = _pyramid(query.detach(), key.detach(), settings, torch.float64)
-    pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2))
+    blocks = _blocks(p, settings, torch.float64)
+    pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
     batch, heads, nq, nk = pooled.shape
-    live = live_blocks(query, key, settings)
     selected = torch.zeros(batch, heads, nq, nk, dtype=torch.bool)
     for item in range(batch):
         num_blocks = settings.num_blocks
         if num_blocks is None:
             num_blocks = math.floor(settings.blocks_per_row * int((p.query_count[item] > 0).sum()) + 0.5)
         for head in range(heads):
-            selected[item, head] = _select_head(pooled[item, head], live[item], num_blocks, settings)
-    return selected
+            selected[item, head] = _select_head(pooled[item, head], blocks.live[item, head], num_blocks, settings)
+    return selected | blocks.cut
 
 
 def _select_head(pooled: Tensor, live: Tensor, num_blocks: int, settings: Settings) -> Tensor:
@@ -159,24 +207,31 @@ def attention(
     block_mask: Tensor,
     settings: Settings,
     dtype: torch.dtype = torch.float64,
+    keep: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of section 2.6 for a given selection, one softmax over all entries of both levels.
 
     The entries of a query are every key token (exact logit, counted if its block is selected) and every key block
-    (pooled logit with multiplicity cnt_j, counted if the block is live and not selected).
+    (pooled logit with multiplicity cnt_j, counted if the block is live and not selected). Dropout multiplies the
+    weights by `keep`: (B, H, Lq, Lk) for tokens and (B, H, nq, nk) for blocks.
     """
     p = _pyramid(query, key, settings, dtype)
     value = _clean(value, p.key_valid, query.shape[1], dtype)
     _, key_member = _membership(p.key_valid, settings.block_size)
     value_mean, _ = _block_means(value, key_member)
 
-    exact = p.scale * (p.query @ p.key.transpose(-1, -2))
-    pooled = (p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2))).index_select(-2, p.query_block)
-    selected = block_mask.index_select(-2, p.query_block)
+    blocks = _blocks(p, settings, dtype)
+    exact = p.scale * (p.query @ p.key.transpose(-1, -2)) + blocks.bias
+    pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
+    pooled = pooled.index_select(-2, p.query_block)
+    selected = (block_mask & blocks.live | blocks.cut).index_select(-2, p.query_block)
     visible_exact = (
-        selected.index_select(-1, p.key_block) & p.query_valid[:, None, :, None] & p.key_valid[:, None, None, :]
+        selected.index_select(-1, p.key_block)
+        & p.query_valid[:, None, :, None]
+        & p.key_valid[:, None, None, :]
+        & (blocks.bias != -math.inf)
     )
-    visible_pooled = ~selected & p.query_valid[:, None, :, None] & (p.key_count > 0)[:, None, None, :]
+    visible_pooled = ~selected & p.query_valid[:, None, :, None] & blocks.live.index_select(-2, p.query_block)
     if settings.mode == "sparse":
         visible_pooled = torch.zeros_like(visible_pooled)
 
@@ -189,7 +244,10 @@ def attention(
     largest = padded.amax(-1, keepdim=True).masked_fill(~seen, 0.0)
     weights = multiplicity * (logits - largest).exp()
     total = weights.sum(-1, keepdim=True).masked_fill(~seen, 1.0)
-    out = (weights / total) @ torch.cat([value, value_mean], -2)
+    weights = weights / total
+    if keep is not None:
+        weights = weights * torch.cat([keep[0], keep[1].index_select(-2, p.query_block)], -1).to(dtype)
+    out = weights @ torch.cat([value, value_mean], -2)
     lse = (total.log() + largest).masked_fill(~seen, -math.inf).squeeze(-1)
     return out, lse
 
@@ -209,10 +267,11 @@ def run(
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    keep: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """Output, log-sum-exp and gradients by autograd, for a given selection."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-    out, lse = attention(*leaves, block_mask, settings, dtype)
+    out, lse = attention(*leaves, block_mask, settings, dtype, keep)
     target = (out * clean_grad_out(grad_out.to(dtype), settings)).sum()
     if grad_lse is not None:
         finite = lse > -math.inf
@@ -246,9 +305,11 @@ def closed_form_gradients(
     gl = torch.zeros_like(lse) if grad_lse is None else torch.where(seen, grad_lse.to(dtype), torch.zeros_like(lse))
     delta = (g * out.to(dtype)).sum(-1) - gl
 
-    selected = block_mask.index_select(-2, p.query_block).index_select(-1, p.key_block)
+    blocks = _blocks(p, settings, dtype)
+    exact_blocks = block_mask & blocks.live | blocks.cut
+    selected = exact_blocks.index_select(-2, p.query_block).index_select(-1, p.key_block)
     visible = selected & p.query_valid[:, None, :, None] & p.key_valid[:, None, None, :]
-    logits = p.scale * (p.query @ p.key.transpose(-1, -2))
+    logits = p.scale * (p.query @ p.key.transpose(-1, -2)) + blocks.bias
     prob = (logits.masked_fill(~visible, -math.inf) - lse[..., None]).exp()
     ds = prob * (g @ value.transpose(-1, -2) - delta[..., None])
     dq = p.scale * (ds @ p.key)
@@ -256,8 +317,8 @@ def closed_form_gradients(
     dv = prob.transpose(-1, -2) @ g
 
     if settings.mode == "full":
-        live = (p.query_count > 0)[:, None, :, None] & (p.key_count > 0)[:, None, None, :]
-        pooled = (p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2))).masked_fill(block_mask | ~live, -math.inf)
+        pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
+        pooled = pooled.masked_fill(exact_blocks | ~blocks.live, -math.inf)
         largest = pooled.amax(-1)
         largest = largest.masked_fill(largest == -math.inf, 0.0)
         factor = (largest.index_select(-1, p.query_block) - lse).exp().masked_fill(~p.query_valid[:, None, :], 0.0)

@@ -13,12 +13,30 @@ from ops_cases import BLOCK_SIZE, LAYOUTS, OPS, SETTINGS, SHAPES, by_mask, detac
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+def pair_bias(shape: str, masked: bool) -> torch.Tensor | None:
+    """Half of the pairs hidden, the others biased, the same for all heads."""
+    if not masked:
+        return None
+    batch, _, _, query_length, key_length, _, _ = SHAPES[shape]
+    bias = torch.randn(batch, 1, query_length, key_length)
+    return bias.masked_fill(torch.rand(query_length, key_length) < 0.5, -torch.inf)
+
+
+def rate(masked: bool) -> float:
+    return 0.25 if masked else 0.0
+
+
 def forward_arguments(shape: str, layout: str, masked: bool, given_plan: bool, sparse: bool) -> tuple[Any, ...]:
     tensors = inputs(shape, layout=layout)
     key_mask, query_mask = masks(shape, masked)
     numbers = (0.3, BLOCK_SIZE, 1.5, None, 0, 0)
-    chosen = OPS.select_blocks(*tensors[:2], key_mask, query_mask, *numbers) if given_plan else None
-    return *tensors, key_mask, query_mask, chosen, 0.3, BLOCK_SIZE, sparse, 1.5, None, 0, 0
+    chosen = (
+        OPS.select_blocks(*tensors[:2], key_mask, query_mask, pair_bias(shape, masked), *numbers)
+        if given_plan
+        else None
+    )
+    bias, seed = pair_bias(shape, masked), torch.tensor([5]) if masked else None
+    return *tensors, key_mask, query_mask, bias, chosen, seed, 0.3, BLOCK_SIZE, sparse, rate(masked), 1.5, None, 0, 0
 
 
 # Every shape, and every layout of one shape.
@@ -41,7 +59,7 @@ def test_opcheck_of_forward(shape, layout, masked, given_plan, sparse):
 @by_mask
 def test_opcheck_of_select_blocks(shape, layout, masked):
     tensors = inputs(shape, layout=layout)
-    arguments = (*tensors[:2], *masks(shape, masked), 0.3, BLOCK_SIZE, 1.5, 3, 1, 1)
+    arguments = (*tensors[:2], *masks(shape, masked), pair_bias(shape, masked), 0.3, BLOCK_SIZE, 1.5, 3, 1, 1)
     results = torch.library.opcheck(OPS.select_blocks.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -53,10 +71,10 @@ def test_opcheck_of_backward(shape, layout, masked, with_lse):
     arguments = forward_arguments(shape, layout, masked, False, False)
     with torch.no_grad():
         out, lse, chosen = OPS.forward(*arguments)
-    query, key, value, key_mask, query_mask = arguments[:5]
+    query, key, value, key_mask, query_mask, bias, _, seed = arguments[:8]
     grad_lse = torch.randn_like(lse) if with_lse else None
     grads = (lay_out(torch.randn_like(out), layout), grad_lse)
-    rest = (key_mask, query_mask, chosen, 0.3, BLOCK_SIZE, False)
+    rest = (key_mask, query_mask, bias, chosen, seed, 0.3, BLOCK_SIZE, False, rate(masked))
     results = torch.library.opcheck(OPS.backward.default, (*grads, *detached([query, key, value]), out, lse, *rest))
     assert set(results.values()) == {"SUCCESS"}
     # With inputs that require gradients, test_aot_dispatch_dynamic would ask for the second derivative.
@@ -97,15 +115,21 @@ def test_a_tensor_of_another_device_is_refused_by_the_operator():
         (3, torch.ones(2, 15, dtype=torch.bool)),
         (3, torch.ones(2, 16)),
         (4, torch.ones(3, 16, dtype=torch.bool)),
-        (5, torch.zeros(2, 2, 2, 2, dtype=torch.uint8)),
-        (5, torch.zeros(2, 2, 1, 1, dtype=torch.uint8)),
-        (5, torch.zeros(2, 2, 2, 1)),
-        (6, float("nan")),
-        (7, 0),
-        (7, 129),
-        (9, float("nan")),
-        (9, -1.0),
-        (11, -1),
+        (5, torch.ones(2, 2, 16, 15, dtype=torch.bool)),
+        (5, torch.ones(2, 2, 16, 16, dtype=torch.int64)),
+        (5, torch.ones(1, 2, 2, 16, 16)),
+        (6, torch.zeros(2, 2, 2, 2, dtype=torch.uint8)),
+        (6, torch.zeros(2, 2, 1, 1, dtype=torch.uint8)),
+        (6, torch.zeros(2, 2, 2, 1)),
+        (8, float("nan")),
+        (9, 0),
+        (9, 129),
+        (11, float("nan")),
+        (11, -0.5),
+        (11, 1.5),
+        (12, float("nan")),
+        (12, -1.0),
+        (14, -1),
     ],
 )
 def test_the_operator_survives_wrong_arguments(place, wrong):

@@ -1,4 +1,4 @@
-"""Forked children and concurrent callers compute the same bits, and nobody hangs."""
+"""Forked children, worker processes and concurrent callers compute the same bits, and nobody hangs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ import subprocess
 import sys
 
 import pytest
+from mra_attention import _threads
 
+# NumPy compares: in a forked child torch's own parallel operators hang, torch.equal too.
 SETUP = """
-import os, threading, torch
+import multiprocessing, os, threading, numpy, torch
 from mra_attention import scaled_dot_product_attention
 torch.set_num_threads(2)
+torch.manual_seed(0)
 query, key, value = (torch.randn(1, 4, 1024, 64) for _ in range(3))
 call = lambda: scaled_dot_product_attention(query, key, value)
-expected = call()
+def same(*_):
+    return numpy.array_equal(call().numpy(), expected)
+expected = call().numpy()
 """
 
 FORK = """
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(call(), expected) else 1)
+    os._exit(0 if same() else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert torch.equal(call(), expected)
+assert same()
+"""
+
+MULTIPROCESSING = """
+with multiprocessing.get_context("fork").Pool(2) as workers:
+    assert all(workers.map(same, range(4)))
+assert same()
+"""
+
+DATA_LOADER = """
+class Items(torch.utils.data.Dataset):
+    __len__ = lambda self: 4
+    __getitem__ = same
+assert all(flag for batch in torch.utils.data.DataLoader(Items(), num_workers=2) for flag in batch)
+assert same()
 """
 
 CONCURRENT = """
 equal = []
-call_often = lambda: equal.extend(torch.equal(call(), expected) for _ in range(10))
+call_often = lambda: equal.extend(same() for _ in range(10))
 callers = [threading.Thread(target=call_often) for _ in range(4)]
 for caller in callers:
     caller.start()
@@ -36,18 +55,54 @@ for caller in callers:
 assert equal == [True] * 40
 """
 
+# A process whose torch never had more than one thread starts none for attention either.
+ONE_THREAD = """
+import re, torch
+from mra_attention import scaled_dot_product_attention
+threads = lambda: int(re.search(r"Threads:\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.set_num_threads(1)
+before = threads()
+scaled_dot_product_attention(*[torch.randn(1, 4, 2048, 64)] * 3)
+assert threads() == before, (before, threads())
+torch.set_num_threads(2)
+scaled_dot_product_attention(*[torch.randn(1, 4, 2048, 64)] * 3)
+assert threads() == before + 1, (before, threads())
+"""
 
-def run(code: str) -> None:
+POOLS = ["torch", "rayon"] if _threads.THREADS_OF == "torch" else ["rayon"]
+
+
+def run(code: str, threads_of: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SETUP + code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "MRA_ATTENTION_THREADS": threads_of},
     )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_child_after_use():
-    run(FORK)
+@pytest.mark.parametrize("threads_of", POOLS)
+def test_forked_children_after_use(threads_of: str):
+    run(SETUP + FORK + MULTIPROCESSING + DATA_LOADER, threads_of)
 
 
-def test_concurrent_callers():
-    run(CONCURRENT)
+@pytest.mark.parametrize("threads_of", POOLS)
+def test_concurrent_callers(threads_of: str):
+    run(SETUP + CONCURRENT, threads_of)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("threads_of", POOLS)
+def test_set_num_threads_is_obeyed(threads_of: str):
+    run(ONE_THREAD, threads_of)
+
+
+@pytest.mark.parametrize(("value", "error"), [("omp", "ValueError"), ("torch", "RuntimeError")])
+def test_threads_that_are_not_there(value: str, error: str):
+    hide = "import ctypes, torch; ctypes.CDLL = lambda *_: object()\n"
+    with pytest.raises(AssertionError, match=f"{error}: MRA_ATTENTION_THREADS='{value}'"):
+        run(hide + "import mra_attention", value)

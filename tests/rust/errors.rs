@@ -1,8 +1,8 @@
 //! What cannot be computed with is refused, with a message that names the argument, before anything is written.
 
 use mra_attention::{
-    Budget, Error, Gradients, Inputs, Level, Mask, Options, Plan, Problem, Result, Saved, Tensor, TensorMut, backward, forward,
-    forward_selecting, select_blocks,
+    Bias, BiasData, Budget, Error, Gradients, Inputs, Level, Mask, Options, Plan, Problem, Result, Saved, Tensor, TensorMut,
+    backward, forward, forward_selecting, select_blocks,
 };
 
 use crate::support::options;
@@ -36,6 +36,9 @@ fn tensors_lie_within_their_memory() {
     refused(TensorMut::new("out", &mut [0f32; 24], [2, 2, 3, 4], [0, 12, 4, 1]), "out");
     refused(Mask::new("key_mask", &[1; 13], [2, 7], [7, 1]), "key_mask");
     refused(Mask::new("key_mask", &[1; 13], [2, 7], [usize::MAX, 1]), "key_mask");
+    refused(Bias::new("bias", BiasData::Bool(&[1; 41]), [1, 2, 3, 7], [42, 21, 7, 1]), "bias");
+    refused(Bias::new("bias", BiasData::F64(&[0.0; 41]), [1, 2, 3, 7], [0, usize::MAX, 7, 1]), "bias");
+    assert!(Bias::new("bias", BiasData::Bool(&[1; 21]), [5, 2, 3, 7], [0, 0, 7, 1]).is_ok());
 }
 
 #[test]
@@ -52,7 +55,7 @@ fn shapes_fit_each_other() {
 
 #[test]
 fn options_are_meant() {
-    let new = |options: &Options<'_>| Problem::new(QUERY, KEY, options);
+    let new = |options: &Options<'_>| Problem::new(QUERY, KEY, options).map(|_| ());
     for block_size in [0, Problem::MAX_BLOCK + 1, usize::MAX] {
         refused(new(&Options { block_size, ..options() }), "block_size");
     }
@@ -65,6 +68,17 @@ fn options_are_meant() {
         let mask = Mask::new("mask", &bytes, shape, [shape[1], 1]).unwrap();
         refused(new(&Options { key_mask: Some(mask), ..options() }), "key_mask");
         refused(new(&Options { query_mask: Some(mask), ..options() }), "query_mask");
+    }
+    let numbers = [0.0; 2 * 4 * 10 * 7];
+    let [batch, heads, query_len, _] = QUERY;
+    let fits = [batch, heads, query_len, KEY[2]];
+    for shape in [[1, 4, 10, 7], [2, 2, 10, 7], [2, 4, 9, 7], [2, 4, 10, 6], [2, 4, 10, 7]] {
+        let bias = Bias::new("bias", BiasData::F32(&numbers), shape, [0, 0, 0, 1]).unwrap();
+        let result = new(&Options { bias: Some(bias), ..options() });
+        if shape == fits { assert!(result.is_ok()) } else { refused(result, "bias") }
+    }
+    for dropout in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
+        refused(new(&Options { dropout, ..options() }), "dropout");
     }
     let error = Level::from_name("avx1024").unwrap_err().to_string();
     assert!(error.contains("avx1024") && error.contains("portable"), "{error}");

@@ -1,10 +1,10 @@
 //! Forward and backward against the formulas, over the shapes that break kernels: lengths around multiples of the block, channels
-//! that do not fill vectors, values unlike keys, groups of heads, padding of every kind, and nothing at all.
+//! that do not fill vectors, values unlike keys, groups of heads, padding of every kind, masks and biases of pairs, and nothing at all.
 
 use half::{bf16, f16};
 use mra_attention::{Budget, Mode};
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, levels};
+use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels};
 
 /// All pairs of lengths around `block_size`, with everything else varied along.
 fn cases(block_size: usize) -> Vec<Case> {
@@ -20,6 +20,7 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
     let heads = [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 1, 1), (2, 2, 1)];
     let paddings =
         [Padding::None, Padding::Holes, Padding::Right, Padding::None, Padding::Blocks, Padding::All, Padding::Holes];
+    let pairs = [Pairs::All, Pairs::Window, Pairs::Biased, Pairs::Documents, Pairs::Holes];
     let budgets = [(1.0, None, 0, 0), (2.0, None, 1, 0), (1.5, None, 0, 3), (100.0, None, 0, 0), (1.0, Some(5), 0, 1)];
     let (batch, kv_heads, group) = heads[index % heads.len()];
     let (head_dim, value_dim) = channels[index % channels.len()];
@@ -36,6 +37,7 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         mode: if index % 3 == 2 { Mode::Sparse } else { Mode::Full },
         query_padding: paddings[index % paddings.len()],
         key_padding: paddings[index / 3 % paddings.len()],
+        pairs: pairs[index / heads.len() % pairs.len()],
         budget: Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks },
         scale: [None, None, Some(-0.3), Some(0.0)][index % 4],
         grad_lse: index.is_multiple_of(2),

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use mra_attention::{Budget, Mode};
 use proptest::prelude::*;
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, levels, select};
+use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels, select};
 
 /// `PROPTEST_CASES` in the environment, or few enough for every day.
 fn config() -> ProptestConfig {
@@ -21,6 +21,16 @@ fn padding() -> impl Strategy<Value = Padding> {
         3 => Just(Padding::Holes),
         2 => Just(Padding::Blocks),
         1 => Just(Padding::All),
+    ]
+}
+
+fn pairs() -> impl Strategy<Value = Pairs> {
+    prop_oneof![
+        4 => Just(Pairs::All),
+        1 => Just(Pairs::Window),
+        1 => Just(Pairs::Holes),
+        1 => Just(Pairs::Biased),
+        1 => Just(Pairs::Documents),
     ]
 }
 
@@ -47,7 +57,7 @@ prop_compose! {
         (head_dim, value_dim) in (1..40usize, length(40)),
         block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
         mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
-        (query_padding, key_padding) in (padding(), padding()),
+        (query_padding, key_padding, pairs) in (padding(), padding(), pairs()),
         budget in budget(),
         scale in prop_oneof![2 => Just(None), 1 => (-0.7..0.7).prop_map(Some)],
         magnitude in prop_oneof![4 => Just(1.0), 1 => Just(20.0)],
@@ -55,8 +65,8 @@ prop_compose! {
         seed in any::<u64>(),
     ) -> Case {
         Case {
-            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, query_padding, key_padding, budget,
-            scale, magnitude, grad_lse, equal_heads: false, seed,
+            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, query_padding, key_padding, pairs,
+            budget, scale, magnitude, grad_lse, equal_heads: false, seed,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use mra_attention::{Budget, Mode};
 
-use crate::support::{Case, Expected, Number, Outcome, Padding, Rounded, Setup, compute, levels, select};
+use crate::support::{Case, Expected, Number, Outcome, Padding, Pairs, Rounded, Setup, compute, levels, select};
 
 /// Few heads (backward by rows and by columns) and many (by heads), blocks large enough that the exact level is worth several
 /// threads and small enough that the coarse one is.
@@ -24,6 +24,7 @@ fn cases() -> Vec<Case> {
             block_size,
             mode,
             key_padding: if index % 2 == 0 { Padding::Holes } else { Padding::None },
+            pairs: [Pairs::All, Pairs::Window, Pairs::Biased][index % 3],
             budget: Budget { blocks_per_row: 5.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 3 },
             seed: index as u64,
             ..Case::default()

@@ -153,6 +153,7 @@ impl<T: Scalar> GradientTile<T> {
                 lse: &self.lse,
                 delta: &self.delta,
                 factor: self.scale,
+                guard: false,
             },
         );
         let of_queries = |buffer| Matrix::new(buffer, count, queries.len(), columns);

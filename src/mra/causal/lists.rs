@@ -45,15 +45,16 @@ impl BlockLists {
 fn for_entries(sights: &[Sight], plan: &[i32], width: usize, mut body: impl FnMut(u32, usize)) {
     for (query, sight) in (0..).zip(sights) {
         let row = &plan[query as usize * width..][..width];
-        // Plans are ascending as a rule, and then a comparison tells that a number is new.
-        let mut highest = -1;
+        // Plans are ascending as a rule, and then one comparison tells that a number was not there before.
+        let mut largest = -1;
         for (place, &number) in row.iter().enumerate() {
-            if let Some(block) = visible(number, sight)
-                && (number > highest || !row[..place].contains(&number))
-            {
+            if number <= largest && row[..place].contains(&number) {
+                continue;
+            }
+            largest = largest.max(number);
+            if let Some(block) = visible(number, sight) {
                 body(query, block);
             }
-            highest = highest.max(number);
         }
     }
 }

@@ -53,7 +53,7 @@ impl CausalBudget {
 /// One validated call of the causal form.
 #[derive(Debug)]
 pub struct CausalProblem {
-    pub(crate) inner: Problem,
+    pub(crate) inner: Problem<'static>,
     offsets: Vec<i64>,
 }
 
@@ -73,6 +73,9 @@ impl CausalProblem {
             mode: options.mode,
             key_mask: None,
             query_mask: None,
+            bias: None,
+            dropout: 0.0,
+            seed: 0,
             threads: options.threads,
             level: options.level,
         };

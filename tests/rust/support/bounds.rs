@@ -5,7 +5,7 @@
 //! output; `b` the block size, `n` the number of keys.
 //!
 //! ```text
-//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b       scaled, summed, perhaps of means of b tokens
+//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b + max |bias|   scaled, summed, perhaps of means of b tokens
 //! weight      off by a factor  1 + w:  the logit's error, and for each strip of keys a subtraction and two exponentials
 //! out         (2 w + (2 n + b + 8) u) max |v|                          a quotient of sums of n weights
 //! dS          p (w + (Dv + 3) u) N,  N = G V + G O + max |dlse|
@@ -46,6 +46,8 @@ pub(crate) struct Magnitudes<'a> {
     /// Queries that share a key.
     pub(crate) queries: usize,
     pub(crate) scale: f64,
+    /// The largest bias.
+    pub(crate) bias: f64,
     /// Steps of the running softmax.
     pub(crate) steps: f64,
     pub(crate) query: &'a Array4<f64>,
@@ -67,6 +69,7 @@ impl Bounds {
         saved: &Saved<'_>,
     ) -> Self {
         let (d, n) = (case.head_dim.max(1) as f64, case.key_len.max(1) as f64);
+        let bias = data.bias.as_ref().map_or(0.0, largest);
         // Two steps that follow each other take more keys than fit into one; so does the coarse level with pooled keys.
         let steps = 2.0 * (2.0 * n / STRIP + 2.0);
         Self::of::<E>(&Magnitudes {
@@ -76,6 +79,7 @@ impl Bounds {
             keys: case.key_len,
             queries: case.query_len * case.group,
             scale: case.scale.unwrap_or(1.0 / d.sqrt()),
+            bias,
             steps,
             query: &data.query,
             key: &data.key,
@@ -95,7 +99,7 @@ impl Bounds {
             [magnitudes.head_dim, magnitudes.value_dim, magnitudes.block_size, magnitudes.keys, magnitudes.queries]
                 .map(|count| count.max(1) as f64);
         let scale = magnitudes.scale.abs();
-        let logit = scale * norm(query) * norm(key) + b.ln();
+        let logit = scale * norm(query) * norm(key) + b.ln() + magnitudes.bias;
         let weight = (d + 2.0 * b + 8.0) * u * logit + magnitudes.steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
         let grad_lse =
             magnitudes.grad_lse.into_iter().flatten().copied().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));

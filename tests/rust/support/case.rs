@@ -23,6 +23,21 @@ pub(crate) enum Padding {
     All,
 }
 
+/// Which pairs are hidden or biased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pairs {
+    /// No mask and no bias.
+    All,
+    /// A mask: tokens at most 5 apart.
+    Window,
+    /// A mask: every other pair.
+    Holes,
+    /// A bias, different for each head.
+    Biased,
+    /// A bias, and documents of 7 tokens that do not see each other.
+    Documents,
+}
+
 /// Everything that a call depends on; the numbers come from the seed.
 #[derive(Debug, Clone)]
 pub(crate) struct Case {
@@ -38,6 +53,7 @@ pub(crate) struct Case {
     pub(crate) mode: Mode,
     pub(crate) query_padding: Padding,
     pub(crate) key_padding: Padding,
+    pub(crate) pairs: Pairs,
     pub(crate) budget: Budget,
     pub(crate) scale: Option<f64>,
     /// Queries are multiplied by this.
@@ -63,6 +79,7 @@ impl Default for Case {
             mode: Mode::Full,
             query_padding: Padding::None,
             key_padding: Padding::None,
+            pairs: Pairs::All,
             budget: Budget { blocks_per_row: 2.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 },
             scale: None,
             magnitude: 1.0,
@@ -82,6 +99,7 @@ pub(crate) struct Data {
     pub(crate) grad_lse: Option<Array3<f64>>,
     pub(crate) query_mask: Option<Array2<bool>>,
     pub(crate) key_mask: Option<Array2<bool>>,
+    pub(crate) bias: Option<Array4<f64>>,
 }
 
 impl Case {
@@ -116,7 +134,23 @@ impl Case {
         let grad_out = numbers(self.heads(), self.query_len, self.value_dim, 1.0, query_mask.as_ref());
         let grad_lse =
             self.grad_lse.then(|| numbers(self.heads(), self.query_len, 1, 1.0, query_mask.as_ref()).remove_axis(Axis(3)));
-        Data { query, key, value, grad_out, grad_lse, query_mask, key_mask }
+        let bias = self.bias(&mut rng);
+        Data { query, key, value, grad_out, grad_lse, query_mask, key_mask, bias }
+    }
+
+    fn bias(&self, rng: &mut TestRng) -> Option<Array4<f64>> {
+        let hide = |hidden: bool, x: f64| if hidden { f64::NEG_INFINITY } else { x };
+        let shape = (self.batch, self.heads(), self.query_len, self.key_len);
+        // Numbers that every type holds exactly.
+        let mut number = || f64::from(rng.random_range(-16..16)) / 8.0;
+        let bias = match self.pairs {
+            Pairs::All => return None,
+            Pairs::Window => Array4::from_shape_fn(shape, |(_, _, t, s)| hide(t.abs_diff(s) > 5, 0.0)),
+            Pairs::Holes => Array4::from_shape_fn(shape, |(b, h, t, s)| hide((b + h + t + s) % 2 == 1, 0.0)),
+            Pairs::Biased => Array4::from_shape_simple_fn(shape, number),
+            Pairs::Documents => Array4::from_shape_fn(shape, |(_, _, t, s)| hide(t / 7 != s / 7, number())),
+        };
+        Some(bias)
     }
 
     fn mask(&self, padding: Padding, length: usize, rng: &mut TestRng) -> Option<Array2<bool>> {
@@ -153,6 +187,7 @@ impl Data {
             value: self.value.view(),
             query_mask: self.query_mask.as_ref().map(|array| array.view()),
             key_mask: self.key_mask.as_ref().map(|array| array.view()),
+            bias: self.bias.as_ref().map(|array| array.view()),
             block_size: case.block_size,
             scale: case.scale,
             mode: case.mode,

@@ -156,6 +156,7 @@ impl CausalExpected {
             keys: case.key_len,
             queries: case.query_len * case.group,
             scale: case.scale.unwrap_or(1.0 / (case.head_dim as f64).sqrt()),
+            bias: 0.0,
             steps,
             query: &data.query,
             key: &data.key,

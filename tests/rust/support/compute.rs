@@ -1,11 +1,13 @@
 //! One call of the crate, and its comparison with the formulas.
 
 use mra_attention::reference::{Gradients as Expect, Saved as SavedExactly};
-use mra_attention::{Gradients, Inputs, Level, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, select_blocks};
+use mra_attention::{
+    Bias, BiasData, Gradients, Inputs, Level, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, select_blocks,
+};
 use ndarray::{Array2, Array3, Array4, ArrayView4, Axis};
 
 use super::case::poison;
-use super::{Bounds, Case, Data, Layout, Number, Rounded, Stored};
+use super::{Bounds, Case, Data, Layout, Number, Pairs, Rounded, Stored};
 
 /// How a case is computed.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +26,18 @@ impl Setup {
 /// Blocks of 4, no masks, full mode, one thread.
 pub(crate) fn options() -> Options<'static> {
     let level = *Level::available().last().expect("the portable level is always there");
-    Options { block_size: 4, scale: None, mode: Mode::Full, key_mask: None, query_mask: None, threads: 1, level }
+    Options {
+        block_size: 4,
+        scale: None,
+        mode: Mode::Full,
+        key_mask: None,
+        query_mask: None,
+        bias: None,
+        dropout: 0.0,
+        seed: 0,
+        threads: 1,
+        level,
+    }
 }
 
 /// What the formulas give for a case. Backward starts from `out` and `lse` as the type of the tensor holds them.
@@ -97,16 +110,46 @@ impl Bytes {
     }
 }
 
+/// A mask as bytes where there are no other biases than 0 and `-inf`, or else as float32.
+enum StoredBias {
+    Mask(Vec<u8>),
+    Additive(Vec<f32>),
+}
+
+impl StoredBias {
+    fn new(case: &Case, bias: &Array4<f64>) -> Self {
+        match case.pairs {
+            Pairs::Window | Pairs::Holes => Self::Mask(bias.iter().map(|&x| u8::from(x == 0.0)).collect()),
+            #[allow(clippy::cast_possible_truncation, reason = "numbers that float32 holds")]
+            _ => Self::Additive(bias.iter().map(|&x| x as f32).collect()),
+        }
+    }
+
+    fn bias(&self, case: &Case) -> Bias<'_> {
+        let shape = [case.batch, case.heads(), case.query_len, case.key_len];
+        let strides = [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1];
+        let data = match self {
+            Self::Mask(bytes) => BiasData::Bool(bytes),
+            Self::Additive(numbers) => BiasData::F32(numbers),
+        };
+        Bias::new("bias", data, shape, strides).expect("a bias within its elements")
+    }
+}
+
 /// Calls `body` with the problem of a case.
 fn with_problem<R>(case: &Case, data: &Data, setup: Setup, body: impl FnOnce(&Problem) -> R) -> R {
     let bytes = |mask: &Option<Array2<bool>>| mask.as_ref().map(|mask| Bytes::new(mask, setup.layout));
     let (query_mask, key_mask) = (bytes(&data.query_mask), bytes(&data.key_mask));
+    let pairs = data.bias.as_ref().map(|bias| StoredBias::new(case, bias));
     let options = Options {
         block_size: case.block_size,
         scale: case.scale,
         mode: case.mode,
         key_mask: key_mask.as_ref().map(|bytes| bytes.mask("key_mask")),
         query_mask: query_mask.as_ref().map(|bytes| bytes.mask("query_mask")),
+        bias: pairs.as_ref().map(|pairs| pairs.bias(case)),
+        dropout: 0.0,
+        seed: 0,
         threads: setup.threads,
         level: setup.level,
     };

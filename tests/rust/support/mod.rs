@@ -9,7 +9,7 @@ mod number;
 mod stored;
 
 pub(crate) use bounds::Bounds;
-pub(crate) use case::{Case, Data, Padding};
+pub(crate) use case::{Case, Data, Padding, Pairs};
 pub(crate) use causal::{
     CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
 };

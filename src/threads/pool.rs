@@ -1,33 +1,11 @@
-//! The only place that knows how work is spread over cores.
+//! A pool of our own, for Rust users, for a torch without a stable C interface, and for forked children.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// Runs `body(scratch, task)` for every task in `0..tasks`, on at most `threads` threads.
-///
-/// Tasks are claimed in order, one at a time, so long ones balance by themselves. Each thread makes its own scratch.
-/// What a task computes must not depend on the thread or on other tasks: results are then the same bits for any
-/// number of threads. With one thread everything runs inline. A panic in a task reaches the caller.
-pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S + Sync, body: impl Fn(&mut S, usize) + Sync) {
-    let threads = threads.min(tasks);
-    if threads <= 1 {
-        let mut scratch = scratch();
-        (0..tasks).for_each(|task| body(&mut scratch, task));
-        return;
-    }
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut scratch = scratch();
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                break;
-            }
-            body(&mut scratch, task);
-        }
-    };
+/// Calls `work` on up to `threads` threads at once, the caller's among them.
+pub(super) fn call_on_threads(threads: usize, work: &(dyn Fn() + Sync)) {
     // The calling thread works too, so the pool needs one thread fewer; without a pool it does everything.
     let Some(pool) = pool(threads - 1) else {
         return work();

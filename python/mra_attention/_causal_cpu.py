@@ -1,0 +1,155 @@
+"""The CPU kernels of the causal operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _core  # pyright: ignore[reportPrivateUsage]
+from ._descriptors import Descriptor, describe, describe_optional, rows
+from ._outputs import empty_causal_outputs, empty_grads, empty_like_query
+
+
+def causal_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Tensor | None,
+    seed: Tensor | None,
+    offsets: Sequence[int],
+    key_lengths: Sequence[int] | None,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks: int,
+    local_blocks: int,
+    first_blocks: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
+    out, lse, plan_out = empty_causal_outputs(query, key, value, plan, block_size, blocks, local_blocks, first_blocks)
+    query, key, value = rows(query), rows(key), rows(value)
+    plan = None if plan is None else plan.contiguous()
+    _core.causal_forward(
+        describe(query),
+        describe(key),
+        describe(value),
+        None,
+        None,
+        describe_optional(plan),
+        describe(plan_out),
+        describe(out),
+        describe(lse),
+        offsets=offsets,
+        key_lengths=key_lengths,
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        blocks=blocks,
+        local_blocks=local_blocks,
+        first_blocks=first_blocks,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed),
+        threads=torch.get_num_threads(),
+    )
+    return out, lse, plan_out
+
+
+def attend(
+    query: Tensor,
+    value_dim: int,
+    stored: Sequence[Descriptor],
+    offsets: Sequence[int],
+    key_lengths: Sequence[int],
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    blocks: int,
+    local_blocks: int,
+    first_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp for stored keys, values, and the averages of both."""
+    key, value, key_means, value_means = stored
+    out, lse = empty_like_query(query, value_dim)
+    width = min(key_means[1][2], max(blocks, local_blocks + first_blocks))
+    plan = torch.empty((*lse.shape, width), dtype=torch.int32)
+    query = rows(query)
+    _core.causal_forward(
+        describe(query),
+        key,
+        value,
+        key_means,
+        value_means,
+        None,
+        describe(plan),
+        describe(out),
+        describe(lse),
+        offsets=offsets,
+        key_lengths=key_lengths,
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        blocks=blocks,
+        local_blocks=local_blocks,
+        first_blocks=first_blocks,
+        dropout_p=0.0,
+        seed=0,
+        threads=torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def causal_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    seed: Tensor | None,
+    offsets: Sequence[int],
+    key_lengths: Sequence[int] | None,
+    scale: float,
+    block_size: int,
+    sparse: bool,
+    local_blocks: int,
+    first_blocks: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    grads = empty_grads(query, key, value)
+    grad_out, query, key, value, out = rows(grad_out), rows(query), rows(key), rows(value), rows(out)
+    lse, plan = lse.contiguous(), plan.contiguous()
+    _core.causal_backward(
+        describe(grad_out),
+        describe_optional(grad_lse),
+        describe(query),
+        describe(key),
+        describe(value),
+        describe(out),
+        describe(lse),
+        describe(plan),
+        describe(grads[0]),
+        describe(grads[1]),
+        describe(grads[2]),
+        offsets=offsets,
+        key_lengths=key_lengths,
+        scale=scale,
+        block_size=block_size,
+        sparse=sparse,
+        local_blocks=local_blocks,
+        first_blocks=first_blocks,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed),
+        threads=torch.get_num_threads(),
+    )
+    return grads
+
+
+def pool(tensor: Tensor, out: Tensor, block_size: int) -> None:
+    """Write the means of the blocks of `(B, H, L, D)` to `(B, H, ceil(L / block_size), D)`."""
+    _core.pool(describe(tensor), describe(out), block_size=block_size, threads=torch.get_num_threads())

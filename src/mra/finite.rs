@@ -1,0 +1,55 @@
+//! Whether inputs have a NaN or an infinity, which a mask may have to hide.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::blocks::Blocks;
+use super::problem::Problem;
+use super::scratch::Buffer;
+use crate::simd::{Element, Scalar};
+use crate::tensor::Tensor;
+use crate::threads;
+
+/// Whether a tensor, whose sequences are cut as `blocks_of(batch)` says, has a NaN or an infinity at a valid token. Where
+/// pairs are masked, products must then not multiply it by the weight 0 of a hidden pair.
+pub(crate) fn needs_guard<'b, E: Element>(
+    problem: &Problem<'_>,
+    tensor: &Tensor<'_, E>,
+    blocks_of: impl Fn(usize) -> &'b Blocks + Sync,
+) -> bool {
+    if problem.pairs.is_none() {
+        return false;
+    }
+    let [batch, heads, length, channels] = tensor.shape();
+    let found = AtomicBool::new(false);
+    let threads = problem.threads_for(batch * heads * length * channels);
+    let scratch = || Buffer::<E::Compute>::scratch(channels);
+    threads::for_each(threads, batch * heads, scratch, |line, task| {
+        let (item, head) = (task / heads, task % heads);
+        let (rows, blocks) = (tensor.head(item, head), blocks_of(item));
+        for number in 0..blocks.start(blocks.len()) {
+            let row = rows.row(blocks.token(number));
+            let row = E::as_compute(row).unwrap_or_else(|| {
+                E::widen(row, line);
+                line
+            });
+            if !row_is_finite(row) {
+                found.store(true, Ordering::Relaxed);
+                return;
+            }
+        }
+    });
+    found.into_inner()
+}
+
+/// 0 times a number is 0 unless it is NaN or infinite. Eight chains let the compiler use vectors.
+fn row_is_finite<T: Scalar>(row: &[T]) -> bool {
+    let mut chains = [T::ZERO; 8];
+    let chunks = row.chunks_exact(chains.len());
+    let rest = chunks.remainder().iter().fold(T::ZERO, |sum, &x| sum + x * T::ZERO);
+    for chunk in chunks {
+        for (chain, &x) in chains.iter_mut().zip(chunk) {
+            *chain += x * T::ZERO;
+        }
+    }
+    chains.into_iter().fold(rest, |sum, x| sum + x) == T::ZERO
+}

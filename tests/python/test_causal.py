@@ -1,0 +1,443 @@
+"""Causal attention against the formulas of docs/definitions.md, section 3, and its strictness bit by bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import mra_attention
+import oracle_causal
+import pytest
+import torch
+from helpers import assert_close, assert_results_close, assert_same_bits, gqa, random_inputs
+from mra_attention import CausalPlan, plan, scaled_dot_product_attention
+from oracle import Result
+from oracle_causal import CausalSettings
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+OPS = torch.ops.mra_attention
+INFINITE = [math.nan, math.inf, -math.inf]
+by_mode = pytest.mark.parametrize("mode", ["full", "sparse"])
+
+# torch warns that queries before the first key see nothing, which is what some of these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
+
+
+def alignment(query: Tensor, key: Tensor, aligned: str) -> dict[str, Any]:
+    make = causal_lower_right if aligned == "lower-right" else causal_upper_left
+    return {"attn_mask": make(query.shape[2], key.shape[2])}
+
+
+def offset_of(query: Tensor, key: Tensor, aligned: str) -> int:
+    return key.shape[2] - query.shape[2] if aligned == "lower-right" else 0
+
+
+def run(
+    inputs: tuple[Tensor, ...],
+    settings: CausalSettings,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    aligned: str = "upper-left",
+    **more: Any,
+) -> Result:
+    """Output, log-sum-exp and gradients of the package."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    keywords = settings.keywords() | alignment(leaves[0], leaves[1], aligned) | gqa(leaves[0], leaves[1]) | more
+    out, lse = scaled_dot_product_attention(*leaves, return_lse=True, **keywords)
+    outputs, cotangents = [out], [grad_out]
+    if grad_lse is not None:
+        outputs.append(lse)
+        cotangents.append(grad_lse)
+    grads = torch.autograd.grad(outputs, leaves, cotangents)
+    return Result(out.detach(), lse.detach(), *grads)
+
+
+# name: (batch, heads, query length, key length, D), and what differs from the defaults
+CASES: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
+    "blocks": ((2, 2, 64, 64, 8), {}),
+    "ragged": ((1, 2, 75, 75, 5), {"value_dim": 7}),
+    "one token": ((1, 1, 1, 1, 3), {}),
+    "block - 1": ((1, 2, 7, 7, 4), {}),
+    "block + 1": ((1, 2, 9, 9, 4), {}),
+    "2 block + 7": ((1, 2, 23, 23, 4), {}),
+    "more keys": ((2, 2, 21, 83, 4), {}),
+    "more queries": ((1, 2, 83, 21, 4), {}),
+    "one query": ((2, 2, 1, 67, 4), {}),
+    "grouped": ((2, 4, 50, 61, 9), {"key_heads": 2}),
+    "local": ((1, 2, 90, 90, 4), {"blocks": 4, "local_blocks": 3}),
+    "first": ((1, 2, 90, 90, 4), {"blocks": 4, "first_blocks": 2}),
+    "local and first beyond the budget": ((1, 2, 90, 90, 4), {"blocks": 1, "local_blocks": 2, "first_blocks": 2}),
+    "one block": ((1, 2, 70, 70, 4), {"blocks": 1}),
+    "large logits": ((1, 2, 70, 70, 4), {"magnitude": 60.0}),
+    "blocks of 32": ((1, 2, 150, 150, 16), {"block_size": 32, "blocks": 2}),
+    "blocks of 20": ((1, 1, 90, 90, 4), {"block_size": 20, "blocks": 2}),
+    "no keys": ((1, 2, 5, 0, 4), {}),
+    "no queries": ((1, 2, 0, 5, 4), {}),
+    "no batch": ((0, 2, 5, 5, 4), {}),
+}
+
+
+def problem(name: str, mode: str) -> tuple[list[Tensor], CausalSettings]:
+    """query, key, value, grad_out, grad_lse in float64, and the settings."""
+    shape, more = CASES[name]
+    wanted = {x: more[x] for x in ("key_heads", "value_dim", "magnitude") if x in more}
+    rest = {x: more[x] for x in more if x not in wanted}
+    return list(random_inputs(shape, **wanted)), CausalSettings(**{"block_size": 8, "blocks": 3, "mode": mode} | rest)
+
+
+@by_mode
+@pytest.mark.parametrize("aligned", ["upper-left", "lower-right"])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_formulas(name, aligned, mode):
+    (query, key, value, grad_out, grad_lse), settings = problem(name, mode)
+    settings = replace(settings, offset=offset_of(query, key, aligned))
+    keywords = settings.keywords() | alignment(query, key, aligned) | gqa(query, key)
+    selected = plan(query, key, **keywords).block_mask()
+    assert torch.equal(selected, oracle_causal.select(query, key, settings))
+    actual = run((query, key, value), settings, grad_out, grad_lse, aligned)
+    expected = oracle_causal.run(query, key, value, selected, settings, grad_out, grad_lse)
+    assert_results_close(actual, expected)
+
+
+@by_mode
+def test_agrees_with_the_formulas_for_any_plan(mode):
+    query, key, value, grad_out, grad_lse = random_inputs((2, 4, 50, 61, 6), key_heads=2, value_dim=3)
+    settings = CausalSettings(block_size=8, mode=mode, offset=11)
+    # Blocks behind the token are left out, and so is the second of two equal ones; the own block may be missing.
+    blocks = torch.randint(-1, 8, (2, 4, 50, 5), dtype=torch.int32)
+    chosen = CausalPlan(blocks, 61, 8, 11)
+    own = (torch.arange(50) + 11) // 8
+    selected = chosen.block_mask() & (torch.arange(8) <= own[:, None])
+    assert not selected[..., own[:, None] == torch.arange(8)].all()
+    actual = run((query, key, value), settings, grad_out, grad_lse, "lower-right", plan=chosen, blocks_per_row=4.0)
+    expected = oracle_causal.run(query, key, value, selected, settings, grad_out, grad_lse)
+    assert_results_close(actual, expected)
+
+
+def test_a_plan_of_the_same_call_changes_nothing():
+    (query, key, value, grad_out, grad_lse), settings = problem("grouped", "full")
+    chosen = plan(query, key, is_causal=True, enable_gqa=True, **settings.keywords())
+    budget = {"blocks_per_row": 4.0, "local_blocks": 1, "first_blocks": 0}
+    planned = run((query, key, value), settings, grad_out, grad_lse, plan=chosen, **budget)
+    assert_same_bits(planned, run((query, key, value), settings, grad_out, grad_lse))
+
+
+@by_mode
+def test_items_of_their_own_lengths_and_positions(mode):
+    query, key, value, grad_out, grad_lse = random_inputs((5, 4, 20, 60, 5), key_heads=2, value_dim=6)
+    settings = CausalSettings(
+        block_size=8, mode=mode, blocks=2, offset=(0, -7, 40, 100, -30), key_length=(60, 33, 60, 50, 0)
+    )
+    for item, length in enumerate((60, 33, 60, 50, 0)):  # what lies behind the last key must never be read
+        key[item, :, length:] = value[item, :, length:] = math.nan
+    clean = [x.nan_to_num(0.0).requires_grad_() for x in (query, key, value)]
+    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    scale = 0.5
+    settings = replace(settings, scale=scale)
+    numbers = (settings.offset, settings.key_length, scale, 8, mode == "sparse", 2, 1, 0, 0.0)
+    out, lse, blocks = OPS.causal_forward(*inputs, None, None, *numbers)
+    selected = CausalPlan(blocks, 60, 8, 0).block_mask()
+    assert torch.equal(selected, oracle_causal.select(clean[0], clean[1], settings))
+    finite = lse > -math.inf
+    grads = torch.autograd.grad((out, lse), inputs, (grad_out, torch.where(finite, grad_lse, 0.0)))
+    expected = oracle_causal.run(*clean, selected, settings, grad_out, grad_lse)
+    assert_results_close(Result(out.detach(), lse.detach(), *grads), expected)
+
+
+# Strictly causal, bit for bit
+
+SIZES = pytest.mark.parametrize(
+    ("dtype", "dim", "length"), [(torch.float32, 64, 300), (torch.float64, 20, 150), (torch.bfloat16, 32, 150)], ids=str
+)
+SETTINGS = CausalSettings(blocks=3)
+
+
+@SIZES
+@by_mode
+@pytest.mark.parametrize("last", [0, 31, 32, 77])
+def test_later_tokens_have_no_influence(dtype, dim, length, mode, last):
+    query, key, value, grad_out, grad_lse = random_inputs((1, 2, length, length, dim), dtype=dtype)
+    settings, known = replace(SETTINGS, mode=mode), slice(last + 1)
+    grad_out[:, :, last + 1 :] = 0.0
+    grad_lse[:, :, last + 1 :] = 0.0
+    before = run((query, key, value), settings, grad_out, grad_lse)
+    changed = [x.clone() for x in (query, key, value)]
+    for x in changed:
+        x[:, :, last + 1 :] = 3 * torch.randn_like(x[:, :, last + 1 :])
+    after = run(tuple(changed), settings, grad_out, grad_lse)
+    assert_same_bits(Result(*(x[:, :, known] for x in after)), Result(*(x[:, :, known] for x in before)))
+    for grad in after[2:]:
+        assert (grad[:, :, last + 1 :] == 0).all()
+
+
+@SIZES
+@by_mode
+@pytest.mark.parametrize("last", [0, 31, 32, 77])
+@pytest.mark.parametrize("bad", INFINITE, ids=str)
+def test_later_tokens_may_be_anything(dtype, dim, length, mode, last, bad):
+    """Also NaN and infinity behind a token, in its own block and in later ones: output and gradients are the same."""
+    query, key, value, grad_out, grad_lse = random_inputs((1, 2, length, length, dim), dtype=dtype)
+    settings, known = replace(SETTINGS, mode=mode), slice(last + 1)
+    short = (query[:, :, known], key, value)
+    cotangents = (grad_out[:, :, known], grad_lse[:, :, known])
+    before = run(short, settings, *cotangents)
+    changed = [x.clone() for x in (query, key, value)]
+    for x in changed:
+        x[:, :, last + 1 :] = bad
+    after = run((changed[0][:, :, known], *changed[1:]), settings, *cotangents)
+    assert_same_bits(after, before)
+    # With the later queries in the same call, the outputs before them and the gradients of these queries are the same.
+    together = run(tuple(changed), settings, grad_out, grad_lse)
+    assert_same_bits(
+        Result(*(x[:, :, known] for x in (*together[:3], before.dk, before.dv))),
+        Result(*(x[:, :, known] for x in before)),
+    )
+
+
+@SIZES
+@by_mode
+def test_one_query_at_a_time_gives_the_rows_of_all(dtype, dim, length, mode):
+    query, key, value, _, _ = random_inputs((2, 4, length, length, dim), key_heads=2, dtype=dtype)
+    keywords: dict[str, Any] = replace(SETTINGS, mode=mode, local_blocks=2).keywords()
+    keywords |= {"enable_gqa": True, "return_lse": True}
+    out, lse = scaled_dot_product_attention(query, key, value, is_causal=True, **keywords)
+    for start, count in [
+        (0, 1),
+        (1, 1),
+        (31, 1),
+        (32, 1),
+        (40, 25),
+        (63, 2),
+        (100, 1),
+        (length - 1, 1),
+        (64, length - 64),
+    ]:
+        end = start + count
+        part = [query[:, :, start:end], key[:, :, :end], value[:, :, :end]]
+        bias = causal_lower_right(count, end)
+        step_out, step_lse = scaled_dot_product_attention(*part, attn_mask=bias, **keywords)
+        assert torch.equal(step_out, out[:, :, start:end]), f"tokens {start} to {end}"
+        assert torch.equal(step_lse, lse[:, :, start:end])
+
+
+@SIZES
+@by_mode
+def test_any_number_of_threads_gives_the_same_bits(dtype, dim, length, mode):
+    query, key, value, grad_out, grad_lse = random_inputs((2, 4, length, length, dim), key_heads=2, dtype=dtype)
+    settings = replace(SETTINGS, mode=mode)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(run((query, key, value), settings, grad_out, grad_lse))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+# Shapes, layouts, spellings
+
+
+def test_every_shape_of_inputs():
+    settings = CausalSettings(block_size=8, blocks=2).keywords() | {"is_causal": True}
+    query, key, value = torch.randn(3, 2, 3, 4, 30, 6).unbind()
+    out, lse = scaled_dot_product_attention(query, key, value, return_lse=True, **settings)
+    flat = [x.flatten(0, 1) for x in (query, key, value)]
+    assert torch.equal(out, scaled_dot_product_attention(*flat, **settings).view_as(out))
+    assert lse.shape == (2, 3, 4, 30)
+    assert torch.equal(out[0, 0], scaled_dot_product_attention(query[0, 0], key[0, 0], value[0, 0], **settings))
+    one = scaled_dot_product_attention(query[0, 0, 0], key[0, 0, 0], value[0, 0, 0], **settings)
+    assert torch.equal(out[0, 0, 0], one)
+    repeated = scaled_dot_product_attention(query, key[:, :, :1], value[:, :, :1], **settings)
+    expected = scaled_dot_product_attention(
+        query, key[:, :, :1].expand_as(key).contiguous(), value[:, :, :1].expand_as(value).contiguous(), **settings
+    )
+    assert torch.equal(repeated, expected)
+
+
+@pytest.mark.parametrize("layout", ["heads-inside", "strided", "expanded"])
+def test_every_layout(layout):
+    from ops_cases import lay_out
+
+    (query, key, value, grad_out, grad_lse), settings = problem("ragged", "full")
+    laid_out = [lay_out(x, layout) for x in (query, key, value, grad_out)]
+    plain = [x.contiguous() for x in laid_out]
+    actual = run(tuple(laid_out[:3]), settings, laid_out[3], grad_lse)
+    expected = run(tuple(plain[:3]), settings, plain[3], grad_lse)
+    assert_results_close(actual, expected, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 1.4, 1.5, 2, 2.49, 1e300])
+def test_the_budget_is_rounded(rate):
+    query, key = torch.randn(2, 1, 1, 80, 4).unbind()
+    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=rate)
+    wanted = min(10, max(1, math.floor(min(rate, 1e6) + 0.5)))
+    assert chosen.num_blocks[0, 0, -1] == wanted
+    assert chosen.blocks.shape == (1, 1, 80, wanted)
+
+
+def test_a_causal_plan_is_a_value():
+    query, key = torch.randn(2, 2, 3, 40, 4).unbind()
+    chosen = plan(query, key, causal_lower_right(40, 40), resolutions=(8, 1), blocks_per_row=2)
+    assert isinstance(chosen, CausalPlan)
+    assert (chosen.key_length, chosen.block_size, chosen.offset) == (40, 8, 0)
+    mask = chosen.block_mask()
+    assert mask.shape == (2, 3, 40, 5)
+    assert torch.equal(mask.sum(-1), chosen.num_blocks)
+    own = torch.arange(40) // 8
+    assert mask[..., torch.arange(40), own].all()
+    assert not mask[..., torch.arange(5) > own[:, None]].any()
+    assert chosen.num_blocks[0, 0].tolist() == [1] * 8 + [2] * 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    query, key, value = torch.randn(3, 1, 2, 50, 16).unbind()
+    with torch.autocast("cpu", dtype=dtype):
+        out = scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert out.dtype == dtype
+    assert torch.equal(
+        out, scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), is_causal=True)
+    )
+
+
+def test_equal_scores_are_decided_by_position():
+    query, key = torch.ones(1, 1, 80, 4), torch.ones(1, 1, 80, 4)
+    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=3)
+    assert chosen.blocks[0, 0, -1].tolist() == [0, 1, 9]
+
+
+def test_a_query_that_sees_nothing():
+    query, key, value, grad_out, grad_lse = random_inputs((1, 2, 40, 30, 8))
+    settings = CausalSettings(block_size=8, blocks=2)
+    result = run((query, key, value), settings, grad_out, grad_lse, "lower-right")
+    assert (result.out[:, :, :10] == 0).all()
+    assert (result.lse[:, :, :10] == -math.inf).all()
+    assert (result.dq[:, :, :10] == 0).all()
+    assert result.lse[:, :, 10:].isfinite().all()
+    assert all(x.isfinite().all() for x in (result.out, result.dq, result.dk, result.dv))
+
+
+def test_a_large_head_dimension_and_no_channels():
+    query, key, value, grad_out, _ = random_inputs((1, 1, 70, 70, 200), value_dim=0)
+    settings = CausalSettings(block_size=8, blocks=2)
+    result = run((query, key, value), settings, grad_out)
+    assert result.out.shape == (1, 1, 70, 0)
+    assert_close(result.dq, torch.zeros_like(query), "dq")
+
+
+def test_it_is_another_function_than_without_a_causal_mask():
+    query, key, value = torch.randn(3, 1, 2, 100, 8).unbind()
+    with_mask = scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert not torch.allclose(with_mask, scaled_dot_product_attention(query, key, value))
+
+
+# What is refused
+
+QUERY, KEY = torch.randn(2, 4, 40, 16), torch.randn(2, 4, 48, 16)
+FIT = CausalPlan(torch.zeros(2, 4, 40, 2, dtype=torch.int32), 48, 32, 0)
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "mask": (
+        {"attn_mask": torch.ones(2, 1, 1, 48, dtype=torch.bool)},
+        ValueError,
+        "is_causal=True .* attn_mask.*varlen",
+    ),
+    "bias": ({"attn_mask": causal_upper_left(40, 48)}, ValueError, "is_causal=True .* CausalBias"),
+    "bias of other lengths": (
+        {"is_causal": False, "attn_mask": causal_upper_left(40, 47)},
+        ValueError,
+        r"attn_mask is a CausalBias .* \(40, 47\).* \(40, 48\)",
+    ),
+    "num_blocks": ({"num_blocks": 3}, ValueError, "num_blocks=3 cannot .* blocks_per_row"),
+    "diagonal": ({"diagonal_blocks": 3}, ValueError, "diagonal_blocks=3 cannot .* local_blocks"),
+    "query mask": (
+        {"query_padding_mask": torch.ones(2, 40, dtype=torch.bool)},
+        ValueError,
+        "query_padding_mask=a mask cannot .* leave it out",
+    ),
+    "num_blocks with a bias": (
+        {"is_causal": False, "attn_mask": causal_upper_left(40, 48), "num_blocks": 3},
+        ValueError,
+        "num_blocks=3 cannot .* blocks_per_row",
+    ),
+    "local 0": ({"local_blocks": 0}, ValueError, "local_blocks must be an integer of at least 1 .* 0"),
+    "local float": ({"local_blocks": 1.0}, TypeError, "local_blocks must be an integer of at least 1, got 1.0"),
+    "local without causal": (
+        {"is_causal": False, "local_blocks": 2},
+        ValueError,
+        "local_blocks=2 is for causal attention only .* diagonal_blocks",
+    ),
+    "is_causal int": ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+    "is_causal none": ({"is_causal": None}, TypeError, "is_causal must be True or False, got None"),
+    "resolutions": ({"resolutions": (64, 8, 1)}, NotImplementedError, "more than two resolutions"),
+}
+PLAN_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "tensor": ({"plan": torch.zeros(2)}, TypeError, "plan must be None or a mra_attention.CausalPlan .* Tensor"),
+    "not causal": (
+        {"plan": plan(QUERY, KEY)},
+        TypeError,
+        "plan must be None or a mra_attention.CausalPlan in causal attention, got Plan",
+    ),
+    "causal": (
+        {"is_causal": False, "plan": FIT},
+        TypeError,
+        "plan must be None or a mra_attention.Plan, got CausalPlan",
+    ),
+    "block size": ({"plan": FIT, "resolutions": (16, 1)}, ValueError, r"block_size=32.*16.*\(32, 1\)"),
+    "offset": (
+        {"is_causal": False, "attn_mask": causal_lower_right(40, 48), "plan": FIT},
+        ValueError,
+        r"plan was made for other inputs.*\(2, 4, 40, 48, 0\) in the plan and \(2, 4, 40, 48, 8\)",
+    ),
+    "budget": (
+        {"plan": FIT, "blocks_per_row": 2.0},
+        ValueError,
+        "blocks_per_row=2.0 cannot be used together with plan",
+    ),
+    "local": ({"plan": FIT, "local_blocks": 2}, ValueError, "local_blocks=2 cannot be used together with plan"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    arguments, error, words = REFUSED[name]
+    with pytest.raises(error, match=words):
+        scaled_dot_product_attention(QUERY, KEY, KEY, **({"is_causal": True} | arguments))
+    with pytest.raises(error, match=words):
+        plan(QUERY, KEY, **({"is_causal": True} | arguments))
+
+
+@pytest.mark.parametrize("name", PLAN_REFUSED)
+def test_refuses_a_plan(name):
+    arguments, error, words = PLAN_REFUSED[name]
+    with pytest.raises(error, match=words):
+        scaled_dot_product_attention(QUERY, KEY, KEY, **({"is_causal": True} | arguments))
+
+
+def int32(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"blocks": [0]}, TypeError, "blocks must be a torch.int32 tensor, got list"),
+        ({"blocks": int32(2, 4, 40, 2).long()}, TypeError, "blocks must be a torch.int32 tensor, got a torch.int64"),
+        ({"blocks": int32(2, 4, 40)}, ValueError, r"blocks must have the shape \(B, H, Lq, W\) with W from 1 to 2"),
+        ({"blocks": int32(2, 4, 40, 0)}, ValueError, "W from 1 to 2"),
+        ({"blocks": int32(2, 4, 40, 3)}, ValueError, "W from 1 to 2"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1 .* block_size=0"),
+        ({"key_length": -1}, ValueError, "key_length at least 0, .* key_length=-1"),
+    ],
+)
+def test_causal_plan_values_are_checked(arguments, error, words):
+    with pytest.raises(error, match=words):
+        CausalPlan(**({"blocks": int32(2, 4, 40, 2), "key_length": 48, "block_size": 32, "offset": 0} | arguments))
+
+
+def test_the_class_is_public():
+    assert mra_attention.CausalPlan is CausalPlan
