@@ -8,8 +8,9 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from . import _causal, _causal_cpu, _checks
+from . import _causal_cpu, _checks
 from ._cache_memory import Memory
+from ._outputs import budget_of_a_token
 
 _SMALLEST_CAPACITY = 256
 
@@ -247,7 +248,7 @@ class KVCache:
             _checks.scale_or_default(scale, query.shape[3]),
             self._memory.block_size,
             sparse,
-            _causal.blocks_of_a_token(_checks.positive_float("blocks_per_row", blocks_per_row)),
+            budget_of_a_token(_checks.positive_float("blocks_per_row", blocks_per_row)),
             _checks.integer("local_blocks", local_blocks, 1),
             _checks.integer("first_blocks", first_blocks, 0),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import _causal_ops, _checks
+from ._outputs import budget_of_a_token
 from ._plan import CausalPlan
 
 
@@ -86,11 +86,6 @@ def check_plan(plan: Any, query: Tensor, key: Tensor, size: int, position: int) 
         )
 
 
-def blocks_of_a_token(blocks_per_row: float) -> int:
-    """Return the budget of a token, a whole number of blocks."""
-    return max(1, math.floor(min(blocks_per_row, 2.0**31) + 0.5))
-
-
 def attention(
     inputs: tuple[Tensor, ...],
     attn_mask: Any,
@@ -107,7 +102,7 @@ def attention(
     """Return the output and the log-sum-exp of 4-D inputs."""
     query, key, value = inputs
     position = offset(attn_mask, query.shape[2], key.shape[2])
-    given, blocks = None, blocks_of_a_token(blocks_per_row)
+    given, blocks = None, budget_of_a_token(blocks_per_row)
     if plan is not None:
         check_plan(plan, query, key, block_size, position)
         given, blocks = plan.blocks, plan.blocks.shape[3]
@@ -128,6 +123,6 @@ def select(
     """Return the plan of 4-D inputs: that of attention over values without channels."""
     query, key = (tensor.detach() for tensor in inputs)
     position = offset(attn_mask, query.shape[2], key.shape[2])
-    numbers = (scale, block_size, True, blocks_of_a_token(blocks_per_row), local_blocks, first_blocks, 0.0)
+    numbers = (scale, block_size, True, budget_of_a_token(blocks_per_row), local_blocks, first_blocks, 0.0)
     _, _, plan = _causal_ops.causal_forward(query, key, key[..., :0], None, None, [position], None, *numbers)
     return CausalPlan(plan, key.shape[2], block_size, position)

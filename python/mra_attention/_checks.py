@@ -62,14 +62,19 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
+def any_nested(*tensors: Any) -> bool:
+    """Return whether one of the arguments is a nested tensor."""
+    return any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors)
+
+
 def check_dense(name: str, tensor: Any) -> None:
     """Check that an argument is an ordinary tensor: neither nested nor sparse."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
         raise NotImplementedError(
-            f"{name} is a nested tensor; nested tensors are for later. Pad the sequences and pass attn_mask and "
-            "query_padding_mask instead"
+            f"{name} is a nested tensor, which is not supported here: only query, key and value of "
+            "scaled_dot_product_attention may be nested"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (torch.strided) tensor, got layout {tensor.layout}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -60,6 +61,11 @@ def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     )
 
 
+def budget_of_a_token(blocks_per_row: float) -> int:
+    """Return how many blocks are exact for each token of causal attention."""
+    return max(1, math.floor(min(blocks_per_row, 2.0**31) + 0.5))
+
+
 def causal_plan_width(key_length: int, block_size: int, blocks: int, local_blocks: int, first_blocks: int) -> int:
     """Return how many blocks a causal plan has room for, for each token."""
     if block_size < 1:
@@ -91,3 +97,43 @@ def empty_causal_outputs(
         width = plan.shape[-1]
     plan_out = torch.empty((*query.shape[:3], width), dtype=torch.int32, device=query.device)
     return (*empty_like_query(query, value.shape[3]), plan_out)
+
+
+def empty_packed_outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: int,
+    block_size: int,
+    causal: bool,
+    blocks_per_row: float,
+    local_blocks: int,
+    first_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the log-sum-exp and the plans of packed sequences, one plan after the other.
+
+    There is room for the plans of sequences of any lengths with these totals, of which `sequences` is the number. What
+    is not needed is neither written nor read, so it costs addresses but no memory.
+    """
+    total, heads, _ = query.shape
+    total_keys, _, value_dim = value.shape
+    lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    if causal:
+        blocks = budget_of_a_token(blocks_per_row)
+        width = causal_plan_width(total_keys, block_size, blocks, local_blocks, first_blocks)
+        plans = torch.empty(total * heads * width, dtype=torch.int32, device=query.device)
+    else:
+        rows, row_bytes = total // block_size + sequences, total_keys // (8 * block_size) + 1
+        plans = torch.empty(heads * rows * row_bytes, dtype=torch.uint8, device=query.device)
+    out = torch.empty((total, heads, value_dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((heads, total), dtype=lse_dtype, device=query.device)
+    return out, lse, plans
+
+
+def empty_packed_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the gradients of packed query, key and value."""
+    return (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(key.shape, dtype=key.dtype, device=key.device),
+        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+    )

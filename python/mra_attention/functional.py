@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from . import _causal, _checks, _masks, _ops, _shapes
+from . import _arguments, _causal, _checks, _nested, _ops
 from ._plan import CausalPlan, Plan
 
 __all__ = ["plan", "scaled_dot_product_attention"]
-
-_Masks: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
-_NO_MASKS: _Masks = (None, None, None)
 
 
 @overload
@@ -97,7 +94,9 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : Tensor
-        `(..., H, Lq, D)`, or `(Lq, D)` for one head; float32, float64, bfloat16 or float16, dense, on the CPU.
+        `(..., H, Lq, D)`, or `(Lq, D)` for one head; float32, float64, bfloat16 or float16, on the CPU. Or query, key
+        and value are nested tensors `(B, H, j, D)` of layout `torch.jagged`, as for torch's own attention; then without
+        masks and plan.
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`. `Lk` may differ from `Lq`, and no length need be a multiple of the block
         size. Leading dimensions broadcast as in torch's own attention.
@@ -111,8 +110,8 @@ def scaled_dot_product_attention(
         `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
         take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
         is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
-        the average of its biases. So a mask never makes a result wrong, only slower.
-        Or a causal bias, `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
+        the average of its biases. So a mask never makes a result wrong, only slower. Or a causal bias,
+        `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
         The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
         pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
@@ -192,10 +191,29 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(query, key, value).shape
     torch.Size([1, 4, 1000, 64])
     """
+    if _checks.any_nested(query, key, value):
+        _nested.check_arguments(attn_mask, query_padding_mask, plan)
+        return _nested.attention(
+            query,
+            key,
+            value,
+            return_lse,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            resolutions=resolutions,
+            blocks_per_row=blocks_per_row,
+            num_blocks=num_blocks,
+            mode=mode,
+            first_blocks=first_blocks,
+            diagonal_blocks=diagonal_blocks,
+            local_blocks=local_blocks,
+        )
     sparse = _checks.is_sparse(mode)
     dropout_p = _checks.dropout(dropout_p)
     _checks.check_bool("return_lse", return_lse)
-    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    block_size, selection = _arguments.selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     local_blocks = _checks.integer("local_blocks", local_blocks, 1)
     causal = _causal.is_requested(is_causal, attn_mask)
     if plan is not None:
@@ -204,7 +222,9 @@ def scaled_dot_product_attention(
         _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
     else:
         _checks.check_not_causal(local_blocks)
-    inputs, lead, masks = _arrange((query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask)
+    inputs, lead, masks = _arguments.arrange(
+        (query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask
+    )
     query, key, value = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
     # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
@@ -316,7 +336,7 @@ def plan(
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask : Tensor, optional
-        bool, or an additive bias: blocks that it cuts are in the plan beside those of the budget. Or a causal bias.
+        bool, an additive bias, or a causal bias. Blocks that a mask cuts are in the plan beside those of the budget.
     is_causal : bool, default False
         Whether the plan is one of causal attention.
     scale : float, optional
@@ -364,73 +384,17 @@ def plan(
     tensor([[64, 64, 64, 64]])
     """
     _checks.is_sparse(mode)
-    block_size, selection = _selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
+    block_size, selection = _arguments.selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
     local_blocks = _checks.integer("local_blocks", local_blocks, 1)
     causal = _causal.is_requested(is_causal, attn_mask)
     if causal:
         _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
     else:
         _checks.check_not_causal(local_blocks)
-    inputs, _, masks = _arrange((query, key), None if causal else attn_mask, enable_gqa, query_padding_mask)
+    inputs, _, masks = _arguments.arrange((query, key), None if causal else attn_mask, enable_gqa, query_padding_mask)
     query, key = inputs
     scale = _checks.scale_or_default(scale, query.shape[3])
     if causal:
         return _causal.select(inputs, attn_mask, scale, block_size, selection[0], local_blocks, selection[2])
     bits = _ops.select_blocks(query, key, *masks, scale, block_size, *selection)
     return Plan(bits, query.shape[2], key.shape[2], block_size)
-
-
-def _selection(
-    resolutions: Sequence[int],
-    blocks_per_row: float,
-    num_blocks: int | None,
-    first_blocks: int,
-    diagonal_blocks: int,
-) -> tuple[int, tuple[float, int | None, int, int]]:
-    """Check what the selection depends on besides the inputs; return the block size and the rest."""
-    return _checks.block_size(resolutions), (
-        _checks.positive_float("blocks_per_row", blocks_per_row),
-        None if num_blocks is None else _checks.integer("num_blocks", num_blocks, 1),
-        _checks.integer("first_blocks", first_blocks, 0),
-        _checks.integer("diagonal_blocks", diagonal_blocks, 0),
-    )
-
-
-def _arrange(
-    inputs: tuple[Tensor, ...],
-    attn_mask: Tensor | None,
-    enable_gqa: bool,
-    query_padding_mask: Tensor | None,
-) -> tuple[tuple[Tensor, ...], _shapes.Shape | None, _Masks]:
-    """Check inputs and masks; return the inputs in four dimensions, `lead`, and the masks."""
-    if torch.is_autocast_enabled("cpu"):
-        inputs = _autocast(inputs)
-        if attn_mask is not None:
-            (attn_mask,) = _autocast((attn_mask,))
-    _checks.check_inputs(*inputs)
-    _checks.check_bool("enable_gqa", enable_gqa)
-    inputs, lead = _shapes.arrange(inputs, enable_gqa)
-    masks = _NO_MASKS
-    if attn_mask is not None or query_padding_mask is not None:
-        query_length, key_length = inputs[0].shape[2], inputs[1].shape[2]
-        lead_or_default = tuple(inputs[0].shape[:2]) if lead is None else lead
-        key_mask = query_mask = attn_bias = None
-        if attn_mask is not None:
-            key_mask, attn_bias = _masks.key_mask_or_bias(
-                attn_mask, inputs[0].dtype, lead_or_default, query_length, key_length
-            )
-        if query_padding_mask is not None:
-            query_mask = _masks.query_mask(query_padding_mask, lead_or_default, query_length)
-        masks = (key_mask, query_mask, attn_bias)
-    return inputs, lead, masks
-
-
-def _autocast(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Cast the inputs as autocast casts those of torch's own attention: every CPU float but float64."""
-    dtype = torch.get_autocast_dtype("cpu")
-    return tuple(
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in inputs
-    )

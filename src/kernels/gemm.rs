@@ -60,6 +60,8 @@ pub(crate) struct Gemm<'a, 'c, T> {
     pub(crate) a_transposed: bool,
     /// B; its columns are a whole number of vectors.
     pub(crate) b: Matrix<'a, T>,
+    /// Which rows of `b` are B, if not all of them in order; only with A stored by rows.
+    pub(crate) b_rows: Option<&'a [u32]>,
     /// C, with as many columns as B.
     pub(crate) c: MatrixMut<'c, T>,
     /// What becomes of C.
@@ -73,7 +75,10 @@ impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
     fn run<S: Simd<T>>(mut self, simd: S) {
         let (m, k) = if self.a_transposed { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
         let n = self.b.cols;
-        assert_eq!((self.b.rows, self.c.cols), (k, n), "shapes of a product {m} x {k} x {n}");
+        assert_eq!((self.b_rows.map_or(self.b.rows, <[u32]>::len), self.c.cols), (k, n), "shapes of a product {m} x {k} x {n}");
+        if let Some(rows) = self.b_rows {
+            assert!(!self.a_transposed && rows.iter().all(|&row| (row as usize) < self.b.rows), "rows of B");
+        }
         assert_eq!(n % S::LANES, 0, "columns of a product are whole vectors");
         self.init.check(m, self.c.rows);
         if m == 0 || n == 0 {
@@ -84,6 +89,7 @@ impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
             a_stride: self.a.stride,
             b: self.b.as_ptr(),
             b_stride: self.b.stride,
+            b_rows: self.b_rows.unwrap_or(&[]),
             c: self.c.as_mut_ptr(),
             c_stride: self.c.stride,
             k,
@@ -93,8 +99,10 @@ impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
         unsafe {
             if self.a_transposed {
                 operands.columns_then_rows::<S>(simd, m, n);
+            } else if self.b_rows.is_some() {
+                operands.rows_then_columns::<S, true>(simd, m, n);
             } else {
-                operands.rows_then_columns::<S>(simd, m, n);
+                operands.rows_then_columns::<S, false>(simd, m, n);
             }
         }
     }
@@ -105,6 +113,7 @@ struct Operands<'a, T> {
     a_stride: usize,
     b: *const T,
     b_stride: usize,
+    b_rows: &'a [u32],
     c: *mut T,
     c_stride: usize,
     k: usize,
@@ -183,11 +192,11 @@ impl<T: Scalar> Operands<'_, T> {
     /// # Safety
     /// - All `m x n` elements of C and what they are computed from are in bounds; `n` is a multiple of the lanes.
     #[inline(always)]
-    unsafe fn rows_then_columns<S: Simd<T>>(&self, simd: S, m: usize, n: usize) {
+    unsafe fn rows_then_columns<S: Simd<T>, const GATHER: bool>(&self, simd: S, m: usize, n: usize) {
         for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
             for_column_tiles!(n, S::LANES, |column, VECTORS| {
                 // SAFETY: the caller's, for this part of C.
-                unsafe { self.tile::<S, ROWS, VECTORS, false>(simd, row, column) }
+                unsafe { self.tile::<S, ROWS, VECTORS, false, GATHER>(simd, row, column) }
             });
         });
     }
@@ -201,7 +210,7 @@ impl<T: Scalar> Operands<'_, T> {
         for_column_tiles!(n, S::LANES, |column, VECTORS| {
             for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
                 // SAFETY: the caller's, for this part of C.
-                unsafe { self.tile::<S, ROWS, VECTORS, true>(simd, row, column) }
+                unsafe { self.tile::<S, ROWS, VECTORS, true, false>(simd, row, column) }
             });
         });
     }
@@ -212,7 +221,7 @@ impl<T: Scalar> Operands<'_, T> {
     /// - Rows `row..row + ROWS` and columns `column..column + VECTORS * LANES` of C are in bounds, and so is what they
     ///   are computed from.
     #[inline(always)]
-    unsafe fn tile<S: Simd<T>, const ROWS: usize, const VECTORS: usize, const TRANSPOSED: bool>(
+    unsafe fn tile<S: Simd<T>, const ROWS: usize, const VECTORS: usize, const TRANSPOSED: bool, const GATHER: bool>(
         &self,
         simd: S,
         row: usize,
@@ -222,9 +231,20 @@ impl<T: Scalar> Operands<'_, T> {
         unsafe {
             let mut sums = [[simd.splat(T::ZERO); VECTORS]; ROWS];
             let (step, across) = if TRANSPOSED { (self.a_stride, 1) } else { (1, self.a_stride) };
+            if let Init::KeepAt(places) | Init::ScaleRowsAt(_, places) = self.init {
+                // Nothing else says which rows of C come next.
+                for r in 0..ROWS {
+                    let c = self.c.add(*places.get_unchecked(row + r) as usize * self.c_stride + column);
+                    simd.prefetch(c);
+                    simd.prefetch(c.add((VECTORS - 1) * S::LANES));
+                }
+            }
             let mut a = self.a.add(row * across);
             let mut b = self.b.add(column);
-            for _ in 0..self.k {
+            for k in 0..self.k {
+                if GATHER {
+                    b = self.b.add(*self.b_rows.get_unchecked(k) as usize * self.b_stride + column);
+                }
                 let mut vectors = [simd.splat(T::ZERO); VECTORS];
                 for v in 0..VECTORS {
                     vectors[v] = simd.load(b.add(v * S::LANES));
@@ -237,7 +257,9 @@ impl<T: Scalar> Operands<'_, T> {
                 }
                 // The pointers past the last row are not used, so they may be out of bounds.
                 a = a.wrapping_add(step);
-                b = b.wrapping_add(self.b_stride);
+                if !GATHER {
+                    b = b.wrapping_add(self.b_stride);
+                }
             }
             for r in 0..ROWS {
                 let row_of_c = match self.init {
@@ -300,9 +322,15 @@ mod tests {
     fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
         let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
         let factors: Vec<T> = (0..m).map(|_| T::from_f64(rng.random_range(-1.0..1.0))).collect();
-        for (a_transposed, init) in
-            [false, true].into_iter().flat_map(|t| [Init::Zero, Init::Keep, Init::ScaleRows(&factors)].map(|init| (t, init)))
-        {
+        let backwards = |count: usize| (0..u32::try_from(count).expect("a small size")).rev().collect::<Vec<_>>();
+        let (places, b_rows) = (backwards(m), backwards(k));
+        let inits =
+            [Init::Zero, Init::Keep, Init::ScaleRows(&factors), Init::KeepAt(&places), Init::ScaleRowsAt(&factors, &places)];
+        for (a_transposed, init) in [false, true].into_iter().flat_map(|t| inits.map(|init| (t, init))) {
+            // Rows of B and C in reverse order stand for any other order.
+            let gather = !a_transposed && matches!(init, Init::Keep | Init::KeepAt(_));
+            let row_of_b = |p: usize| if gather { k - 1 - p } else { p };
+            let row_of_c = |r: usize| if matches!(init, Init::KeepAt(_) | Init::ScaleRowsAt(..)) { m - 1 - r } else { r };
             let mut number = || rng.random_range(-1.0..1.0);
             let (rows, cols) = if a_transposed { (k, m) } else { (m, k) };
             let a = Padded::<T>::new(rows, cols, &mut number);
@@ -312,19 +340,23 @@ mod tests {
             let before = Padded { data: c.data.clone(), ..c };
             let stride = n + GAP;
             let to = MatrixMut::new(&mut c.data, m, n, stride);
-            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), c: to, init });
+            let b_rows = gather.then_some(&b_rows[..]);
+            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), b_rows, c: to, init });
             for (row, col) in (0..m).flat_map(|row| (0..n).map(move |col| (row, col))) {
                 let start = match init {
                     Init::Zero => 0.0,
-                    Init::Keep => before.at(row, col),
-                    Init::ScaleRows(factors) => factors[row].into() * before.at(row, col),
+                    Init::Keep | Init::KeepAt(_) => before.at(row_of_c(row), col),
+                    Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
+                        factors[row].into() * before.at(row_of_c(row), col)
+                    }
                 };
-                let product = |p| if a_transposed { a.at(p, row) * b.at(p, col) } else { a.at(row, p) * b.at(p, col) };
+                let of_a = |p| if a_transposed { a.at(p, row) } else { a.at(row, p) };
+                let product = |p| of_a(p) * b.at(row_of_b(p), col);
                 let sum = start + (0..k).map(product).sum::<f64>();
                 // Each product and each sum may be rounded, in the order of k, and so may C: twice where it is scaled.
                 let magnitude = start.abs() + (0..k).map(|p| product(p).abs()).sum::<f64>();
                 let bound = (k + 2) as f64 * roundoff * magnitude;
-                let error = (c.at(row, col) - sum).abs();
+                let error = (c.at(row_of_c(row), col) - sum).abs();
                 assert!(
                     error <= bound,
                     "{}: {m} x {k} x {n}, transposed {a_transposed}, ({row}, {col}) is off by {error:e}, more than {bound:e}",
@@ -368,7 +400,10 @@ mod tests {
             let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let to = MatrixMut::new(&mut c.data, 2, cols_of_c, cols_of_c);
                 let level = Level::available()[0];
-                f32::run(level, Gemm { a: a.matrix(), a_transposed: false, b: b.matrix(), c: to, init: Init::Zero });
+                f32::run(
+                    level,
+                    Gemm { a: a.matrix(), a_transposed: false, b: b.matrix(), b_rows: None, c: to, init: Init::Zero },
+                );
             }));
             assert!(refused.is_err(), "B with {rows_of_b} rows, C with {cols_of_c} columns");
         }

@@ -15,9 +15,9 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Gemm { a, a_transposed, b, mut c, init } = self.0;
+        let Gemm { a, a_transposed, b, b_rows, mut c, init } = self.0;
         let (m, k) = if a_transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
-        assert_eq!((b.rows, c.cols), (k, b.cols), "shapes of a product {m} x {k} x {}", b.cols);
+        assert_eq!((b_rows.map_or(b.rows, <[u32]>::len), c.cols), (k, b.cols), "shapes of a product {m} x {k} x {}", b.cols);
         init.check(m, c.rows);
         assert_eq!(b.cols % S::LANES, 0, "columns of a product are whole vectors");
         for row in 0..m {
@@ -26,7 +26,8 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
                 for p in 0..k {
                     let factor = if a_transposed { a.data()[p * a.stride + row] } else { a.data()[row * a.stride + p] };
                     if factor != T::ZERO {
-                        let vector = &b.data()[p * b.stride + column..][..S::LANES];
+                        let row_of_b = b_rows.map_or(p, |rows| rows[p] as usize);
+                        let vector = &b.data()[row_of_b * b.stride + column..][..S::LANES];
                         // SAFETY: the slice holds a whole vector.
                         sum = simd.mul_add(simd.splat(factor), unsafe { simd.load(vector.as_ptr()) }, sum);
                     }
@@ -76,6 +77,7 @@ mod tests {
                         a: Matrix::new(&a, rows, cols, cols),
                         a_transposed,
                         b: Matrix::new(b, 3, n, n),
+                        b_rows: None,
                         c: MatrixMut::new(&mut c, 2, n, n),
                         init,
                     };

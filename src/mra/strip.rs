@@ -9,8 +9,8 @@ use std::ops::Range;
 use super::blocks::Blocks;
 use super::problem::Problem;
 use super::scratch::Buffer;
-use crate::kernels::{AllFinite, Matrix, MatrixMut, pack_rows};
-use crate::simd::{Element, Level, Scalar};
+use crate::kernels::{Matrix, MatrixMut, pack_rows};
+use crate::simd::{Element, Scalar};
 use crate::tensor::Rows;
 
 /// Keys of a strip, at most, unless one block has more or there are fewer in all.
@@ -40,29 +40,6 @@ impl<'a, E: Element> KeySource<'a, E> {
     /// The numbers of the valid keys of a block.
     pub(crate) fn numbers(&self, block: usize) -> Range<usize> {
         self.blocks.start(block)..self.blocks.start(block + 1)
-    }
-
-    /// Whether the keys and values with these numbers are finite. Whole vectors of them are read where they lie, or else one
-    /// by one.
-    pub(crate) fn all_finite(&self, level: Level, numbers: Range<usize>) -> bool {
-        if numbers.is_empty() {
-            return true;
-        }
-        if self.in_place && self.blocks.consecutive(numbers.clone()) {
-            let token = self.blocks.token(numbers.start);
-            return [&self.keys, &self.values]
-                .into_iter()
-                .all(|rows| E::Compute::run(level, AllFinite(in_place(rows, token, numbers.len()))));
-        }
-        let mut line = vec![E::Compute::ZERO; self.keys.cols().max(self.values.cols())];
-        let mut finite = |row: &[E]| {
-            let line = &mut line[..row.len()];
-            E::widen(row, line);
-            line.iter().all(|&x| (x - x).partial_cmp(&E::Compute::ZERO).is_some())
-        };
-        numbers
-            .map(|number| self.blocks.token(number))
-            .all(|token| finite(self.keys.row(token)) && finite(self.values.row(token)))
     }
 }
 

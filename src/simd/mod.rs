@@ -59,6 +59,11 @@ pub trait Simd<T>: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
     fn at_least(self, a: Self::V, b: Self::V) -> u32;
+    /// Starts to bring the cache line of `p`, which may be any address.
+    #[inline(always)]
+    fn prefetch(self, p: *const T) {
+        let _ = p;
+    }
     /// Writes `factor` times a square of [`SQUARE`] rows as columns: element `c` of row `r` to `to[c * stride + r]`.
     ///
     /// # Safety

@@ -13,7 +13,6 @@ import pytest
 import torch
 from mra_attention import Plan, plan, scaled_dot_product_attention
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH, HEAD_DIM = 2, 4, 40, 48, 16
 
@@ -149,16 +148,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"attn_mask": torch.zeros(40, 48, requires_grad=True)},
         NotImplementedError,
         ["attn_mask requires a gradient", "attn_mask.detach()"],
-    ),
-    "mask-causal-bias": (
-        {"attn_mask": causal_upper_left(40, 48)},
-        NotImplementedError,
-        ["attn_mask is a CausalBias", "later", "now: a bool mask or an additive bias"],
-    ),
-    "mask-causal-bias-right": (
-        {"attn_mask": causal_lower_right(40, 48)},
-        NotImplementedError,
-        ["attn_mask is a CausalBias", "later", "now: a bool mask or an additive bias"],
     ),
     "mask-wrong-length": (
         {"attn_mask": boolean(2, 1, 1, 47)},

@@ -14,19 +14,19 @@
 
 use std::ops::Range;
 
-use super::coarse::{TILE_QUERIES, blank, exclude, matrix, split};
+use super::coarse::{STRIP_BLOCKS, TILE_QUERIES, blank, exclude, matrix, split};
 use super::exact::{Meeting, for_meetings};
-use super::forward::{RANGE_QUERIES, plan_width};
+use super::forward::{RANGE_QUERIES, plan_width, range_for_threads};
+use super::gradient::{GradientTile, RangeRows};
 use super::lists::BlockLists;
 use super::pooled::Means;
 use super::problem::{CausalProblem, Sight};
 use crate::error::Result;
-use crate::kernels::AllFinite;
+use crate::kernels::{AllFinite, Matrix};
 use crate::mra::backward::{Gradients, QueryTerms, Saved, finish, one_pass, query_terms};
-use crate::mra::blocks::Blocks;
 use crate::mra::coarse::{for_strips, weigh};
 use crate::mra::forward::Inputs;
-use crate::mra::gradient_tile::{GradientTile, KeySums};
+use crate::mra::gradient_tile::KeySums;
 use crate::mra::problem::Mode;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, Strip};
@@ -55,9 +55,7 @@ pub fn causal_backward<E: Element>(
     let width = plan_width(problem, plan.len())?;
     let terms = query_terms(inner, saved);
     let means = (inner.mode == Mode::Full).then(|| Means::new(problem, inputs, None, true)).transpose()?;
-    let all = Blocks::new(inner.key_blocks(), 1);
-    let pass =
-        Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, width, means, all, gradients, value_dim };
+    let pass = Pass { problem, inputs, grad_out: &saved.grad_out, terms: &terms, plan, width, means, gradients, value_dim };
     let keys = width * inner.block_size + inner.key_blocks();
     let products = inner.all_heads().saturating_mul(inner.query_len).saturating_mul(keys).saturating_mul(3);
     let threads = inner.threads_for(products.saturating_mul(inner.head_dim + value_dim));
@@ -78,8 +76,6 @@ struct Pass<'a, 'g, E: Element> {
     plan: &'a [i32],
     width: usize,
     means: Option<Means<'a, E::Compute>>,
-    /// Pooled tokens, a block each.
-    all: Blocks,
     gradients: &'a Gradients<'g, E>,
     value_dim: usize,
 }
@@ -96,9 +92,12 @@ struct QueryRange<'a> {
 /// What a thread reuses.
 struct Scratch<T> {
     tile: GradientTile<T>,
+    rows: RangeRows<T>,
     strip: Strip<T>,
     lists: BlockLists,
     sights: Vec<Sight>,
+    /// The numbers of the queries of a range.
+    numbers: Vec<u32>,
     /// The gradient of the queries of a range: a row of whole vectors for each.
     dq: Buffer<T>,
 }
@@ -128,7 +127,7 @@ impl<E: Element> Pass<'_, '_, E> {
                 pooled: KeySums { dk: &mut pooled.0, dv: &mut pooled.1, first: 0 },
             };
             for head in self.heads_of(group) {
-                for range in self.ranges() {
+                for range in self.ranges(RANGE_QUERIES) {
                     // SAFETY: each task has its own heads.
                     unsafe { self.range(head, range, scratch, Some(&mut sums)) };
                 }
@@ -144,7 +143,7 @@ impl<E: Element> Pass<'_, '_, E> {
     /// One task for each range of queries: dq.
     fn by_ranges(&self, threads: usize) {
         let heads = self.problem.inner.all_heads();
-        let ranges: Vec<_> = self.ranges().collect();
+        let ranges: Vec<_> = self.ranges(range_for_threads(self.problem, threads)).collect();
         threads::for_each(
             threads,
             heads * ranges.len(),
@@ -162,7 +161,7 @@ impl<E: Element> Pass<'_, '_, E> {
         let inner = &self.problem.inner;
         let (nk, groups, (key_width, value_width)) = (inner.key_blocks(), inner.batch * inner.kv_heads, self.widths());
         let pooled = self.pooled_by_blocks(threads);
-        let ranges: Vec<_> = self.ranges().collect();
+        let ranges: Vec<_> = self.ranges(RANGE_QUERIES).collect();
         let lists = self.all_lists(threads, &ranges);
         let scratch = || {
             let of = |width| Buffer::scratch(inner.block_size * width);
@@ -180,10 +179,11 @@ impl<E: Element> Pass<'_, '_, E> {
                     if block >= lists.blocks() || lists.of(block).is_empty() {
                         continue;
                     }
-                    let Scratch { tile, strip, sights, .. } = &mut *scratch;
+                    let Scratch { tile, rows, strip, sights, .. } = &mut *scratch;
                     let range = self.query_range(head, range.clone(), sights);
+                    self.fill(&range, lists.of(block), rows);
                     let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first };
-                    self.exact(&range, lists, block, &source, tile, strip, Some(&mut sums), None);
+                    self.exact(&range, rows, lists, block, &source, tile, strip, Some(&mut sums), None);
                 }
             }
             let pooled = pooled.as_ref().map(|(pooled_dk, pooled_dv)| {
@@ -214,11 +214,12 @@ impl<E: Element> Pass<'_, '_, E> {
             dk.fill(E::Compute::ZERO);
             dv.fill(E::Compute::ZERO);
             for head in self.heads_of(group) {
-                for tokens in self.ranges() {
-                    let Scratch { tile, strip, sights, .. } = &mut *scratch;
+                for tokens in self.ranges(RANGE_QUERIES) {
+                    let Scratch { tile, rows, sights, numbers, .. } = &mut *scratch;
                     let range = self.query_range(head, tokens, sights);
+                    self.fill(&range, &numbers[..range.tokens.len()], rows);
                     let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: blocks.start };
-                    self.coarse(&range, &blocks, tile, strip, Some(&mut sums), None);
+                    self.coarse(&range, rows, numbers, &blocks, tile, Some(&mut sums), None);
                 }
             }
             for (row, block) in blocks.enumerate() {
@@ -252,21 +253,23 @@ impl<E: Element> Pass<'_, '_, E> {
         (inner.padded::<E::Compute>(inner.head_dim), inner.padded::<E::Compute>(self.value_dim))
     }
 
-    fn ranges(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
+    /// Ranges of queries. The sums of dk and dv depend on their size.
+    fn ranges(&self, size: usize) -> impl Iterator<Item = Range<usize>> + use<E> {
         let length = self.problem.inner.query_len;
-        (0..length).step_by(RANGE_QUERIES).map(move |start| start..(start + RANGE_QUERIES).min(length))
+        (0..length).step_by(size).map(move |start| start..(start + size).min(length))
     }
 
     fn scratch(&self) -> Scratch<E::Compute> {
-        let inner = &self.problem.inner;
+        let (inner, (key_width, value_width)) = (&self.problem.inner, self.widths());
         let queries = inner.query_len.min(RANGE_QUERIES);
-        let columns = inner.padded::<E::Compute>(queries.min(TILE_QUERIES));
         Scratch {
-            tile: GradientTile::new(inner, columns, self.value_dim, false),
+            tile: GradientTile::new(self.problem, queries, STRIP_BLOCKS.max(inner.block_size), self.value_dim),
+            rows: RangeRows::new(queries, key_width, value_width),
             strip: Strip::new(inner, inner.head_dim, self.value_dim),
             lists: BlockLists::default(),
             sights: Vec::with_capacity(queries),
-            dq: Buffer::scratch(queries * self.widths().0),
+            numbers: (0..u32::try_from(queries).expect("a size of a range")).collect(),
+            dq: Buffer::scratch(queries * key_width),
         }
     }
 
@@ -304,42 +307,59 @@ impl<E: Element> Pass<'_, '_, E> {
         mut sums: Option<&mut GroupSums<'_, E::Compute>>,
     ) {
         let inner = &self.problem.inner;
-        let Scratch { tile, strip, lists, sights, dq } = scratch;
+        let Scratch { tile, rows, strip, lists, sights, numbers, dq } = scratch;
         let range = self.query_range(head, tokens, sights);
-        dq[..range.tokens.len() * tile.key_width].fill(E::Compute::ZERO);
+        self.fill(&range, &numbers[..range.tokens.len()], rows);
+        let key_width = self.widths().0;
+        dq[..range.tokens.len() * key_width].fill(E::Compute::ZERO);
         let blocks = range.blocks();
-        self.coarse(&range, &(0..inner.key_blocks()), tile, strip, sums.as_mut().map(|sums| &mut sums.pooled), Some(dq));
+        let pooled = sums.as_mut().map(|sums| &mut sums.pooled);
+        self.coarse(&range, rows, numbers, &(0..inner.key_blocks()), tile, pooled, Some(dq));
         lists.build(blocks, range.sights, range.plan, self.width);
         let source = self.source(inner.kv_row(head));
         for block in (0..blocks).filter(|&block| !lists.of(block).is_empty()) {
-            self.exact(&range, lists, block, &source, tile, strip, sums.as_mut().map(|sums| &mut sums.exact), Some(dq));
+            let sums = sums.as_mut().map(|sums| &mut sums.exact);
+            self.exact(&range, rows, lists, block, &source, tile, strip, sums, Some(dq));
         }
         for (query, token) in range.tokens.clone().enumerate() {
             // SAFETY: the caller's.
             let to = unsafe { self.gradients.query.row_mut(head / inner.heads, head % inner.heads, token) };
-            E::narrow(&dq[query * tile.key_width..][..to.len()], to);
+            E::narrow(&dq[query * key_width..][..to.len()], to);
         }
     }
 
-    /// What some pooled keys and values contribute.
+    /// Copies the rows of some queries of a range.
+    fn fill(&self, range: &QueryRange<'_>, numbers: &[u32], rows: &mut RangeRows<E::Compute>) {
+        let (heads, head) = (self.problem.inner.heads, range.head);
+        let (query, grad) =
+            (self.inputs.query.head(head / heads, head % heads), self.grad_out.head(head / heads, head % heads));
+        let terms = &self.terms[head * self.problem.inner.query_len..][range.tokens.clone()];
+        rows.fill(range.tokens.len(), numbers, |number| {
+            let token = range.tokens.start + number;
+            (query.row(token), grad.row(token), terms[number])
+        });
+    }
+
+    /// What some pooled keys and values contribute. `numbers` are those of the queries of the range.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
     fn coarse(
         &self,
         range: &QueryRange<'_>,
+        rows: &RangeRows<E::Compute>,
+        numbers: &[u32],
         blocks: &Range<usize>,
         tile: &mut GradientTile<E::Compute>,
-        strip: &mut Strip<E::Compute>,
         mut sums: Option<&mut KeySums<'_, E::Compute>>,
         mut dq: Option<&mut Buffer<E::Compute>>,
     ) {
         let (inner, Some(means)) = (&self.problem.inner, &self.means) else { return };
-        let kv = inner.kv_row(range.head);
+        let (kv, batch) = (inner.kv_row(range.head), range.head / inner.heads);
         let (keys, Some(values)) = (means.keys(inner, kv), means.values(inner, kv)) else { return };
-        let source = KeySource::new(inner, keys, values, &self.all);
-        let finite = |rows: Range<usize>| {
-            let finite = |rows| E::Compute::run(inner.level, AllFinite(rows));
-            finite(matrix(&keys, rows.clone())) && finite(matrix(&values, rows))
+        let finite = |blocks: Range<usize>| {
+            let finite = |means| E::Compute::run(inner.level, AllFinite(means));
+            finite(matrix(&keys, blocks.clone())) && finite(matrix(&values, blocks))
         };
-        for tokens in self.problem.cut(range.head / inner.heads, range.tokens.clone(), TILE_QUERIES) {
+        for tokens in self.problem.cut(batch, range.tokens.clone(), TILE_QUERIES) {
             let mut rest = tokens.start - range.tokens.start..tokens.end - range.tokens.start;
             while !rest.is_empty() {
                 let sights = &range.sights[rest.clone()];
@@ -351,36 +371,42 @@ impl<E: Element> Pass<'_, '_, E> {
                 };
                 let queries = rest.start..rest.start + count;
                 rest.start = queries.end;
-                let (sights, plan) =
-                    (&range.sights[queries.clone()], &range.plan[queries.start * self.width..queries.end * self.width]);
+                let sights = &range.sights[queries.clone()];
+                let plan = &range.plan[queries.start * self.width..queries.end * self.width];
                 let visible = blocks.start..blocks.end.min(sights[count - 1].past);
                 if visible.is_empty() {
                     continue;
                 }
-                self.start(range, queries.clone(), tile);
-                for_strips(visible.len(), Strip::<E::Compute>::capacity(inner).min(128), |part| {
+                let numbers = &numbers[queries];
+                tile.start(rows, numbers);
+                for_strips(visible.len(), STRIP_BLOCKS, |part| {
                     let part = visible.start + part.start..visible.start + part.end;
-                    strip.clear();
-                    assert!(strip.push(&source, part.clone()), "an empty strip has room for its capacity");
-                    tile.strip(strip, &source, dq.is_some(), sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
-                        weigh(logits, columns, inner.keys(range.head / inner.heads), part.clone());
-                        blank(logits, columns, sights, part.clone());
-                        exclude(logits, columns, sights, plan, self.width, part);
-                    });
+                    let (keys, values) = (matrix(&keys, part.clone()), matrix(&values, part.clone()));
+                    tile.add(
+                        rows,
+                        numbers,
+                        keys,
+                        values,
+                        part.start,
+                        sums.as_deref_mut(),
+                        dq.as_deref_mut(),
+                        |logits, columns| {
+                            weigh(logits, columns, inner.keys(batch), part.clone());
+                            blank(logits, columns, sights, part.clone());
+                            exclude(logits, columns, sights, plan, self.width, part);
+                        },
+                    );
                 });
-                if let Some(dq) = &mut dq {
-                    let rows = queries.start * tile.key_width..queries.end * tile.key_width;
-                    dq[rows].copy_from_slice(&tile.dq[..count * tile.key_width]);
-                }
             }
         }
     }
 
-    /// What a block of keys and values contributes to the queries that have it in their plan.
+    /// What a block of keys and values contributes to the queries that have it in their plan, and they to it.
     #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
     fn exact(
         &self,
         range: &QueryRange<'_>,
+        rows: &RangeRows<E::Compute>,
         lists: &BlockLists,
         block: usize,
         source: &KeySource<'_, E>,
@@ -389,64 +415,32 @@ impl<E: Element> Pass<'_, '_, E> {
         mut sums: Option<&mut KeySums<'_, E::Compute>>,
         mut dq: Option<&mut Buffer<E::Compute>>,
     ) {
-        let level = self.problem.inner.level;
+        let (level, sights) = (self.problem.inner.level, range.sights);
         let numbers = source.numbers(block);
-        for_meetings(lists, block, range.sights, numbers.start, numbers.len(), |meeting| {
+        // No key behind the last query that meets the block is read.
+        let last = lists.of(block).last().map_or(0, |&query| sights[query as usize].keys);
+        strip.clear();
+        assert!(strip.push(source, numbers.start..numbers.end.min(last)), "an empty strip has room for a block");
+        let Some(part) = strip.parts(source).next() else { return };
+        for_meetings(lists, block, sights, numbers.start, numbers.len(), |meeting| {
             let mut meet = |meeting: &Meeting<'_>| {
-                strip.clear();
-                let seen = numbers.start..numbers.start + meeting.keys;
-                assert!(strip.push(source, seen), "an empty strip has room for a block");
-                self.start_gathered(range, meeting.queries, tile);
-                tile.strip(strip, source, dq.is_some(), sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
-                    meeting.hide(logits, columns, range.sights, numbers.start);
+                let (keys, values) = (part.keys.row_range(0..meeting.keys), part.values.row_range(0..meeting.keys));
+                tile.start(rows, meeting.queries);
+                let (sums, dq) = (sums.as_deref_mut(), dq.as_deref_mut());
+                tile.add(rows, meeting.queries, keys, values, numbers.start, sums, dq, |logits, columns| {
+                    meeting.hide(logits, columns, sights, numbers.start);
                 });
-                if let Some(dq) = &mut dq {
-                    for (lane, &query) in meeting.queries.iter().enumerate() {
-                        let row = &mut dq[query as usize * tile.key_width..][..tile.key_width];
-                        for (sum, &x) in row.iter_mut().zip(&tile.dq[lane * tile.key_width..][..tile.key_width]) {
-                            *sum += x;
-                        }
-                    }
-                }
             };
-            let hidden = meeting.hidden_from_some(range.sights, numbers.start);
-            let together = !meeting.partly || {
-                let hidden = numbers.start + hidden.start..numbers.start + hidden.end;
-                source.all_finite(level, hidden)
+            let finite = |matrix: Matrix<'_, E::Compute>| {
+                E::Compute::run(level, AllFinite(matrix.row_range(meeting.hidden_from_some(sights, numbers.start))))
             };
-            if together {
+            if !meeting.partly || (finite(part.keys) && finite(part.values)) {
                 meet(&meeting);
             } else {
                 // Gradient 0 times a key that is no number is no number.
-                meeting.one_by_one(range.sights, numbers.start, |alone| meet(&alone));
+                meeting.one_by_one(sights, numbers.start, |alone| meet(&alone));
             }
         });
-    }
-
-    /// Starts a tile of consecutive queries, numbered from the start of the range.
-    fn start(&self, range: &QueryRange<'_>, queries: Range<usize>, tile: &mut GradientTile<E::Compute>) {
-        let (heads, head, first) = (self.problem.inner.heads, range.head, range.tokens.start);
-        let (query, grad) =
-            (self.inputs.query.head(head / heads, head % heads), self.grad_out.head(head / heads, head % heads));
-        let terms = &self.terms[head * self.problem.inner.query_len + first..];
-        tile.start(
-            queries.clone().map(|t| query.row(first + t)),
-            queries.clone().map(|t| grad.row(first + t)),
-            queries.map(|t| terms[t]),
-        );
-    }
-
-    /// Starts a tile of queries from here and there.
-    fn start_gathered(&self, range: &QueryRange<'_>, queries: &[u32], tile: &mut GradientTile<E::Compute>) {
-        let (heads, head, first) = (self.problem.inner.heads, range.head, range.tokens.start);
-        let (query, grad) =
-            (self.inputs.query.head(head / heads, head % heads), self.grad_out.head(head / heads, head % heads));
-        let terms = &self.terms[head * self.problem.inner.query_len + first..];
-        tile.start(
-            queries.iter().map(|&t| query.row(first + t as usize)),
-            queries.iter().map(|&t| grad.row(first + t as usize)),
-            queries.iter().map(|&t| terms[t as usize]),
-        );
     }
 
     /// Writes dk and dv of a block of keys.

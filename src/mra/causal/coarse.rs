@@ -18,7 +18,7 @@ pub(crate) const TILE_QUERIES: usize = 32;
 
 /// Blocks of one step of the softmax: its logits fit into a first-level cache. Steps start at multiples of this, so that
 /// the order of a query's sums does not depend on its tile.
-const STRIP_BLOCKS: usize = 128;
+pub(crate) const STRIP_BLOCKS: usize = 128;
 
 /// The running softmax of consecutive queries.
 pub(crate) struct State<T> {
@@ -158,6 +158,7 @@ impl<T: Scalar> CoarseTile<T> {
                 a: *keys,
                 a_transposed: false,
                 b: Matrix::new(&self.packed, inner.head_dim, columns, columns),
+                b_rows: None,
                 c: MatrixMut::new(&mut self.logits, keys.rows, columns, columns),
                 init: Init::Zero,
             },
@@ -202,6 +203,7 @@ impl<T: Scalar> CoarseTile<T> {
                     a: Matrix::new(logits, blocks.len(), queries, columns),
                     a_transposed: true,
                     b: matrix(values, blocks.clone()),
+                    b_rows: None,
                     c: MatrixMut::new(sums, queries, width, width),
                     init: if blocks.start == 0 { Init::Zero } else { Init::ScaleRows(&self.rescale) },
                 },

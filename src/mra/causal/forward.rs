@@ -15,9 +15,16 @@ use crate::simd::{Element, Scalar};
 use crate::threads;
 use crate::tiles::{Chunks, TensorMut};
 
-/// Queries of a range: enough that several of them meet each block, and few enough that what is kept of them stays in a
-/// second-level cache.
-pub(crate) const RANGE_QUERIES: usize = 1024;
+/// Queries of a range, at most: enough that many of them meet each block, so that its keys and values are read from far away
+/// once for all of them. What is kept of 4096 queries no longer fits into a second-level cache; ranges of 1024 that do were
+/// slower by a sixth.
+pub(crate) const RANGE_QUERIES: usize = 4096;
+
+/// Queries of a range where results do not depend on it: fewer if otherwise there were too few ranges for the threads.
+pub(crate) fn range_for_threads(problem: &CausalProblem, threads: usize) -> usize {
+    let queries = problem.inner.all_heads() * problem.inner.query_len;
+    queries.div_ceil(4 * threads).next_multiple_of(TILE_QUERIES).clamp(RANGE_QUERIES / 8, RANGE_QUERIES)
+}
 
 /// Computes `out` `(B, H, Lq, Dv)` and `lse` `(B, H, Lq, 1)` for a given plan: `width` numbers for each query, its exact blocks.
 /// Numbers that are no block visible to the query, and repeated ones, are left out.
@@ -93,15 +100,17 @@ fn compute<E: Element>(
     let means =
         (full || matches!(selection, Selection::Chosen(..))).then(|| Means::new(problem, inputs, pooled, full)).transpose()?;
     let pass = Pass { problem, inputs, means, selection, width, value_dim, out, lse };
-    let ranges = inner.query_len.div_ceil(RANGE_QUERIES);
+    let threads = pass.threads();
+    let size = range_for_threads(problem, threads);
+    let ranges = inner.query_len.div_ceil(size);
     threads::for_each(
-        pass.threads(),
+        threads,
         inner.all_heads() * ranges,
-        || Scratch::new(&pass),
+        || Scratch::new(&pass, size.min(inner.query_len)),
         |scratch, task| {
             // The last ranges see most: they come first, so that no thread starts with one when the others are done.
             let (index, head) = (ranges - 1 - task / inner.all_heads(), task % inner.all_heads());
-            let range = index * RANGE_QUERIES..((index + 1) * RANGE_QUERIES).min(inner.query_len);
+            let range = index * size..((index + 1) * size).min(inner.query_len);
             // SAFETY: each task has its own queries.
             unsafe { pass.range(head, range, scratch) };
         },
@@ -132,9 +141,9 @@ struct Scratch<T> {
 }
 
 impl<T: Scalar> Scratch<T> {
-    fn new<E: Element<Compute = T>>(pass: &Pass<'_, '_, E>) -> Self {
+    fn new<E: Element<Compute = T>>(pass: &Pass<'_, '_, E>, queries: usize) -> Self {
         let (problem, inner) = (pass.problem, &pass.problem.inner);
-        let (queries, width) = (inner.query_len.min(RANGE_QUERIES), inner.padded::<T>(pass.value_dim));
+        let width = inner.padded::<T>(pass.value_dim);
         Self {
             sights: Vec::with_capacity(queries),
             plan: Vec::with_capacity(queries * pass.width),

@@ -4,6 +4,7 @@ mod backward;
 mod coarse;
 mod exact;
 mod forward;
+mod gradient;
 mod lists;
 mod pooled;
 mod problem;

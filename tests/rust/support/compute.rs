@@ -233,7 +233,7 @@ pub(crate) fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, se
 }
 
 /// Every element within `bound` of what is expected, and half a unit in the last place for the rounding to its type.
-pub(super) fn assert_close<E: Rounded>(
+pub(crate) fn assert_close<E: Rounded>(
     results: &Array4<E>,
     expected: ArrayView4<'_, f64>,
     bound: f64,

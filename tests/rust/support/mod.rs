@@ -7,11 +7,12 @@ mod compute;
 mod levels;
 mod number;
 mod stored;
-mod terms;
 
 pub(crate) use bounds::Bounds;
 pub(crate) use case::{Case, Data, Padding, Pairs};
-pub(crate) use causal::{CausalCase, check_causal, check_causal_selection};
+pub(crate) use causal::{
+    CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
+};
 pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
 pub(crate) use levels::{levels, levels_required};
 pub(crate) use number::{Number, Rounded};
