@@ -10,6 +10,9 @@
 #![allow(clippy::needless_pass_by_value, reason = "views are passed by value")]
 #![allow(clippy::float_cmp, reason = "a score equals its row's best or does not; there is no tolerance in a selection")]
 
+mod causal;
+
+pub use causal::CausalAttention;
 use ndarray::{
     Array1, Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, s,
 };

@@ -322,9 +322,15 @@ mod tests {
     fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
         let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
         let factors: Vec<T> = (0..m).map(|_| T::from_f64(rng.random_range(-1.0..1.0))).collect();
-        for (a_transposed, init) in
-            [false, true].into_iter().flat_map(|t| [Init::Zero, Init::Keep, Init::ScaleRows(&factors)].map(|init| (t, init)))
-        {
+        let backwards = |count: usize| (0..u32::try_from(count).expect("a small size")).rev().collect::<Vec<_>>();
+        let (places, b_rows) = (backwards(m), backwards(k));
+        let inits =
+            [Init::Zero, Init::Keep, Init::ScaleRows(&factors), Init::KeepAt(&places), Init::ScaleRowsAt(&factors, &places)];
+        for (a_transposed, init) in [false, true].into_iter().flat_map(|t| inits.map(|init| (t, init))) {
+            // Rows of B and C in reverse order stand for any other order.
+            let gather = !a_transposed && matches!(init, Init::Keep | Init::KeepAt(_));
+            let row_of_b = |p: usize| if gather { k - 1 - p } else { p };
+            let row_of_c = |r: usize| if matches!(init, Init::KeepAt(_) | Init::ScaleRowsAt(..)) { m - 1 - r } else { r };
             let mut number = || rng.random_range(-1.0..1.0);
             let (rows, cols) = if a_transposed { (k, m) } else { (m, k) };
             let a = Padded::<T>::new(rows, cols, &mut number);
@@ -334,19 +340,23 @@ mod tests {
             let before = Padded { data: c.data.clone(), ..c };
             let stride = n + GAP;
             let to = MatrixMut::new(&mut c.data, m, n, stride);
-            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), b_rows: None, c: to, init });
+            let b_rows = gather.then_some(&b_rows[..]);
+            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), b_rows, c: to, init });
             for (row, col) in (0..m).flat_map(|row| (0..n).map(move |col| (row, col))) {
                 let start = match init {
                     Init::Zero => 0.0,
-                    Init::Keep => before.at(row, col),
-                    Init::ScaleRows(factors) => factors[row].into() * before.at(row, col),
+                    Init::Keep | Init::KeepAt(_) => before.at(row_of_c(row), col),
+                    Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
+                        factors[row].into() * before.at(row_of_c(row), col)
+                    }
                 };
-                let product = |p| if a_transposed { a.at(p, row) * b.at(p, col) } else { a.at(row, p) * b.at(p, col) };
+                let of_a = |p| if a_transposed { a.at(p, row) } else { a.at(row, p) };
+                let product = |p| of_a(p) * b.at(row_of_b(p), col);
                 let sum = start + (0..k).map(product).sum::<f64>();
                 // Each product and each sum may be rounded, in the order of k, and so may C: twice where it is scaled.
                 let magnitude = start.abs() + (0..k).map(|p| product(p).abs()).sum::<f64>();
                 let bound = (k + 2) as f64 * roundoff * magnitude;
-                let error = (c.at(row, col) - sum).abs();
+                let error = (c.at(row_of_c(row), col) - sum).abs();
                 assert!(
                     error <= bound,
                     "{}: {m} x {k} x {n}, transposed {a_transposed}, ({row}, {col}) is off by {error:e}, more than {bound:e}",

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! The smallest are found in linear time: a sample of the distances gives a bound that very likely has a few more than
-//! the wanted number below it, one pass collects those, and only they are partitioned.
+//! the wanted number below it, one pass collects those, and only they are partitioned. The distances are what grows with the
+//! square of the length, so each is written once, when its row is in the cache, and read once.
 
 use std::ops::Range;
 
@@ -78,8 +79,9 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
             if live == 0 {
                 return;
             }
-            distances.multiply(problem, &pyramid.queries.head(head), &pyramid.keys.head(problem.kv_row(head)));
-            let forced = distances.subtract_from_best(query_blocks, key_blocks, pairs.as_ref(), budget);
+            let (queries, keys) = (pyramid.queries.head(head), pyramid.keys.head(problem.kv_row(head)));
+            let rule = Rule { query_blocks, key_blocks, pairs: pairs.as_ref(), budget };
+            let forced = distances.compute(problem, &queries, &keys, &rule);
             let number = budget.blocks(query_blocks.live()).max(forced).min(live);
             distances.take_smallest(number, bits);
         },
@@ -96,6 +98,72 @@ fn mark_cut(pairs: &HeadPairs<'_>, rows: usize, bits: &mut [u8]) {
     }
 }
 
+/// What decides which blocks of a head are live and which are forced.
+struct Rule<'a> {
+    query_blocks: &'a Blocks,
+    key_blocks: &'a Blocks,
+    pairs: Option<&'a HeadPairs<'a>>,
+    budget: &'a Budget,
+}
+
+impl Rule<'_> {
+    fn is_live(&self, i: usize, j: usize) -> bool {
+        self.pairs.map_or_else(|| self.key_blocks.count(j) > 0, |pairs| pairs.kind(i, j) == Kind::Open)
+    }
+
+    /// Turns the logits of row `i` into distances and returns how many of its blocks are forced. `dead` are the blocks without
+    /// valid keys; with a mask it is overwritten by the blocks of this row that do not compete.
+    fn subtract_from_best<T: Scalar>(&self, i: usize, row: &mut [T], dead: &mut Vec<usize>) -> usize {
+        if self.query_blocks.count(i) == 0 {
+            row.fill(T::INFINITY);
+            return 0;
+        }
+        if let Some(pairs) = self.pairs {
+            dead.clear();
+            for (j, (c, kind)) in row.iter_mut().zip(pairs.kinds(i)).enumerate() {
+                if *kind == Kind::Open {
+                    *c += T::from_f64(pairs.mean(i, j));
+                } else {
+                    dead.push(j);
+                }
+            }
+            if dead.len() == row.len() {
+                row.fill(T::INFINITY);
+                return 0;
+            }
+        }
+        for &j in dead.iter() {
+            row[j] = T::NEG_INFINITY;
+        }
+        let best = maximum(row);
+        // Without a best one (all NaN or -inf) the first live block takes its place: every row has a forced block.
+        let found = row.iter().position(|&c| c == best && c > T::NEG_INFINITY);
+        let first_best = found.or_else(|| (0..row.len()).find(|&j| self.is_live(i, j)));
+        for c in row.iter_mut() {
+            let distance = best - *c;
+            // Not a number, or infinitely far: last among the live blocks, before the dead ones.
+            *c = if distance < T::HIGHEST { distance } else { T::HIGHEST };
+        }
+        for &j in dead.iter() {
+            row[j] = T::INFINITY;
+        }
+        let mut forced = 0;
+        if let Some(j) = first_best {
+            row[j] = T::NEG_INFINITY;
+            forced += 1;
+        }
+        if self.budget.forces_any() {
+            for (j, distance) in row.iter_mut().enumerate() {
+                if self.budget.forces(i, j) && self.is_live(i, j) && *distance > T::NEG_INFINITY {
+                    *distance = T::NEG_INFINITY;
+                    forced += 1;
+                }
+            }
+        }
+        forced
+    }
+}
+
 /// The scores of one head, with the sign turned: how far each block is from the best one of its row.
 struct Distances<T> {
     values: Buffer<T>,
@@ -105,6 +173,9 @@ struct Distances<T> {
     columns: usize,
     stride: usize,
 }
+
+/// Rows whose distances are computed together: they fit in a second-level cache with 4096 blocks in a row.
+const ROWS_AT_ONCE: usize = 16;
 
 /// The largest of a row, NaN left out. Eight chains let the compiler use vectors.
 fn maximum<T: Scalar>(row: &[T]) -> T {
@@ -150,113 +221,53 @@ impl<T: Scalar> Distances<T> {
         }
     }
 
-    /// The pooled logits.
-    fn multiply(&mut self, problem: &Problem, queries: &Rows<'_, T>, keys: &Rows<'_, T>) {
+    /// Computes the distances and returns how many blocks are forced.
+    fn compute(&mut self, problem: &Problem, queries: &Rows<'_, T>, keys: &Rows<'_, T>, rule: &Rule<'_>) -> usize {
         let (channels, stride) = (problem.head_dim, self.stride);
         let key_rows = (0..self.columns).map(|j| &keys.row(j)[..channels]);
         let mut packed = MatrixMut::new(&mut self.keys, channels, stride, stride);
         pack_transposed(problem.level, key_rows, T::from_f64(problem.scale), &mut self.lines, &mut packed);
-        let (data, query_stride) = queries.tail(0);
-        T::run(
-            problem.level,
-            Gemm {
-                a: Matrix::new(data, self.rows, channels, query_stride),
-                a_transposed: false,
-                b: Matrix::new(&self.keys, channels, stride, stride),
-                b_rows: None,
-                c: MatrixMut::new(&mut self.values, self.rows, stride, stride),
-                init: Init::Zero,
-            },
-        );
-    }
-
-    /// Turns logits into distances and returns how many blocks are forced.
-    fn subtract_from_best(
-        &mut self,
-        query_blocks: &Blocks,
-        key_blocks: &Blocks,
-        pairs: Option<&HeadPairs<'_>>,
-        budget: &Budget,
-    ) -> usize {
-        // The blocks that do not compete: the same in every row, unless a mask says otherwise.
-        let mut dead: Vec<usize> = (0..self.columns).filter(|&j| key_blocks.count(j) == 0).collect();
+        let mut dead: Vec<usize> = (0..self.columns).filter(|&j| rule.key_blocks.count(j) == 0).collect();
         let mut forced = 0;
-        for i in 0..self.rows {
-            let row = &mut self.values[i * self.stride..][..self.columns];
-            if query_blocks.count(i) == 0 {
-                row.fill(T::INFINITY);
-                continue;
+        for first in (0..self.rows).step_by(ROWS_AT_ONCE) {
+            let rows = first..(first + ROWS_AT_ONCE).min(self.rows);
+            let values = &mut self.values[rows.start * stride..rows.end * stride];
+            let (data, query_stride) = queries.tail(first);
+            T::run(
+                problem.level,
+                Gemm {
+                    a: Matrix::new(data, rows.len(), channels, query_stride),
+                    a_transposed: false,
+                    b: Matrix::new(&self.keys, channels, stride, stride),
+                    b_rows: None,
+                    c: MatrixMut::new(values, rows.len(), stride, stride),
+                    init: Init::Zero,
+                },
+            );
+            for (i, row) in rows.zip(values.chunks_exact_mut(stride)) {
+                forced += rule.subtract_from_best(i, &mut row[..self.columns], &mut dead);
             }
-            if let Some(pairs) = pairs {
-                dead.clear();
-                for (j, (c, kind)) in row.iter_mut().zip(pairs.kinds(i)).enumerate() {
-                    if *kind == Kind::Open {
-                        *c += T::from_f64(pairs.mean(i, j));
-                    } else {
-                        dead.push(j);
-                    }
-                }
-                if dead.len() == row.len() {
-                    row.fill(T::INFINITY);
-                    continue;
-                }
-            }
-            for &j in &dead {
-                row[j] = T::NEG_INFINITY;
-            }
-            let best = maximum(row);
-            // Without a best one (all NaN or -inf) the first live block takes its place: every row has a forced block.
-            let found = row.iter().position(|&c| c == best && c > T::NEG_INFINITY);
-            let live = |j: usize| pairs.map_or_else(|| key_blocks.count(j) > 0, |pairs| pairs.kind(i, j) == Kind::Open);
-            let first_best = found.or_else(|| (0..row.len()).find(|&j| live(j)));
-            for c in row.iter_mut() {
-                let distance = best - *c;
-                // Not a number, or infinitely far: last among the live blocks, before the dead ones.
-                *c = if distance < T::HIGHEST { distance } else { T::HIGHEST };
-            }
-            for &j in &dead {
-                row[j] = T::INFINITY;
-            }
-            if budget.forces_any() {
-                for (j, distance) in row.iter_mut().enumerate() {
-                    if budget.forces(i, j) && live(j) {
-                        *distance = T::NEG_INFINITY;
-                    }
-                }
-            }
-            if let Some(j) = first_best {
-                row[j] = T::NEG_INFINITY;
-            }
-            forced += row.iter().filter(|&&distance| distance == T::NEG_INFINITY).count();
         }
         forced
     }
 
     /// Sets the bits of the `number` smallest distances, which is at least 1; ties in order of `(i, j)`.
     fn take_smallest(&self, number: usize, bits: &mut [u8]) {
+        let mut candidates = self.collect(self.sampled_bound(number));
+        if candidates.len() < number {
+            candidates = self.collect(T::INFINITY);
+        }
+        let mut distances: Vec<T> = candidates.iter().map(|&(distance, _)| distance).collect();
+        let (smaller, &mut bound, _) = distances.select_nth_unstable_by(number - 1, T::total_cmp);
+        let mut ties = number - smaller.iter().filter(|distance| distance.total_cmp(&bound).is_lt()).count();
         let row_bytes = Plan::row_bytes(self.columns);
-        let (bound, mut ties) = self.bound_of_smallest(number);
-        for (i, bits) in bits.chunks_mut(row_bytes).enumerate() {
-            for (j, distance) in self.row(i).iter().enumerate() {
-                let order = distance.total_cmp(&bound);
-                if order.is_lt() || (order.is_eq() && ties > 0) {
-                    ties -= usize::from(order.is_eq());
-                    bits[j / 8] |= 1 << (j % 8);
-                }
+        for (distance, (i, j)) in candidates {
+            let order = distance.total_cmp(&bound);
+            if order.is_lt() || (order.is_eq() && ties > 0) {
+                ties -= usize::from(order.is_eq());
+                bits[i as usize * row_bytes + j as usize / 8] |= 1 << (j % 8);
             }
         }
-    }
-
-    /// The `number`-th smallest distance, and how many equal to it are among the `number` smallest.
-    fn bound_of_smallest(&self, number: usize) -> (T, usize) {
-        let guess = self.sampled_bound(number);
-        let mut candidates = self.collect(|distance| distance <= guess);
-        if candidates.len() < number {
-            candidates = self.collect(|_| true);
-        }
-        let (smaller, &mut bound, _) = candidates.select_nth_unstable_by(number - 1, T::total_cmp);
-        let below = smaller.iter().filter(|distance| distance.total_cmp(&bound).is_lt()).count();
-        (bound, number - below)
     }
 
     /// A bound that probably has between one and a few times `number` distances below it.
@@ -276,8 +287,21 @@ impl<T: Scalar> Distances<T> {
         *sample.select_nth_unstable_by(position, T::total_cmp).1
     }
 
-    fn collect(&self, wanted: impl Fn(T) -> bool) -> Vec<T> {
-        (0..self.rows).flat_map(|i| self.row(i).iter().copied().filter(|&distance| wanted(distance))).collect()
+    /// The distances up to a bound and their places `(i, j)`, in order of those.
+    fn collect(&self, bound: T) -> Vec<(T, (u32, u32))> {
+        const AT_ONCE: usize = 16;
+        let number = |index: usize| u32::try_from(index).expect("fewer than 2^32 blocks");
+        let mut found = Vec::new();
+        for i in 0..self.rows {
+            for (chunk, distances) in self.row(i).chunks(AT_ONCE).enumerate() {
+                // Most chunks have none: this much is vectors.
+                if distances.iter().fold(false, |any, &distance| any | (distance <= bound)) {
+                    let places = (chunk * AT_ONCE..).zip(distances).filter(|&(_, &distance)| distance <= bound);
+                    found.extend(places.map(|(j, &distance)| (distance, (number(i), number(j)))));
+                }
+            }
+        }
+        found
     }
 
     fn row(&self, i: usize) -> &[T] {

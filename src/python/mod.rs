@@ -172,12 +172,11 @@ fn forward_py(
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
                 // What the caller does not want is computed all the same, in memory of our own.
                 let (mut own_bits, mut own_lse) = (Vec::new(), Vec::new());
-                let bits = match &plan_out {
-                    Some(plan_out) => plan_out.contiguous_mut::<u8>("plan_out")?,
-                    None => {
-                        own_bits.resize(Plan::bytes(&problem), 0);
-                        &mut own_bits
-                    }
+                let bits = if let Some(plan_out) = &plan_out {
+                    plan_out.contiguous_mut::<u8>("plan_out")?
+                } else {
+                    own_bits.resize(Plan::bytes(&problem), 0);
+                    &mut own_bits
                 };
                 let mut out = out.tensor_mut::<E>("out")?;
                 let mut lse = match &lse {

@@ -22,7 +22,7 @@ use super::lists::BlockLists;
 use super::pooled::Means;
 use super::problem::{CausalProblem, Sight};
 use crate::error::Result;
-use crate::kernels::{AllFinite, Matrix};
+use crate::kernels::{AllFinite, Matrix, Stream};
 use crate::mra::backward::{Gradients, QueryTerms, Saved, finish, one_pass, query_terms};
 use crate::mra::coarse::{for_strips, weigh};
 use crate::mra::forward::Inputs;
@@ -378,7 +378,7 @@ impl<E: Element> Pass<'_, '_, E> {
                     continue;
                 }
                 let numbers = &numbers[queries];
-                tile.start(rows, numbers);
+                tile.start(rows, numbers, Stream::Coarse, (range.head, range.tokens.start));
                 for_strips(visible.len(), STRIP_BLOCKS, |part| {
                     let part = visible.start + part.start..visible.start + part.end;
                     let (keys, values) = (matrix(&keys, part.clone()), matrix(&values, part.clone()));
@@ -425,7 +425,7 @@ impl<E: Element> Pass<'_, '_, E> {
         for_meetings(lists, block, sights, numbers.start, numbers.len(), |meeting| {
             let mut meet = |meeting: &Meeting<'_>| {
                 let (keys, values) = (part.keys.row_range(0..meeting.keys), part.values.row_range(0..meeting.keys));
-                tile.start(rows, meeting.queries);
+                tile.start(rows, meeting.queries, Stream::Exact, (range.head, range.tokens.start));
                 let (sums, dq) = (sums.as_deref_mut(), dq.as_deref_mut());
                 tile.add(rows, meeting.queries, keys, values, numbers.start, sums, dq, |logits, columns| {
                     meeting.hide(logits, columns, sights, numbers.start);

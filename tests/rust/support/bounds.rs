@@ -14,7 +14,7 @@
 //! ```
 
 use mra_attention::reference::{Attention, Saved};
-use ndarray::{Array4, ArrayView4};
+use ndarray::{Array3, Array4, ArrayView4};
 
 use super::{Case, Data, Number, Rounded};
 
@@ -37,6 +37,29 @@ pub(crate) struct Bounds {
     pub(crate) value: f64,
 }
 
+/// What the bounds follow from.
+pub(crate) struct Magnitudes<'a> {
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) block_size: usize,
+    pub(crate) keys: usize,
+    /// Queries that share a key.
+    pub(crate) queries: usize,
+    pub(crate) scale: f64,
+    /// The largest bias.
+    pub(crate) bias: f64,
+    /// Steps of the running softmax.
+    pub(crate) steps: f64,
+    pub(crate) query: &'a Array4<f64>,
+    pub(crate) key: &'a Array4<f64>,
+    pub(crate) value: &'a Array4<f64>,
+    pub(crate) grad_out: &'a Array4<f64>,
+    pub(crate) grad_lse: Option<&'a Array3<f64>>,
+    pub(crate) out: ArrayView4<'a, f64>,
+    /// The largest sum of the weights of a key.
+    pub(crate) column: f64,
+}
+
 impl Bounds {
     pub(crate) fn new<E: Number>(
         case: &Case,
@@ -45,26 +68,50 @@ impl Bounds {
         plan: ArrayView4<'_, bool>,
         saved: &Saved<'_>,
     ) -> Self {
-        let u = E::Compute::ROUNDOFF;
-        let [d, dv, b, n, queries] =
-            [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
-                .map(|count| count.max(1) as f64);
-        let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
+        let (d, n) = (case.head_dim.max(1) as f64, case.key_len.max(1) as f64);
         let bias = data.bias.as_ref().map_or(0.0, largest);
-        let logit = scale * norm(&data.query) * norm(&data.key) + b.ln() + bias;
         // Two steps that follow each other take more keys than fit into one; so does the coarse level with pooled keys.
         let steps = 2.0 * (2.0 * n / STRIP + 2.0);
-        let weight = (d + 2.0 * b + 8.0) * u * logit + steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
-        let grad_lse = data.grad_lse.iter().flatten().copied().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
-        let product = norm(&data.grad_out) * (norm(&data.value) + finite_norm(saved.out)) + grad_lse;
+        Self::of::<E>(&Magnitudes {
+            head_dim: case.head_dim,
+            value_dim: case.value_dim,
+            block_size: case.block_size,
+            keys: case.key_len,
+            queries: case.query_len * case.group,
+            scale: case.scale.unwrap_or(1.0 / d.sqrt()),
+            bias,
+            steps,
+            query: &data.query,
+            key: &data.key,
+            value: &data.value,
+            grad_out: &data.grad_out,
+            grad_lse: data.grad_lse.as_ref(),
+            out: saved.out,
+            column: largest_column(case, attention, plan, saved),
+        })
+    }
+
+    /// The bounds for inputs of these sizes.
+    pub(crate) fn of<E: Number>(magnitudes: &Magnitudes<'_>) -> Self {
+        let u = E::Compute::ROUNDOFF;
+        let Magnitudes { query, key, value, grad_out, .. } = *magnitudes;
+        let [d, dv, b, n, queries] =
+            [magnitudes.head_dim, magnitudes.value_dim, magnitudes.block_size, magnitudes.keys, magnitudes.queries]
+                .map(|count| count.max(1) as f64);
+        let scale = magnitudes.scale.abs();
+        let logit = scale * norm(query) * norm(key) + b.ln() + magnitudes.bias;
+        let weight = (d + 2.0 * b + 8.0) * u * logit + magnitudes.steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
+        let grad_lse =
+            magnitudes.grad_lse.into_iter().flatten().copied().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
+        let product = norm(grad_out) * (norm(value) + finite_norm(magnitudes.out)) + grad_lse;
         let of_query = weight + (dv + n + b + 16.0) * u;
-        let of_key = (weight + (dv + queries + b + 16.0) * u) * largest_column(case, attention, plan, saved);
+        let of_key = (weight + (dv + queries + b + 16.0) * u) * magnitudes.column;
         let bounds = Self {
-            out: (2.0 * weight + (2.0 * n + b + 8.0) * u) * largest(&data.value),
+            out: (2.0 * weight + (2.0 * n + b + 8.0) * u) * largest(value),
             lse: weight + (n + 8.0) * u,
-            query: scale * product * largest(&data.key) * of_query,
-            key: scale * product * largest(&data.query) * of_key,
-            value: largest(&data.grad_out) * of_key,
+            query: scale * product * largest(key) * of_query,
+            key: scale * product * largest(query) * of_key,
+            value: largest(grad_out) * of_key,
         };
         if u < f32::ROUNDOFF { bounds.at_least(FLOAT64) } else { bounds }
     }
@@ -76,7 +123,7 @@ impl Bounds {
 }
 
 /// The largest number of valid tokens.
-fn largest(array: &Array4<f64>) -> f64 {
+pub(crate) fn largest(array: &Array4<f64>) -> f64 {
     array.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most))
 }
 

@@ -233,7 +233,12 @@ pub(crate) fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, se
 }
 
 /// Every element within `bound` of what is expected, and half a unit in the last place for the rounding to its type.
-fn assert_close<E: Rounded>(results: &Array4<E>, expected: ArrayView4<'_, f64>, bound: f64, context: impl Fn() -> String) {
+pub(crate) fn assert_close<E: Rounded>(
+    results: &Array4<E>,
+    expected: ArrayView4<'_, f64>,
+    bound: f64,
+    context: impl Fn() -> String,
+) {
     assert_eq!(results.dim(), expected.dim(), "{}", context());
     assert!(bound.is_finite(), "{}: no bound", context());
     for ((index, result), &expected) in results.indexed_iter().zip(expected) {

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod case;
+mod causal;
 mod compute;
 mod levels;
 mod number;
@@ -9,6 +10,9 @@ mod stored;
 
 pub(crate) use bounds::Bounds;
 pub(crate) use case::{Case, Data, Padding, Pairs};
+pub(crate) use causal::{
+    CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
+};
 pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
 pub(crate) use levels::{levels, levels_required};
 pub(crate) use number::{Number, Rounded};
