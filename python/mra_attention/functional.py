@@ -110,8 +110,8 @@ def scaled_dot_product_attention(
         `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
         take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
         is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
-        the average of its biases. So a mask never makes a result wrong, only slower.
-        Or a causal bias, `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
+        the average of its biases. So a mask never makes a result wrong, only slower. Or a causal bias,
+        `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
         The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
         pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
@@ -336,7 +336,7 @@ def plan(
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask : Tensor, optional
-        bool, or an additive bias: blocks that it cuts are in the plan beside those of the budget. Or a causal bias.
+        bool, an additive bias, or a causal bias. Blocks that a mask cuts are in the plan beside those of the budget.
     is_causal : bool, default False
         Whether the plan is one of causal attention.
     scale : float, optional
