@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_inputs
-from mra_attention import scaled_dot_product_attention, varlen_attention
+from mra_attention import plan, scaled_dot_product_attention, varlen_attention
 from ops_cases import OPS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
@@ -433,6 +433,11 @@ NESTED_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "num_blocks": ({"is_causal": True, "num_blocks": 3}, ValueError, "num_blocks=3 cannot be used in causal"),
 }
+
+
+def test_plan_refuses_nested_tensors():
+    with pytest.raises(NotImplementedError, match="query is a nested tensor, which is not supported here"):
+        plan(JAGGED, JAGGED)
 
 
 @pytest.mark.parametrize("name", NESTED_REFUSED)
