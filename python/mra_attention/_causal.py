@@ -51,7 +51,12 @@ def offset(attn_mask: Any, query_length: int, key_length: int) -> int:
     """Return the position of the first query among the keys."""
     if attn_mask is None:
         return 0
-    made_for = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+    made_for = (getattr(attn_mask, "seq_len_q", None), getattr(attn_mask, "seq_len_kv", None))
+    if made_for[0] is None:  # indexing and copying give a CausalBias that does not say what it is
+        raise TypeError(
+            "attn_mask is a CausalBias that has lost its lengths, as the result of an operation on one; pass what "
+            "causal_upper_left or causal_lower_right returned"
+        )
     if made_for != (query_length, key_length):
         raise ValueError(
             f"attn_mask is a CausalBias for (query length, key length) = {made_for}, but query and key have "

@@ -201,3 +201,35 @@ def random_mask(batch: int, length: int, *, seed: int, keep: float = 0.7) -> Ten
 def everything(block_size: int = 32, **more: Any) -> Settings:
     """Settings with which every live block is selected."""
     return Settings(block_size=block_size, blocks_per_row=1e9, **more)
+
+
+def kept_weights(
+    shape: tuple[int, ...],
+    selected: Tensor,
+    settings: Settings,
+    p: float,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Which weights of tokens `(B, H, Lq, Lk)` and of blocks `(B, H, nq, nk)` are kept by the call after this seed.
+
+    Read off the package: with values that are the columns of an identity, every weight is an element of the output, and
+    the kept ones are those that are not 0. Weights whose block is computed the other way are True.
+    """
+    batch, heads, rows, columns, _ = shape
+    block = settings.block_size
+    words = torch.nn.functional.pad(selected, (0, -selected.shape[3] % 8)).unflatten(-1, (-1, 8))
+    bits = (words.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    plan = mra_attention.Plan(bits, rows, columns, block)
+    torch.manual_seed(seed)
+    out = mra_attention.scaled_dot_product_attention(
+        torch.zeros(batch, heads, rows, 1, dtype=dtype),
+        torch.zeros(batch, heads, columns, 1, dtype=dtype),
+        torch.eye(columns, dtype=dtype).expand(batch, heads, columns, columns),
+        dropout_p=p,
+        resolutions=(block, 1),
+        plan=plan,
+    )
+    kept = out != 0
+    exact = selected.repeat_interleave(block, 2)[:, :, :rows].repeat_interleave(block, 3)[..., :columns]
+    return kept | ~exact, kept[:, :, ::block, ::block] | selected

@@ -14,7 +14,7 @@ import mra_attention
 import oracle
 import pytest
 import torch
-from helpers import random_inputs
+from helpers import kept_weights, random_inputs
 from mra_attention import scaled_dot_product_attention
 from oracle import Settings
 from torch import Tensor
@@ -23,37 +23,6 @@ from torch.utils.checkpoint import checkpoint
 BLOCK = 8
 SHAPE = (2, 4, 43, 51, 6)  # (B, H, Lq, Lk, D)
 SETTINGS: dict[str, Any] = {"resolutions": (BLOCK, 1), "blocks_per_row": 1.5}
-
-
-def _kept(
-    shape: tuple[int, ...],
-    selected: Tensor,
-    settings: Settings,
-    p: float,
-    seed: int,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Which weights of tokens `(B, H, Lq, Lk)` and of blocks `(B, H, nq, nk)` are kept by the call after this seed.
-
-    Weights whose block is computed the other way are True.
-    """
-    batch, heads, rows, columns, _ = shape
-    block = settings.block_size
-    words = torch.nn.functional.pad(selected, (0, -selected.shape[3] % 8)).unflatten(-1, (-1, 8))
-    bits = (words.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
-    plan = mra_attention.Plan(bits, rows, columns, block)
-    torch.manual_seed(seed)
-    out = scaled_dot_product_attention(
-        torch.zeros(batch, heads, rows, 1, dtype=dtype),
-        torch.zeros(batch, heads, columns, 1, dtype=dtype),
-        torch.eye(columns, dtype=dtype).expand(batch, heads, columns, columns),
-        dropout_p=p,
-        resolutions=(block, 1),
-        plan=plan,
-    )
-    kept = out != 0
-    exact = selected.repeat_interleave(block, 2)[:, :, :rows].repeat_interleave(block, 3)[..., :columns]
-    return kept | ~exact, kept[:, :, ::block, ::block] | selected
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -75,7 +44,7 @@ def test_matches_the_formulas(p: float, mode: str, bias: str) -> None:
         query_mask=helpers.random_mask(2, 43, seed=2),
     )
     selected = helpers.block_mask(query, key, settings)
-    keep = _kept(SHAPE, selected, settings, p, seed=7)
+    keep = kept_weights(SHAPE, selected, settings, p, seed=7)
     torch.manual_seed(7)
     actual = helpers.run_package(query, key, value, settings, grad_out, grad_lse, dropout_p=p)
     scaled = tuple(part.double() / (1 - p) for part in keep)
@@ -87,7 +56,7 @@ def test_matches_the_formulas(p: float, mode: str, bias: str) -> None:
 def test_the_rate_of_tokens_and_of_blocks(p: float) -> None:
     shape = (2, 2, 512, 512, 1)
     selected = torch.rand(2, 2, 64, 64, generator=torch.Generator().manual_seed(1)) < 0.5
-    exact, coarse = _kept(shape, selected, Settings(block_size=BLOCK), p, seed=1)
+    exact, coarse = kept_weights(shape, selected, Settings(block_size=BLOCK), p, seed=1)
     tokens = selected.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
     for kept, decided in ((exact, tokens), (coarse, ~selected)):
         total, dropped = int(decided.sum()), int((~kept).sum())
@@ -104,23 +73,23 @@ def test_the_rate_of_tokens_and_of_blocks(p: float) -> None:
 def test_what_is_dropped_depends_on_nothing_but_the_seed_and_the_place() -> None:
     selected = torch.rand(2, 4, 6, 7, generator=torch.Generator().manual_seed(1)) < 0.5
     settings = Settings(block_size=BLOCK)
-    first = _kept(SHAPE, selected, settings, 0.4, seed=1)
+    first = kept_weights(SHAPE, selected, settings, 0.4, seed=1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert all(
-            torch.equal(*pair) for pair in zip(first, _kept(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
+            torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
         )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert all(torch.equal(*pair) for pair in zip(first, _kept(SHAPE, selected, settings, 0.4, 1), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1), strict=True))
     finally:
         torch.set_num_threads(before)
     # A block that is exact here and coarse there: the others keep their decisions.
     fewer = selected.clone()
     fewer[:, :, 2] = False
-    other = _kept(SHAPE, fewer, settings, 0.4, seed=1)
+    other = kept_weights(SHAPE, fewer, settings, 0.4, seed=1)
     assert torch.equal(first[0][:, :, :16], other[0][:, :, :16])
-    assert not torch.equal(first[0], _kept(SHAPE, selected, settings, 0.4, seed=2)[0])
+    assert not torch.equal(first[0], kept_weights(SHAPE, selected, settings, 0.4, seed=2)[0])
 
 
 def test_the_mean_over_seeds_is_the_result_without_dropout() -> None:

@@ -18,3 +18,4 @@ mod reference;
 mod selection;
 mod support;
 mod threads;
+mod tiny;

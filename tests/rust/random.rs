@@ -1,10 +1,12 @@
 //! Random shapes, masks and budgets against the formulas.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Mode};
+use mra_attention::{Budget, CausalBudget, Mode};
 use proptest::prelude::*;
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels, select};
+use crate::support::{
+    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels, select,
+};
 
 /// `PROPTEST_CASES` in the environment, or few enough for every day.
 fn config() -> ProptestConfig {
@@ -71,6 +73,44 @@ prop_compose! {
     }
 }
 
+/// Positions before the first key, among the keys and behind the last one, and lengths of which some are 0.
+fn placed(case: CausalCase) -> impl Strategy<Value = CausalCase> {
+    let most = i64::try_from(case.key_len).expect("a short sequence");
+    let offset = prop_oneof![2 => Just(0), 1 => Just(most - 1), 3 => -60..=most + 40];
+    let key_length = prop_oneof![1 => Just(case.key_len), 1 => 0..=case.key_len];
+    let placed = (proptest::collection::vec(offset, case.batch), proptest::collection::vec(key_length, case.batch));
+    placed.prop_map(move |(offsets, key_lengths)| CausalCase { offsets, key_lengths, ..case.clone() })
+}
+
+prop_compose! {
+    fn causal_case()(
+        (batch, kv_heads, group) in (length(2), length(2), 1..4usize),
+        (query_len, key_len) in (length(90), length(140)),
+        (head_dim, value_dim) in (1..40usize, length(40)),
+        block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
+        mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
+        (blocks, local_blocks, first_blocks) in (1..9usize, 1..4usize, 0..3usize),
+        scale in prop_oneof![2 => Just(None), 1 => (-0.7..0.7).prop_map(Some), 1 => Just(Some(8.0))],
+        grad_lse in any::<bool>(),
+        seed in any::<u64>(),
+    )(
+        case in placed(CausalCase {
+            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, offsets: vec![], key_lengths: vec![],
+            budget: CausalBudget { blocks, local_blocks, first_blocks }, scale, grad_lse, seed,
+        })
+    ) -> CausalCase {
+        case
+    }
+}
+
+fn check_causal_type<E: Number>(case: &CausalCase, threads: usize, layout: Layout) {
+    let data = case.data::<E>();
+    let expected = CausalExpected::new::<E>(case, &data);
+    for level in levels() {
+        check_causal::<E>(case, &data, &expected, Setup { level, threads, layout });
+    }
+}
+
 fn check_type<E: Number>(case: &Case, threads: usize, layout: Layout) {
     let data = case.data::<E>();
     let expected = Expected::new::<E>(case, &data);
@@ -89,6 +129,15 @@ proptest! {
         check_type::<f32>(&case, threads, layout);
         check_type::<bf16>(&case, threads, layout);
         check_type::<f16>(&case, threads, layout);
+    }
+
+    #[test]
+    fn causal(case in causal_case(), threads in 1..4usize, strided in any::<bool>()) {
+        let layout = if strided { Layout::TokensFirst } else { Layout::Contiguous };
+        check_causal_type::<f64>(&case, threads, layout);
+        check_causal_type::<f32>(&case, threads, layout);
+        check_causal_type::<bf16>(&case, threads, layout);
+        check_causal_type::<f16>(&case, threads, layout);
     }
 
     #[test]

@@ -1,0 +1,305 @@
+"""A walk through the arguments of torch's attention: dtype, mask, causality, groups, layout, gradients.
+
+At full budget every combination gives torch's result, within the error that torch's own attention of that dtype makes
+(docs/definitions.md, section 6), or is refused with an error that says what is wrong. Nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close, assert_within_budget, summation_orders
+from mra_attention import KVCache, plan, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+
+BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, DIM, VALUE_DIM = 2, 4, 2, 41, 67, 12, 10
+BLOCK_SIZE = 16
+FULL = (BATCH, HEADS, QUERIES, KEYS)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def _bool(*shape: int) -> Tensor:
+    """True for two thirds; every query sees the first key."""
+    mask = _random(*shape) > -0.4
+    mask[..., 0] = True
+    return mask
+
+
+# Each mask is made for the dtype of the inputs, in four dimensions; inputs of fewer dimensions take that many of it.
+MASKS: dict[str, Callable[[torch.dtype], Tensor | None]] = {
+    "none": lambda _: None,
+    "key padding": lambda _: _bool(BATCH, 1, 1, KEYS),
+    "bool, two dimensions": lambda _: _bool(QUERIES, KEYS),
+    "bool, three dimensions": lambda _: _bool(HEADS, QUERIES, KEYS),
+    "bool, each item": lambda _: _bool(BATCH, 1, QUERIES, KEYS),
+    "bool, each head": lambda _: _bool(BATCH, HEADS, QUERIES, KEYS),
+    "bias": lambda dtype: _random(BATCH, HEADS, QUERIES, KEYS).to(dtype),
+    "bias, two dimensions": lambda dtype: _random(QUERIES, KEYS).to(dtype),
+    "bias of keys": lambda dtype: _random(BATCH, 1, 1, KEYS).to(dtype),
+    "bias of float32": lambda _: _random(BATCH, 1, QUERIES, KEYS).float(),
+    "bias of float16": lambda _: _random(BATCH, 1, QUERIES, KEYS).half(),
+    "bias with -inf": lambda dtype: _random(QUERIES, KEYS).to(dtype).masked_fill(~_bool(QUERIES, KEYS), -math.inf),
+    "causal, upper left": lambda _: causal_upper_left(QUERIES, KEYS),
+    "causal, lower right": lambda _: causal_lower_right(QUERIES, KEYS),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "strided channels": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "three dimensions": lambda x: x[0],
+    "two dimensions": lambda x: x[0, 0],
+}
+
+
+class Combination(NamedTuple):
+    mask: str
+    layout: str
+    dtype: torch.dtype
+    is_causal: bool
+    enable_gqa: bool
+    gradients: bool
+
+
+COMBINATIONS = [
+    Combination(*values)
+    for values in itertools.product(MASKS, LAYOUTS, DTYPES, (False, True), (False, True), (False, True))
+]
+
+
+def inputs_of(case: Combination) -> tuple[list[Tensor], Tensor]:
+    """query, key, value and the gradient of the output."""
+    generator = torch.Generator().manual_seed(3)
+    key_heads = KEY_HEADS if case.enable_gqa else HEADS
+    sizes = [(HEADS, QUERIES, DIM), (key_heads, KEYS, DIM), (key_heads, KEYS, VALUE_DIM), (HEADS, QUERIES, VALUE_DIM)]
+    tensors = [torch.randn(BATCH, *size, generator=generator, dtype=torch.float64).to(case.dtype) for size in sizes]
+    query, key, value, grad_out = (LAYOUTS[case.layout](x) for x in tensors)
+    return [query, key, value], grad_out
+
+
+def mask_of(case: Combination, dimensions: int) -> Tensor | None:
+    mask = MASKS[case.mask](case.dtype)
+    while mask is not None and not isinstance(mask, CausalBias) and mask.dim() > dimensions:
+        mask = mask[0]
+    return mask
+
+
+def in_torch(inputs: list[Tensor], mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Torch's attention, with its heads repeated and its causal masks written out."""
+    query, key, value = inputs
+    if query.dim() > 2:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if isinstance(mask, CausalBias):
+        lower_right = mask.variant == causal_lower_right(1, 1).variant
+        mask = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(KEYS - QUERIES if lower_right else 0)
+    if mask is not None and query.dtype == torch.float64 and mask.is_floating_point():
+        mask = mask.double()
+    return torch_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], grad_out: Tensor, gradients: bool) -> list[Tensor]:
+    if not gradients:
+        with torch.no_grad():
+            return [function(inputs)]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def comparisons(case: Combination, inputs: list[Tensor], mask: Tensor | None, grad_out: Tensor) -> list[list[Tensor]]:
+    """What torch's attention of the same dtype gives, for several orders of the features."""
+    found = []
+    for order in summation_orders(DIM):
+        permuted = [inputs[0][..., order], inputs[1][..., order], inputs[2]]
+        out, *grads = results(lambda x: in_torch(x, mask, case.is_causal), permuted, grad_out, case.gradients)
+        grads[:2] = [grad[..., order.argsort()] for grad in grads[:2]]
+        found.append([out, *grads])
+    return found
+
+
+def refusal(case: Combination) -> tuple[type[Exception], str] | None:
+    """The error that a combination has to raise."""
+    if case.is_causal and case.mask != "none":
+        return ValueError, r"is_causal=True cannot be used together with (an )?attn_mask"
+    if case.mask == "bias of float16" and case.dtype != torch.float16:
+        return (
+            TypeError,
+            rf"attn_mask must be a bool tensor .* or of the dtype of query, {case.dtype}; got torch.float16",
+        )
+    return None
+
+
+def check(case: Combination) -> None:
+    inputs, grad_out = inputs_of(case)
+    mask = mask_of(case, inputs[0].dim())
+    causal = case.is_causal or isinstance(mask, CausalBias)
+    keywords: dict[str, Any] = {"blocks_per_row": 2.0**20} if causal else {"num_blocks": 2**40}
+    keywords |= {"attn_mask": mask, "is_causal": case.is_causal, "enable_gqa": case.enable_gqa}
+
+    def ours(x: list[Tensor]) -> Tensor:
+        return scaled_dot_product_attention(*x, resolutions=(BLOCK_SIZE, 1), **keywords)
+
+    refused = refusal(case)
+    if refused is not None:
+        with pytest.raises(refused[0], match=refused[1]):
+            results(ours, inputs, grad_out, case.gradients)
+        return
+    actual = results(ours, inputs, grad_out, case.gradients)
+    truth = [x.double() for x in inputs]
+    expected = results(lambda x: in_torch(x, mask, case.is_causal), truth, grad_out.double(), case.gradients)
+    others = [] if case.dtype == torch.float64 else comparisons(case, inputs, mask, grad_out)
+    for index, name in enumerate(("out", "dq", "dk", "dv")[: len(actual)]):
+        assert actual[index].dtype == case.dtype
+        if case.dtype == torch.float64:
+            assert_close(actual[index], expected[index], name)
+        else:
+            factor = GRADIENT_FACTOR if index else OUTPUT_FACTOR
+            assert_within_budget(
+                actual[index], expected[index], [x[index] for x in others], name, factor=factor, block_size=BLOCK_SIZE
+            )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_agrees_with_torch_or_is_refused(mask: str, layout: str) -> None:
+    cases = [case for case in COMBINATIONS if case.mask == mask and case.layout == layout]
+    assert len(cases) == 32
+    for case in cases:
+        check(case)
+
+
+def test_the_walk_is_complete() -> None:
+    assert len(set(COMBINATIONS)) == 14 * 6 * 4 * 2 * 2 * 2 == 2688
+    equal = [case for case in COMBINATIONS if refusal(case) is None]
+    assert len(equal) == (14 + 1) * 6 * 4 * 2 * 2 - 6 * 3 * 2 * 2 == 1368
+
+
+# Nothing is ignored
+
+QUERY, KEY, VALUE = (_random(2, HEADS, 100, 8), _random(2, HEADS, 90, 8).flip(2), _random(2, HEADS, 90, 8).flip(3))
+BASE: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 2.0}
+GROUPED = {"key": KEY[:, :2], "value": VALUE[:, :2]}
+# name: a value that is not the default, and what the call without it has already
+UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
+    "attn_mask": (torch.arange(90) < 50, {}),
+    "dropout_p": (0.5, {}),
+    "is_causal": (True, {}),
+    "scale": (0.9, {}),
+    "enable_gqa": (True, GROUPED),
+    "resolutions": ((16, 1), {}),
+    "blocks_per_row": (3.0, {}),
+    "num_blocks": (40, {}),
+    "mode": ("sparse", {}),
+    "first_blocks": (1, {}),
+    "diagonal_blocks": (3, {}),
+    "local_blocks": (2, {}),
+    "query_padding_mask": (torch.arange(100) < 50, {}),
+    "plan": (plan(QUERY, KEY, resolutions=(8, 1), blocks_per_row=3), {"blocks_per_row": 4.0}),
+    "return_lse": (True, {}),
+}
+CAUSAL_UNUSUAL = {
+    **{name: (value, {"is_causal": True} | base) for name, (value, base) in UNUSUAL.items()},
+    "is_causal": (False, {"is_causal": True}),
+    "plan": (
+        plan(QUERY, KEY, is_causal=True, resolutions=(8, 1), blocks_per_row=3),
+        {"is_causal": True, "blocks_per_row": 4.0},
+    ),
+}
+# What only one of the two forms has is refused by the other.
+REFUSED_BESIDE = {"local_blocks": "local_blocks=2"}
+CAUSAL_REFUSED = {
+    "attn_mask": "is_causal=True cannot be used together with attn_mask",
+    "num_blocks": "num_blocks=40",
+    "diagonal_blocks": "diagonal_blocks=3",
+    "query_padding_mask": "query_padding_mask=a mask",
+}
+
+
+def outcome(arguments: dict[str, Any]) -> Any:
+    """The result, or the error."""
+    torch.manual_seed(0)
+    try:
+        return scaled_dot_product_attention(**({"query": QUERY, "key": KEY, "value": VALUE} | BASE | arguments))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return error
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_every_argument_counts(name: str, causal: bool) -> None:
+    value, before = (CAUSAL_UNUSUAL if causal else UNUSUAL)[name]
+    usual, unusual = outcome(before), outcome(before | {name: value})
+    refused = (CAUSAL_REFUSED if causal else REFUSED_BESIDE).get(name)
+    if refused is not None:
+        assert isinstance(unusual, ValueError)
+        assert refused in str(unusual)
+    elif name == "enable_gqa":
+        assert isinstance(usual, ValueError)
+        assert unusual.shape == usual_shape()
+    elif name == "return_lse":
+        assert isinstance(unusual, tuple)
+        assert torch.equal(unusual[0], usual)
+    elif name == "dropout_p" and isinstance(unusual, Exception):
+        assert causal
+        assert "dropout_p: 0.5, expected 0" in str(unusual)
+    else:
+        assert unusual.shape == usual.shape
+        assert unusual.isfinite().all()
+        assert not torch.allclose(usual, unusual)
+
+
+def usual_shape() -> tuple[int, ...]:
+    return (*QUERY.shape[:3], VALUE.shape[3])
+
+
+@pytest.mark.parametrize(
+    "change", [Tensor.clone, Tensor.detach, lambda bias: bias[0]], ids=["clone", "detach", "index"]
+)
+def test_a_causal_bias_that_is_none_any_more(change: Callable[[Tensor], Tensor]) -> None:
+    for make in (causal_upper_left, causal_lower_right):
+        with pytest.raises(TypeError, match=r"attn_mask is a CausalBias that has lost its lengths.*causal_lower_right"):
+            scaled_dot_product_attention(QUERY, QUERY, QUERY, attn_mask=change(make(100, 100)))
+
+
+def test_every_argument_was_tried() -> None:
+    parameters = list(inspect.signature(scaled_dot_product_attention).parameters)
+    assert parameters == ["query", "key", "value", *UNUSUAL]
+
+
+@pytest.mark.parametrize("function", [scaled_dot_product_attention, plan], ids=lambda f: f.__name__)
+def test_every_argument_is_checked(function: Callable[..., Any]) -> None:
+    """An object of no use is refused for every parameter, by the parameter's name."""
+    for name in inspect.signature(function).parameters:
+        arguments: dict[str, Any] = {"query": QUERY, "key": KEY, "value": VALUE}
+        if function is plan:
+            del arguments["value"]
+        with pytest.raises(TypeError, match=rf"^{name} must"):
+            function(**(arguments | {name: object()}))
+
+
+def test_every_argument_of_the_cache_is_checked() -> None:
+    cache = KVCache(2, HEADS, 8, dtype=torch.float64)
+    calls: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (KVCache, {"batch_size": 2, "num_kv_heads": 4, "head_dim": 8}),
+        (cache.append, {"key": KEY, "value": VALUE}),
+        (cache.attend, {"query": QUERY}),
+        (cache.reorder, {"indices": [0, 1]}),
+        (cache.crop, {"lengths": 1}),
+    ]
+    for function, arguments in calls:
+        for name in inspect.signature(function).parameters:
+            with pytest.raises(TypeError, match=rf"^{name} must"):
+                function(**(arguments | {name: object()}))
+    assert cache.lengths == (0, 0)
