@@ -1,4 +1,4 @@
-"""Every instruction set of this CPU computes right results in a process of its own, and a required one must be there."""
+"""Every instruction set of this CPU computes right results, and one that is required must be there."""
 
 from __future__ import annotations
 
