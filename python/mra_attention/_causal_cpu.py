@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._descriptors import Descriptor, describe, describe_optional, rows
+from ._descriptors import Descriptor, describe, describe_optional, rows, seed_number
 from ._outputs import empty_causal_outputs, empty_grads, empty_like_query
 
 
@@ -51,7 +51,7 @@ def causal_forward(
         local_blocks=local_blocks,
         first_blocks=first_blocks,
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed),
+        seed=seed_number(seed),
         threads=torch.get_num_threads(),
     )
     return out, lse, plan_out
@@ -144,7 +144,7 @@ def causal_backward(
         local_blocks=local_blocks,
         first_blocks=first_blocks,
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed),
+        seed=seed_number(seed),
         threads=torch.get_num_threads(),
     )
     return grads

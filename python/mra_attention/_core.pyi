@@ -1,7 +1,8 @@
 """The native module: pointers, shapes and strides in, results written in place.
 
 It validates everything that it is given again and raises ValueError (TypeError for a wrong Python type); the
-interpreter lock is released while it computes. Only `mra_attention._cpu` calls the functions that take descriptors.
+interpreter lock is released while it computes. Only `mra_attention._cpu`, `_causal_cpu` and `_varlen_cpu` call the
+functions that take descriptors.
 """
 
 from collections.abc import Sequence

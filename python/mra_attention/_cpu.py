@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._descriptors import Descriptor
+from ._descriptors import Descriptor, seed_number
 from ._descriptors import describe as _describe
 from ._descriptors import describe_optional as _describe_optional
 from ._descriptors import rows as _rows
 from ._outputs import empty_grads, empty_out, empty_outputs, empty_plan
-
-_UINT64 = 2**64 - 1
 
 
 def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Descriptor | None:
@@ -117,7 +115,7 @@ def _forward_into(
         block_size=block_size,
         sparse=sparse,
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed.item()) & _UINT64,
+        seed=seed_number(seed),
         blocks_per_row=blocks_per_row,
         num_blocks=num_blocks,
         first_blocks=first_blocks,
@@ -169,7 +167,7 @@ def backward(
         block_size=block_size,
         sparse=sparse,
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed.item()) & _UINT64,
+        seed=seed_number(seed),
         threads=torch.get_num_threads(),
     )
     return grads

@@ -40,3 +40,8 @@ def describe(tensor: Tensor) -> Descriptor:
 def describe_optional(tensor: Tensor | None) -> Descriptor | None:
     """Return what the native module reads of an argument that may be left out."""
     return None if tensor is None else describe(tensor)
+
+
+def seed_number(seed: Tensor | None) -> int:
+    """Return the seed of dropout as the native module takes it, from 0 to 2**64 - 1."""
+    return 0 if seed is None else int(seed.item()) % 2**64

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._descriptors import Descriptor, describe, rows
+from ._descriptors import Descriptor, describe, rows, seed_number
 from ._outputs import budget_of_a_token, causal_plan_width, empty_packed_grads, empty_packed_outputs
 
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -77,7 +77,7 @@ def _sequences(
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must be of equal length, got {len(queries)} and {len(keys)} boundaries"
         )
-    heads, first, place = query.shape[1], 0 if seed is None else int(seed.item()), 0
+    heads, first, place = query.shape[1], seed_number(seed), 0
     both = zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
     for index, (of_queries, of_keys) in enumerate(both):
         length, key_length = of_queries[1] - of_queries[0], of_keys[1] - of_keys[0]
@@ -94,10 +94,6 @@ def _sequences(
             offset = key_length - length if lower_right else 0
             yield _Sequence(of_queries, of_keys, plan, offset, mixed)
         place += count
-
-
-def _signed(seed: int) -> int:
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def varlen_forward(
@@ -147,7 +143,7 @@ def varlen_forward(
                 local_blocks=local_blocks,
                 first_blocks=first_blocks,
                 dropout_p=dropout_p,
-                seed=_signed(at.seed),
+                seed=at.seed,
                 threads=threads,
             )
         else:
@@ -224,7 +220,7 @@ def varlen_backward(
                 local_blocks=local_blocks,
                 first_blocks=first_blocks,
                 dropout_p=dropout_p,
-                seed=_signed(at.seed),
+                seed=at.seed,
                 threads=threads,
             )
         else:

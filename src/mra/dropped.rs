@@ -30,6 +30,13 @@ impl Dropped {
         }
     }
 
+    /// Takes keys, or blocks of them, that follow each other.
+    pub(crate) fn set_keys(&mut self, first: usize, count: usize) {
+        self.keys.clear();
+        #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
+        self.keys.extend((first..first + count).map(|key| key as u32));
+    }
+
     /// Drops weights, one row of `columns` for each key.
     pub(crate) fn drop_weights<T: Scalar>(&self, level: Level, weights: &mut [T], columns: usize) {
         let weights = MatrixMut::new(weights, self.keys.len(), columns, columns);

@@ -17,20 +17,20 @@ struct Settings {
     block_size: usize,
     sparse: bool,
     dropout_p: f64,
+    seed: u64,
     threads: usize,
 }
 
 impl Settings {
     fn problem(&self, query: &Descriptor, key: &Descriptor) -> crate::Result<CausalProblem> {
-        if self.dropout_p != 0.0 {
-            return Err(Error::new(format!("dropout_p: {}, expected 0: there is no causal dropout", self.dropout_p)));
-        }
         let options = CausalOptions {
             block_size: self.block_size,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
             offsets: &self.offsets,
             key_lengths: self.key_lengths.as_deref(),
+            dropout: self.dropout_p,
+            seed: self.seed,
             threads: self.threads,
             level: Level::current()?,
         };
@@ -66,11 +66,10 @@ pub(super) fn causal_forward(
     local_blocks: usize,
     first_blocks: usize,
     dropout_p: f64,
-    seed: i64,
+    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let _ = seed;
-    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, threads };
+    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, seed, threads };
     let budget = CausalBudget { blocks, local_blocks, first_blocks };
     py.detach(|| {
         let reads = named([
@@ -135,12 +134,12 @@ pub(super) fn causal_backward(
     local_blocks: usize,
     first_blocks: usize,
     dropout_p: f64,
-    seed: i64,
+    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
     // The plan says what is exact, and so it stands for the numbers of blocks.
-    let _ = (local_blocks, first_blocks, seed);
-    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, threads };
+    let _ = (local_blocks, first_blocks);
+    let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, seed, threads };
     py.detach(|| {
         let reads = named([
             ("grad_out", Some(&grad_out)),

@@ -93,9 +93,17 @@ def select(query: Tensor, key: Tensor, settings: CausalSettings) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, settings: CausalSettings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    settings: CausalSettings,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp for a given selection: one softmax over keys of selected blocks and unselected blocks."""
+    """Output and log-sum-exp for a given selection: one softmax over keys of selected blocks and unselected blocks.
+
+    Dropout multiplies the weights of keys and of blocks by `keep`, (B, H, Lq, Lk + nk).
+    """
     g, heads, scale = _geometry(query, key, settings), query.shape[1], _scale(query, settings)
     key, value = _repeat(key, heads), _repeat(value, heads)
     own, position = g.own_block[:, None, :, None], g.position[:, None, :, None]
@@ -113,6 +121,8 @@ def attention(
     some = seen.any(-1)
     lse = torch.where(some[..., None], logits, 0.0).logsumexp(-1) if logits.shape[-1] else logits.sum(-1)
     weights = (logits - lse[..., None]).exp()
+    if keep is not None:
+        weights = weights * keep
     out = weights @ torch.cat([value, _means(value, g)], -2)
     return out, lse.masked_fill(~some, -math.inf)
 
@@ -125,10 +135,11 @@ def run(
     settings: CausalSettings,
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Result:
     """Output, log-sum-exp and gradients by autograd in float64, for a given selection."""
     leaves = [x.detach().double().requires_grad_() for x in (query, key, value)]
-    out, lse = attention(*leaves, selected, settings)
+    out, lse = attention(*leaves, selected, settings, keep)
     target = (out * grad_out.double()).sum()
     if grad_lse is not None:
         finite = lse > -math.inf

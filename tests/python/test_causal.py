@@ -239,6 +239,71 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, dim, length, mode):
     assert_same_bits(results[2], results[0])
 
 
+# Dropout
+
+
+def kept(chosen: CausalPlan, p: float, seed: int) -> Tensor:
+    """Which weights of keys and of blocks, (B, H, Lq, Lk + nk), are kept by the call after this seed.
+
+    Read off the package itself: with values that are the columns of an identity, every weight is an element of the
+    output. Weights that are not used are True.
+    """
+    batch, heads, query_length, _ = chosen.blocks.shape
+    length, size = chosen.key_length, chosen.block_size
+    torch.manual_seed(seed)
+    out = scaled_dot_product_attention(
+        torch.zeros(batch, heads, query_length, 1, dtype=torch.float64),
+        torch.zeros(batch, heads, length, 1, dtype=torch.float64),
+        torch.eye(length, dtype=torch.float64).expand(batch, heads, length, length),
+        is_causal=True,
+        dropout_p=p,
+        resolutions=(size, 1),
+        plan=chosen,
+    )
+    selected = chosen.block_mask()
+    exact = selected.repeat_interleave(size, -1)[..., :length] & torch.ones(query_length, length).tril().bool()
+    past = ~selected & (torch.arange(selected.shape[-1]) < torch.arange(query_length)[:, None] // size)
+    return torch.cat([(out != 0) | ~exact, (out != 0)[..., ::size] | ~past], -1)
+
+
+@by_mode
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_agrees_with_the_formulas(mode, p):
+    query, key, value, grad_out, grad_lse = random_inputs((2, 4, 75, 75, 6), key_heads=2, value_dim=5)
+    settings = CausalSettings(block_size=8, blocks=3, mode=mode)
+    chosen = plan(query, key, is_causal=True, enable_gqa=True, **settings.keywords())
+    keep = kept(chosen, p, seed=7)
+    torch.manual_seed(7)
+    actual = run((query, key, value), settings, grad_out, grad_lse, dropout_p=p)
+    cotangents = (grad_out, grad_lse, keep.double() / (1 - p))
+    expected = oracle_causal.run(query, key, value, chosen.block_mask(), settings, *cotangents)
+    assert_results_close(actual, expected)
+
+
+def test_the_rate_of_dropout():
+    query, key = torch.randn(2, 2, 4, 200, 4).unbind()
+    chosen, p = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=3), 0.3
+    keep = kept(chosen, p, seed=1)
+    used = kept(chosen, 1 - 2**-30, seed=1).logical_not()  # hardly anything is kept of what is used
+    for part in (slice(0, 200), slice(200, None)):
+        total, dropped = int(used[..., part].sum()), int((~keep[..., part]).sum())
+        assert total > 10000
+        assert abs(dropped - total * p) <= 5 * (total * p * (1 - p)) ** 0.5
+    assert not torch.equal(keep[0], keep[1])
+    assert not torch.equal(keep[0, 0], keep[0, 1])
+    assert torch.equal(kept(chosen, p, seed=1), keep)
+    assert not torch.equal(kept(chosen, p, seed=2), keep)
+
+
+def test_dropout_of_everything_and_of_nothing():
+    query, key, value = torch.randn(3, 1, 2, 50, 8).unbind()
+    assert (scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=1.0) == 0).all()
+    state = torch.get_rng_state()
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert torch.equal(scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=0.0), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # Shapes, layouts, spellings
 
 

@@ -70,13 +70,6 @@ def test_opcheck_of_backward(shape, layout, with_lse):
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_the_operators_have_no_defaults():
-    for name in ("causal_forward", "causal_backward"):
-        schema = getattr(OPS, name).default._schema
-        assert not any(argument.has_default_value() for argument in schema.arguments), str(schema)
-        assert not schema.is_mutable
-
-
 @pytest.mark.parametrize(
     ("place", "wrong"),
     [

@@ -18,7 +18,15 @@ PACKAGE = Path(mra_attention.__file__).parent
 
 
 def test_names():
-    assert mra_attention.__all__ == ["Plan", "__version__", "plan", "scaled_dot_product_attention"]
+    assert mra_attention.__all__ == [
+        "CausalPlan",
+        "KVCache",
+        "Plan",
+        "__version__",
+        "plan",
+        "scaled_dot_product_attention",
+        "varlen_attention",
+    ]
     for name in mra_attention.__all__:
         assert hasattr(mra_attention, name)
     assert callable(mra_attention.plan), "the function, not a submodule of this name"
@@ -48,6 +56,7 @@ def test_keyword_parameters():
         "mode": "full",
         "first_blocks": 0,
         "diagonal_blocks": 0,
+        "local_blocks": 1,
         "query_padding_mask": None,
         "plan": None,
         "return_lse": False,
@@ -63,14 +72,36 @@ def test_plan_takes_the_parameters_of_attention_that_concern_the_selection():
 
 
 def test_the_operators_have_no_defaults():
-    for name in ("select_blocks", "forward", "backward"):
+    names = ("forward", "backward", "causal_forward", "causal_backward", "varlen_forward", "varlen_backward")
+    for name in ("select_blocks", *names):
         schema = getattr(torch.ops.mra_attention, name).default._schema
         assert not any(argument.has_default_value() for argument in schema.arguments), str(schema)
         assert not schema.is_mutable
 
 
+def test_the_methods_of_the_cache_are_documented():
+    for name, method in inspect.getmembers(mra_attention.KVCache, inspect.isfunction):
+        if not name.startswith("_"):
+            documentation = inspect.getdoc(method)
+            assert documentation
+            for parameter in list(inspect.signature(method).parameters)[1:]:
+                assert parameter in documentation, f"KVCache.{name} does not explain {parameter}"
+
+
+def test_varlen_attention_takes_the_parameters_of_attention():
+    attention = inspect.signature(mra_attention.scaled_dot_product_attention).parameters
+    varlen = inspect.signature(mra_attention.varlen_attention).parameters
+    assert attention.keys() - varlen.keys() == {"attn_mask", "query_padding_mask", "plan"}
+    assert varlen.keys() - attention.keys() == {"cu_seqlens_q", "cu_seqlens_k", "causal_alignment"}
+    for name in attention.keys() & varlen.keys():
+        assert attention[name].default == varlen[name].default, name
+
+
 def test_every_public_name_is_documented():
-    for function in (mra_attention.scaled_dot_product_attention, mra_attention.plan, mra_attention.Plan):
+    for name in mra_attention.__all__:
+        if name == "__version__":
+            continue
+        function = getattr(mra_attention, name)
         documentation = inspect.getdoc(function)
         assert documentation is not None
         for section in ("Parameters", "Raises", "Notes"):

@@ -23,6 +23,7 @@ from helpers import (
     summation_orders,
 )
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,6 +105,18 @@ def test_every_way_to_ask_for_everything(dtype, mode, budget):
 def test_grouped_query_heads(dtype, mode, key_heads):
     query, key, value, grad_out, _ = random_inputs((2, 6, 200, 233, 32), key_heads=key_heads, dtype=dtype)
     assert_parity((query, key, value), grad_out, mode=mode, enable_gqa=True)
+
+
+# torch warns that queries before the first key see nothing; here none is.
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
+@DTYPES
+@MODES
+@pytest.mark.parametrize("lengths", [(256, 256), (129, 300), (300, 129)], ids=str)
+@pytest.mark.parametrize("aligned", ["is_causal", causal_upper_left, causal_lower_right])
+def test_causal(dtype, mode, lengths, aligned):
+    query, key, value, grad_out, _ = random_inputs((1, 4, *lengths, 32), key_heads=2, value_dim=40, dtype=dtype)
+    shared = {"is_causal": True} if aligned == "is_causal" else {"attn_mask": aligned(*lengths)}
+    assert_parity((query, key, value), grad_out, mode=mode, enable_gqa=True, **shared)
 
 
 @DTYPES

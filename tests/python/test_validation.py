@@ -76,8 +76,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         TypeError,
         ["same dtype", "torch.float32, torch.float64", "autocast"],
     ),
-    "query-jagged": ({"query": nested(torch.jagged)}, NotImplementedError, ["query", "nested", "later", "attn_mask"]),
-    "key-nested": ({"key": nested(torch.strided)}, NotImplementedError, ["key", "nested", "later", "attn_mask"]),
+    "mask-nested": (
+        {"attn_mask": nested(torch.jagged)},
+        NotImplementedError,
+        ["attn_mask is a nested tensor", "only query, key and value"],
+    ),
     "query-sparse": (
         {"query": torch.zeros(2, 4, 40, 16).to_sparse()},
         TypeError,
@@ -205,7 +208,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ["query_padding_mask", "meta", "cpu"],
     ),
     # Switches
-    "causal": ({"is_causal": True}, NotImplementedError, ["is_causal=True", "later", "is_causal=False"]),
     "causal-int": ({"is_causal": 1}, TypeError, ["is_causal must be True or False", "1"]),
     "causal-none": ({"is_causal": None}, TypeError, ["is_causal must be True or False", "None"]),
     "gqa-string": ({"enable_gqa": "yes"}, TypeError, ["enable_gqa must be True or False", "'yes'"]),

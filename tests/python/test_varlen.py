@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_inputs
-from mra_attention import scaled_dot_product_attention, varlen_attention
+from mra_attention import plan, scaled_dot_product_attention, varlen_attention
 from ops_cases import OPS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
@@ -195,25 +195,31 @@ def test_autocast():
     assert torch.equal(out, varlen_attention(*(x.bfloat16() for x in inputs), *starts, enable_gqa=True))
 
 
-def test_dropout_of_a_single_sequence_is_that_of_the_sequence_alone():
+by_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["two-level", "causal"])
+
+
+@by_causal
+def test_dropout_of_a_single_sequence_is_that_of_the_sequence_alone(is_causal):
     query, key, value = torch.randn(3, 70, 2, 8).unbind()
     torch.manual_seed(5)
-    out = varlen_attention(query, key, value, [0, 70], [0, 70], dropout_p=0.4)
+    out = varlen_attention(query, key, value, [0, 70], [0, 70], dropout_p=0.4, is_causal=is_causal)
     torch.manual_seed(5)
-    expected = scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (query, key, value)), dropout_p=0.4)
+    alone = (x.transpose(0, 1)[None] for x in (query, key, value))
+    expected = scaled_dot_product_attention(*alone, dropout_p=0.4, is_causal=is_causal)
     assert torch.equal(out, expected[0].transpose(0, 1))
 
 
-def test_sequences_drop_different_weights():
+@by_causal
+def test_sequences_drop_different_weights(is_causal):
     query, key, value = (x.repeat(2, 1, 1) for x in torch.randn(3, 70, 2, 8).unbind())
     starts = [0, 70, 140]
-    out = varlen_attention(query, key, value, starts, starts, dropout_p=0.4)
+    out = varlen_attention(query, key, value, starts, starts, dropout_p=0.4, is_causal=is_causal)
     assert not torch.equal(out[:70], out[70:])
     leaves = [x.double().requires_grad_() for x in (query[:40], key[:40], value[:40])]
 
     def attention(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return varlen_attention(*tensors, [0, 25, 40], [0, 25, 40], dropout_p=0.4, blocks_per_row=9)
+        return varlen_attention(*tensors, [0, 25, 40], [0, 25, 40], dropout_p=0.4, is_causal=is_causal)
 
     assert gradcheck(attention, leaves, fast_mode=True)
 
@@ -433,6 +439,11 @@ NESTED_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "num_blocks": ({"is_causal": True, "num_blocks": 3}, ValueError, "num_blocks=3 cannot be used in causal"),
 }
+
+
+def test_plan_refuses_nested_tensors():
+    with pytest.raises(NotImplementedError, match="query is a nested tensor, which is not supported here"):
+        plan(JAGGED, JAGGED)
 
 
 @pytest.mark.parametrize("name", NESTED_REFUSED)

@@ -143,6 +143,8 @@ fn decode<E: Number>(
         mode: case.mode,
         offsets: &[rows.start.cast_signed() as i64],
         key_lengths: None,
+        dropout: 0.0,
+        seed: 0,
         threads: 1,
         level,
     };

@@ -7,6 +7,7 @@
 #![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
 
 mod causal;
+mod causal_dropout;
 mod causality;
 mod errors;
 mod extremes;

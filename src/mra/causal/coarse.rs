@@ -6,8 +6,9 @@ use super::lists::visible;
 use super::pooled::Means;
 use super::problem::{CausalBudget, CausalProblem, Sight};
 use super::select::Chooser;
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
+use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed};
 use crate::mra::coarse::{for_strips, weigh};
+use crate::mra::dropped::Dropped;
 use crate::mra::problem::Mode;
 use crate::mra::scratch::Buffer;
 use crate::simd::{Element, SQUARE, Scalar};
@@ -43,6 +44,8 @@ impl<T: Scalar> State<T> {
 pub(crate) struct CoarseSource<'a, T> {
     pub(crate) problem: &'a CausalProblem,
     pub(crate) batch: usize,
+    /// Heads of all batch items are numbered through.
+    pub(crate) head: usize,
     /// Means of keys and of values; the latter in full mode.
     pub(crate) keys: Option<Rows<'a, T>>,
     pub(crate) values: Option<Rows<'a, T>>,
@@ -60,7 +63,7 @@ impl<'a, T: Scalar> CoarseSource<'a, T> {
         let (kv, batch) = (problem.inner.kv_row(head), head / problem.inner.heads);
         let keys = means.map(|means| means.keys(&problem.inner, kv));
         let values = means.and_then(|means| means.values(&problem.inner, kv));
-        Self { problem, batch, keys, values, budget }
+        Self { problem, batch, head, keys, values, budget }
     }
 }
 
@@ -72,6 +75,7 @@ pub(crate) struct CoarseTile<T> {
     rescale: Buffer<T>,
     maximum: Buffer<T>,
     sum: Buffer<T>,
+    dropped: Option<Dropped>,
     chooser: Chooser,
 }
 
@@ -87,6 +91,7 @@ impl<T: Scalar> CoarseTile<T> {
             rescale: Buffer::scratch(columns),
             maximum: Buffer::scratch(columns),
             sum: Buffer::scratch(columns),
+            dropped: problem.inner.dropout.map(Dropped::new),
             chooser: Chooser::default(),
         }
     }
@@ -121,7 +126,7 @@ impl<T: Scalar> CoarseTile<T> {
         }
         let columns = inner.padded::<T>(sights.len());
         if let Some(keys) = &source.keys {
-            self.multiply(source.problem, rows, queries, &keys_of(keys, inner.head_dim, past), columns);
+            self.multiply(source.problem, rows, queries.clone(), &keys_of(keys, inner.head_dim, past), columns);
             blank(&mut self.logits, columns, sights, 0..past);
         }
         if let Some(budget) = source.budget {
@@ -130,6 +135,9 @@ impl<T: Scalar> CoarseTile<T> {
         match &source.values {
             Some(values) if inner.mode == Mode::Full => {
                 exclude(&mut self.logits, columns, sights, plan, width, 0..past);
+                if let Some(dropped) = &mut self.dropped {
+                    dropped.start(Stream::Coarse, source.head, queries, columns);
+                }
                 self.attend(source, values, past, sights.len(), columns, state, first);
             }
             _ => {
@@ -197,6 +205,10 @@ impl<T: Scalar> CoarseTile<T> {
                     rescale: &mut self.rescale,
                 },
             );
+            if let Some(dropped) = &mut self.dropped {
+                dropped.set_keys(blocks.start, blocks.len());
+                dropped.drop_weights(inner.level, logits, columns);
+            }
             T::run(
                 inner.level,
                 Gemm {

@@ -3,7 +3,8 @@
 use super::coarse::{State, TILE_QUERIES};
 use super::lists::BlockLists;
 use super::problem::{CausalProblem, Sight};
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, pack_transposed};
+use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed};
+use crate::mra::dropped::Dropped;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, PartView, Strip};
 use crate::simd::{Element, Level, SQUARE, Scalar};
@@ -77,6 +78,7 @@ pub(crate) struct ExactTile<T> {
     maximum: Buffer<T>,
     sum: Buffer<T>,
     rescale: Buffer<T>,
+    dropped: Option<Dropped>,
 }
 
 impl<T: Scalar> ExactTile<T> {
@@ -93,13 +95,16 @@ impl<T: Scalar> ExactTile<T> {
             maximum: Buffer::scratch(columns),
             sum: Buffer::scratch(columns),
             rescale: Buffer::scratch(columns),
+            dropped: inner.dropout.map(Dropped::new),
         }
     }
 
-    /// Continues the softmax of the queries of a range over all blocks of their plans, in ascending order. `row` gives a query
-    /// by its number within the range.
+    /// Continues the softmax of the queries of a range over all blocks of their plans, in ascending order. `place` is the head,
+    /// numbered through all batch items, and the first token of the range; `row` gives a query by its number within the range.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and where the result goes")]
     pub(crate) fn blocks<'q, E: Element<Compute = T>>(
         &mut self,
+        place: (usize, usize),
         lists: &BlockLists,
         blocks: usize,
         sights: &[Sight],
@@ -120,18 +125,20 @@ impl<T: Scalar> ExactTile<T> {
                 if meeting.partly && !T::run(self.level, AllFinite(part.values.row_range(hidden))) {
                     // Weight 0 times a value that is no number is no number.
                     meeting.one_by_one(sights, numbers.start, |alone| {
-                        self.meet(&alone, sights, row, &part, numbers.start, state);
+                        self.meet(place, &alone, sights, row, &part, numbers.start, state);
                     });
                 } else {
-                    self.meet(&meeting, sights, row, &part, numbers.start, state);
+                    self.meet(place, &meeting, sights, row, &part, numbers.start, state);
                 }
             });
         }
     }
 
     /// One step of the softmax.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and where the result goes")]
     fn meet<'q, E: Element<Compute = T>>(
         &mut self,
+        place: (usize, usize),
         meeting: &Meeting<'_>,
         sights: &[Sight],
         row: impl Fn(usize) -> &'q [E],
@@ -171,6 +178,12 @@ impl<T: Scalar> ExactTile<T> {
                 rescale: &mut self.rescale,
             },
         );
+        if let Some(dropped) = &mut self.dropped {
+            let tokens = meeting.queries.iter().map(|&query| place.1 + query as usize);
+            dropped.start(Stream::Exact, place.0, tokens, columns);
+            dropped.set_keys(start, meeting.keys);
+            dropped.drop_weights(self.level, &mut self.logits, columns);
+        }
         T::run(
             self.level,
             Gemm {

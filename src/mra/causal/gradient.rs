@@ -2,15 +2,16 @@
 //!
 //! ```text
 //! weights   = exp(scale * keys queries^T - lse)           recomputed, one row per key
-//! gradients = scale * weights * (values grads^T - delta)
-//! dv += weights grads        dk += gradients queries        dq += gradients^T keys
+//! gradients = scale * weights * (values grads^T - delta)       with dropout, what is dropped of values grads^T is 0
+//! dv += weights grads (less what is dropped)          dk += gradients queries        dq += gradients^T keys
 //! ```
 //!
 //! The rows of queries, of the gradients of their outputs and of dq are read and written where they lie in the range. Every sum
 //! runs over keys or queries in the same order and in the same pieces, whether dq or dk and dv are wanted, or all of them.
 
-use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, pack_rows, pack_transposed};
+use crate::kernels::{Gemm, Init, LogitGradient, Matrix, MatrixMut, Stream, pack_rows, pack_transposed};
 use crate::mra::backward::QueryTerms;
+use crate::mra::dropped::Dropped;
 use crate::mra::gradient_tile::KeySums;
 use crate::mra::scratch::Buffer;
 use crate::simd::{Element, Level, SQUARE, Scalar};
@@ -76,6 +77,7 @@ pub(crate) struct GradientTile<T> {
     delta: Buffer<T>,
     weights: Buffer<T>,
     gradients: Buffer<T>,
+    dropped: Option<Dropped>,
 }
 
 impl<T: Scalar> GradientTile<T> {
@@ -96,12 +98,17 @@ impl<T: Scalar> GradientTile<T> {
             delta: Buffer::scratch(columns),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
+            dropped: inner.dropout.map(Dropped::new),
         }
     }
 
-    /// Starts a tile of these queries of a range.
-    pub(crate) fn start(&mut self, rows: &RangeRows<T>, queries: &[u32]) {
+    /// Starts a tile of these queries of a range. `place` is the head, numbered through all batch items, and the first token of
+    /// the range.
+    pub(crate) fn start(&mut self, rows: &RangeRows<T>, queries: &[u32], stream: Stream, place: (usize, usize)) {
         self.columns = queries.len().next_multiple_of(T::lanes(self.level));
+        if let Some(dropped) = &mut self.dropped {
+            dropped.start(stream, place.0, queries.iter().map(|&query| place.1 + query as usize), self.columns);
+        }
         let one = T::from_f64(1.0);
         let inputs = [
             (&rows.queries, rows.key_width, self.head_dim, self.scale, &mut self.packed_queries),
@@ -145,6 +152,10 @@ impl<T: Scalar> GradientTile<T> {
             T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero });
         }
         adjust(&mut self.weights[..count * columns], columns);
+        if let Some(dropped) = &mut self.dropped {
+            dropped.set_keys(first, count);
+            dropped.drop_weights(self.level, &mut self.gradients, columns);
+        }
         T::run(
             self.level,
             LogitGradient {
@@ -156,6 +167,9 @@ impl<T: Scalar> GradientTile<T> {
                 guard: false,
             },
         );
+        if let Some(dropped) = &self.dropped {
+            dropped.drop_weights(self.level, &mut self.weights, columns);
+        }
         let of_queries = |buffer| Matrix::new(buffer, count, queries.len(), columns);
         if let Some(sums) = sums {
             let row = first - sums.first;

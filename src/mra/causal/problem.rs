@@ -20,6 +20,10 @@ pub struct CausalOptions<'a> {
     pub offsets: &'a [i64],
     /// How many keys each batch item has; those behind are never read. `None`: all.
     pub key_lengths: Option<&'a [usize]>,
+    /// The probability with which a weight is dropped, 0 to 1; 0 is no dropout.
+    pub dropout: f64,
+    /// Decides, with the place of a weight, whether it is dropped; the same for forward and backward.
+    pub seed: u64,
     /// Threads to compute on, at least 1. The result does not depend on it.
     pub threads: usize,
     /// The instruction set. Results of different levels differ by rounding.
@@ -74,8 +78,8 @@ impl CausalProblem {
             key_mask: None,
             query_mask: None,
             bias: None,
-            dropout: 0.0,
-            seed: 0,
+            dropout: options.dropout,
+            seed: options.seed,
             threads: options.threads,
             level: options.level,
         };

@@ -31,6 +31,7 @@ pub(crate) struct CausalCase {
     pub(crate) key_lengths: Vec<usize>,
     pub(crate) budget: CausalBudget,
     pub(crate) scale: Option<f64>,
+    pub(crate) dropout: f64,
     pub(crate) grad_lse: bool,
     pub(crate) seed: u64,
 }
@@ -52,6 +53,7 @@ impl CausalCase {
             key_lengths: vec![length],
             budget: CausalBudget { blocks, local_blocks: 1, first_blocks: 0 },
             scale: None,
+            dropout: 0.0,
             grad_lse: true,
             seed: 0,
         }
@@ -90,6 +92,8 @@ impl CausalCase {
             mode: self.mode,
             offsets: &self.offsets,
             key_lengths: Some(&self.key_lengths),
+            dropout: self.dropout,
+            seed: self.seed,
             threads: setup.threads,
             level: setup.level,
         };
