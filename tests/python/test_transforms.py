@@ -36,6 +36,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "causal, lower right": lambda q, k: {"attn_mask": causal_lower_right(q.shape[-2], k.shape[-2])},
     "dropout": lambda q, k: {"dropout_p": 0.3},
     "mask and dropout": lambda q, k: {"attn_mask": _lengths(q, k)[0] >= _lengths(q, k)[1], "dropout_p": 0.3},
+    "causal and dropout": lambda q, k: {"is_causal": True, "dropout_p": 0.3},
 }
 by_form = pytest.mark.parametrize("form", FORMS)
 by_form_without_dropout = pytest.mark.parametrize("form", [form for form in FORMS if "dropout" not in form])
