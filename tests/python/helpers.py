@@ -218,7 +218,9 @@ def kept_weights(
     """
     batch, heads, rows, columns, _ = shape
     block = settings.block_size
-    words = torch.nn.functional.pad(selected, (0, -selected.shape[3] % 8)).unflatten(-1, (-1, 8))
+    words = torch.nn.functional.pad(selected, (0, -selected.shape[3] % 8)).unflatten(
+        -1, (-(-selected.shape[3] // 8), 8)
+    )
     bits = (words.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
     plan = mra_attention.Plan(bits, rows, columns, block)
     torch.manual_seed(seed)

@@ -76,12 +76,15 @@ def test_what_is_dropped_depends_on_nothing_but_the_seed_and_the_place() -> None
     first = kept_weights(SHAPE, selected, settings, 0.4, seed=1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert all(
-            torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
+            torch.equal(*pair)
+            for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
         )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert all(torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1), strict=True))
+        assert all(
+            torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1), strict=True)
+        )
     finally:
         torch.set_num_threads(before)
     # A block that is exact here and coarse there: the others keep their decisions.

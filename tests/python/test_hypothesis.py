@@ -1,14 +1,14 @@
-"""Random shapes, layouts, masks and budgets against the dense evaluation."""
+"""Random shapes, layouts, masks, biases, dropout and budgets against the dense evaluation."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import oracle
 import pytest
 import torch
-from helpers import assert_matches_oracle, block_mask, random_inputs, run_package
+from helpers import assert_results_close, block_mask, kept_weights, random_inputs, run_package
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from oracle import Result, Settings
@@ -22,6 +22,8 @@ EFFORT = settings(
 
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "expanded"])
 MASKS = st.sampled_from(["none", "right", "left", "holes", "nothing"])
+PAIRS = st.sampled_from(["none", "none", "window", "documents", "holes", "bias", "bias of documents", "lowest"])
+DROPOUT_SEED = 11
 
 
 class Case(NamedTuple):
@@ -31,6 +33,7 @@ class Case(NamedTuple):
     grad_out: Tensor
     grad_lse: Tensor
     settings: Settings
+    dropout_p: float
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -57,6 +60,34 @@ def draw_mask(draw: st.DrawFn, batch: int, length: int) -> Tensor | None:
     return mask if kind == "right" else mask.flip(-1)
 
 
+def draw_pairs(draw: st.DrawFn, full: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A mask or bias of pairs, as settings: of any shape that broadcasts to (B, H, Lq, Lk)."""
+    kind = draw(PAIRS)
+    if kind == "none" or 0 in full:
+        return {}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    batch, heads, rows, columns = (size if draw(st.booleans()) else 1 for size in full)
+    numbers = torch.randn(batch, heads, rows, columns, generator=generator, dtype=torch.float64)
+    distance = torch.arange(full[2])[:, None] - torch.arange(full[3])
+    documents = torch.arange(full[2])[:, None] // 13 == torch.arange(full[3]) // 13
+    masks = {
+        "window": distance.abs() <= 11,
+        "documents": documents,
+        "holes": numbers > draw(st.sampled_from([-2, 0, 2])),
+    }
+    if kind not in masks:
+        if kind == "bias of documents":
+            numbers = numbers.masked_fill(~documents, -math.inf)
+        if kind == "lowest":
+            numbers = numbers.masked_fill(numbers > 0, draw(st.sampled_from([-300.0, -1e4])))
+        return {"bias": numbers.to(dtype if draw(st.booleans()) else torch.float32)}
+    mask = masks[kind]
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    if mask.shape[1] == mask.shape[2] == 1:  # key padding: those keys are in no average either
+        return {"key_mask": mask[:, 0, 0].expand(full[0], full[3])}
+    return {"bias": mask}
+
+
 @st.composite
 def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     batch, key_heads, group = draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -77,6 +108,10 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     )
     query, key, value, grad_out = (lay_out(x, draw(LAYOUTS)) for x in tensors[:4])
     num_blocks = draw(st.one_of(st.none(), st.integers(1, 80)))
+    query_mask, key_mask = draw_mask(draw, batch, query_length), draw_mask(draw, batch, key_length)
+    masks: dict[str, Any] = {"query_mask": query_mask, "key_mask": key_mask}
+    if key_mask is None:
+        masks |= draw_pairs(draw, (batch, key_heads * group, query_length, key_length), dtype)
     config = Settings(
         block_size=block_size,
         mode=draw(st.sampled_from(["full", "sparse"])),
@@ -85,18 +120,35 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
         first_blocks=draw(st.sampled_from([0, 0, 1, 2])),
         diagonal_blocks=draw(st.sampled_from([0, 0, 1, 2, 3])),
         scale=draw(st.sampled_from([None, None, 0.125, 1.0])),
-        key_mask=draw_mask(draw, batch, key_length),
-        query_mask=draw_mask(draw, batch, query_length),
+        **masks,
     )
+    dropout_p = draw(st.sampled_from([0.0, 0.0, 0.3]))
     event(f"mode {config.mode}, key mask {config.key_mask is not None}, query mask {config.query_mask is not None}")
-    return Case(query, key, value, grad_out, tensors[4], config)
+    event(f"bias {None if config.bias is None else config.bias.dtype}, dropout {dropout_p}")
+    return Case(query, key, value, grad_out, tensors[4], config, dropout_p)
+
+
+def compute(case: Case, selected: Tensor) -> tuple[Result, Result]:
+    """What the package gives, and what the formulas give."""
+    query, key, value, grad_out, grad_lse, config, p = case
+    if p == 0.0:
+        keep, more = None, {}
+    else:
+        shape = (*query.shape[:3], key.shape[2], query.shape[3])
+        kept = kept_weights(shape, selected, config, p, DROPOUT_SEED)
+        keep, more = (kept[0].double() / (1 - p), kept[1].double() / (1 - p)), {"dropout_p": p}
+    torch.manual_seed(DROPOUT_SEED)
+    actual = run_package(query, key, value, config, grad_out, grad_lse, **more)
+    return actual, oracle.run(query, key, value, selected, config, grad_out, grad_lse, keep=keep)
 
 
 @EFFORT
 @given(case=cases(torch.float64))
 def test_float64_agrees_with_the_oracle(case):
-    query, key, value, grad_out, grad_lse, config = case
-    assert_matches_oracle(query, key, value, config, grad_out, grad_lse)
+    query, key, config = case.query, case.key, case.settings
+    selected = block_mask(query, key, config)
+    assert torch.equal(selected, oracle.select(query, key, config))
+    assert_results_close(*compute(case, selected))
 
 
 def natural_magnitudes(case: Case) -> Result:
@@ -105,7 +157,7 @@ def natural_magnitudes(case: Case) -> Result:
     Rounding a logit moves it by eps * |P|; a probability then moves by as much, and so on through the closed form.
     Largest norms stand for each factor, and the sums over tokens run over all of them.
     """
-    query, key, value, grad_out, grad_lse, config = case
+    query, key, value, grad_out, grad_lse, config, p = case
     valid_query = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
     valid_query = valid_query if config.query_mask is None else config.query_mask
     valid_key = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
@@ -116,9 +168,10 @@ def natural_magnitudes(case: Case) -> Result:
         return norms.max().item() if norms.numel() else 0.0
 
     q, k = largest(query, valid_query), largest(key, valid_key)
-    v, g = largest(value, valid_key), largest(grad_out, valid_query)
+    v, g = largest(value, valid_key) / (1 - p), largest(grad_out, valid_query)
     scale = 1.0 / math.sqrt(query.shape[-1]) if config.scale is None else config.scale
-    logit = 1.0 + 2.0 * scale * q * k
+    bias = torch.zeros(1) if config.bias is None or config.bias.dtype == torch.bool else config.bias
+    logit = 1.0 + 2.0 * scale * q * k + bias[bias.isfinite()].abs().max().item()
     ds = 2.0 * g * v + (grad_lse.abs().max().item() if grad_lse.numel() else 0.0)
     tokens = query.shape[2] * (query.shape[1] // key.shape[1])
     return Result(
@@ -126,7 +179,7 @@ def natural_magnitudes(case: Case) -> Result:
         lse=torch.tensor(logit + math.log1p(key.shape[2])),
         dq=torch.tensor(logit * scale * ds * k),
         dk=torch.tensor(tokens * logit * scale * ds * q),
-        dv=torch.tensor(tokens * logit * g),
+        dv=torch.tensor(tokens * logit * g / (1 - p)),
     )
 
 
@@ -139,10 +192,7 @@ def test_lower_precision_stays_near_the_oracle(dtype, data):
     test_oracle.py and test_sdpa_parity.py hold larger shapes to the error of plain torch.
     """
     case = data.draw(cases(dtype))
-    query, key, value, grad_out, grad_lse, config = case
-    selected = block_mask(query, key, config)
-    expected = oracle.run(query, key, value, selected, config, grad_out, grad_lse)
-    actual = run_package(query, key, value, config, grad_out, grad_lse)
+    actual, expected = compute(case, block_mask(case.query, case.key, case.settings))
     eps = torch.finfo(dtype).eps
     for name, a, e, magnitude in zip(Result._fields, actual, expected, natural_magnitudes(case), strict=True):
         hidden = e.isinf()

@@ -335,14 +335,16 @@ def test_a_bias_with_gradient_is_refused() -> None:
     mra_attention.scaled_dot_product_attention(query, key, value, attn_mask=bias.detach())
 
 
+@pytest.mark.parametrize("mode", ["full", "sparse"])
 @pytest.mark.parametrize("shape", [(43, 51), (1, 2, 43, 51), (2, 1, 43, 51)])
-def test_vmap_over_inputs_and_masks(shape: tuple[int, ...]) -> None:
+def test_vmap_over_inputs_and_masks(shape: tuple[int, ...], mode: Any) -> None:
     queries = torch.randn(3, 2, 2, 43, 6, generator=_generator(), dtype=torch.float64)
     keys = torch.randn(3, 2, 2, 51, 6, generator=_generator(2), dtype=torch.float64)
     masks = torch.randn(3, *shape, generator=_generator(3), dtype=torch.float64)
 
     def attention(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        return mra_attention.scaled_dot_product_attention(query, key, key, attn_mask=mask, resolutions=(BLOCK, 1))
+        keywords: Any = {"attn_mask": mask, "resolutions": (BLOCK, 1), "mode": mode}
+        return mra_attention.scaled_dot_product_attention(query, key, key, **keywords)
 
     mapped = torch.vmap(attention)(queries, keys, masks)
     looped = torch.stack([attention(*arguments) for arguments in zip(queries, keys, masks, strict=True)])

@@ -96,7 +96,7 @@ prop_compose! {
     )(
         case in placed(CausalCase {
             batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, offsets: vec![], key_lengths: vec![],
-            budget: CausalBudget { blocks, local_blocks, first_blocks }, scale, grad_lse, seed,
+            budget: CausalBudget { blocks, local_blocks, first_blocks }, scale, dropout: 0.0, grad_lse, seed,
         })
     ) -> CausalCase {
         case

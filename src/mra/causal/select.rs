@@ -36,7 +36,7 @@ impl Chooser {
         self.wanted.resize(columns, 0);
         self.taken.clear();
         self.taken.resize(columns, 0);
-        let mut candidates = usize::MAX..0;
+        let mut candidates = Range { start: usize::MAX, end: 0 };
         for (wanted, sight) in self.wanted.iter_mut().zip(sights) {
             let (range, take) = sight.candidates(budget);
             if take > 0 && take < range.len() {

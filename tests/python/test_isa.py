@@ -1,0 +1,37 @@
+"""Every instruction set of this CPU computes right results, and one that is required must be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from mra_attention import _core
+
+REQUIRED = [name for name in os.environ.get("MRA_ATTENTION_REQUIRE_ISA", "").split(",") if name]
+
+
+def report(isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mra_attention"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "MRA_ATTENTION_ISA": isa},
+    )
+
+
+@pytest.mark.parametrize("isa", sorted({*_core.available_isas(), *REQUIRED}))
+def test_the_variable_picks_the_instruction_set(isa: str):
+    done = report(isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"instruction set  {isa} " in done.stdout
+    assert "self-check passed" in done.stdout
+
+
+def test_an_instruction_set_that_is_not_there():
+    done = report("mmx")
+    assert done.returncode != 0
+    assert 'MRA_ATTENTION_ISA="mmx": this CPU has portable' in done.stderr
