@@ -71,7 +71,7 @@ pub(crate) fn coarse_backward<E: Element>(
 ) -> CoarseGradients<E::Compute> {
     let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
     let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
-    let sums = BlockSums::new(problem, grad_out, terms);
+    let sums = BlockSums::new(problem, grad_out, terms, plan);
     let (nq, nk) = (problem.query_blocks(), problem.key_blocks());
     let groups = problem.batch * problem.kv_heads;
     let (key_width, value_width) = (pyramid.keys.width, values.width);
@@ -243,7 +243,10 @@ struct BlockSums<T> {
 }
 
 impl<T: Scalar> BlockSums<T> {
-    fn new<E: Element<Compute = T>>(problem: &Problem, grad_out: &Tensor<'_, E>, terms: &[QueryTerms<T>]) -> Self {
+    /// A row without an unselected block has sums of 0 and weights of 0, so that a NaN of one of its queries, which is in no
+    /// coarse weight, does not become one of the others.
+    fn new<E: Element<Compute = T>>(problem: &Problem, grad_out: &Tensor<'_, E>, terms: &[QueryTerms<T>], plan: &Plan) -> Self {
+        let live_keys: Vec<usize> = (0..problem.batch).map(|batch| problem.keys(batch).live()).collect();
         let (value_dim, nq) = (grad_out.shape()[3], problem.query_blocks());
         let width = problem.padded::<T>(value_dim);
         let mut grads = Buffer::zeros(problem.all_heads() * nq * width);
@@ -257,6 +260,9 @@ impl<T: Scalar> BlockSums<T> {
             |line, task| {
                 let (head, i) = (task / nq, task % nq);
                 let batch = head / problem.heads;
+                if plan.row(head, i).len() == live_keys[batch] {
+                    return;
+                }
                 let rows = grad_out.head(batch, head % problem.heads);
                 let blocks = problem.queries(batch);
                 let tokens = || (blocks.start(i)..blocks.start(i + 1)).map(|number| blocks.token(number));

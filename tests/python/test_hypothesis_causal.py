@@ -1,9 +1,10 @@
-"""Random shapes, positions and budgets of causal attention, and random lives of a cache of keys and values."""
+"""Random shapes, positions, budgets and dropout of causal attention, and random lives of a cache of keys and values."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import oracle_causal
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mra_attention import CausalPlan, KVCache, plan, scaled_dot_product_attention
 from oracle import Result
 from oracle_causal import CausalSettings
+from test_causal import kept
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -79,23 +81,37 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     return Case((query, key, value), grad_out, tensors[4], config)
 
 
-def run(case: Case) -> tuple[Result, Tensor]:
+def run(case: Case, **more: Any) -> tuple[Result, CausalPlan]:
     """What the package gives, and the blocks that it chooses."""
     leaves = [x.detach().requires_grad_() for x in case.inputs]
     lengths = leaves[0].shape[2], leaves[1].shape[2]
     mask = causal_upper_left(*lengths) if case.settings.offset == 0 else causal_lower_right(*lengths)
     keywords: dict[str, Any] = case.settings.keywords() | {"attn_mask": mask, "enable_gqa": True}
-    out, lse = scaled_dot_product_attention(*leaves, return_lse=True, **keywords)
+    out, lse = scaled_dot_product_attention(*leaves, return_lse=True, **keywords, **more)
     grads = torch.autograd.grad((out, lse), leaves, (case.grad_out, case.grad_lse))
-    return Result(out.detach(), lse.detach(), *grads), plan(*leaves[:2], **keywords).block_mask()
+    return Result(out.detach(), lse.detach(), *grads), plan(*leaves[:2], **keywords)
 
 
 @EFFORT
 @given(case=cases(torch.float64))
 def test_float64_agrees_with_the_formulas(case):
-    actual, selected = run(case)
+    actual, chosen = run(case)
+    selected = chosen.block_mask()
     assert torch.equal(selected, oracle_causal.select(*case.inputs[:2], case.settings))
     expected = oracle_causal.run(*case.inputs, selected, case.settings, case.grad_out, case.grad_lse)
+    assert_results_close(actual, expected)
+
+
+@EFFORT
+@given(case=cases(torch.float64), seed=st.integers(0, 2**20))
+def test_dropout_agrees_with_the_formulas(case, seed):
+    case = case._replace(settings=replace(case.settings, offset=0))
+    _, chosen = run(case)
+    keep = kept(chosen, 0.3, seed).double() / 0.7
+    torch.manual_seed(seed)
+    actual, _ = run(case, dropout_p=0.3)
+    cotangents = (case.grad_out, case.grad_lse, keep)
+    expected = oracle_causal.run(*case.inputs, chosen.block_mask(), case.settings, *cotangents)
     assert_results_close(actual, expected)
 
 
@@ -126,8 +142,8 @@ def magnitudes(case: Case) -> Result:
 @given(data=st.data())
 def test_lower_precision_stays_near_the_formulas(dtype, data):
     case = data.draw(cases(dtype))
-    actual, selected = run(case)
-    expected = oracle_causal.run(*case.inputs, selected, case.settings, case.grad_out, case.grad_lse)
+    actual, chosen = run(case)
+    expected = oracle_causal.run(*case.inputs, chosen.block_mask(), case.settings, case.grad_out, case.grad_lse)
     eps = torch.finfo(dtype).eps
     for name, a, e, magnitude in zip(Result._fields, actual, expected, magnitudes(case), strict=True):
         hidden = e.isinf()
