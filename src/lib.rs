@@ -8,6 +8,7 @@
 //!               softmax over the pooled keys of unselected blocks, weighted by count  mra::coarse
 //!               continued over the keys of selected blocks, query by query            mra::forward
 //! backward  weights recomputed from the log-sum-exp, block by block                   mra::backward
+//! causal    the same for each token by itself: its own choice among past blocks        mra::causal
 //! ```
 //!
 //! Layers point one way: `simd <- kernels <- mra <- {python, tch}`. `simd` has the vector operations of each instruction set,

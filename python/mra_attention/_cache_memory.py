@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,22 @@ class Memory:
         # The last block may be one that can never be complete.
         blocks = (capacity + block_size - 1) // block_size
         self.capacity, self.block_size, self.dtype = capacity, block_size, dtype
-        self.key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype)
-        self.value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype)
-        self.key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average)
-        self.value_means = torch.empty(batch_size, heads, blocks, value_dim, dtype=average)
+        # Tensors that are made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype)
+            self.value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype)
+            self.key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average)
+            self.value_means = torch.empty(batch_size, heads, blocks, value_dim, dtype=average)
         self.pooled = [0] * batch_size  # blocks of each sequence whose averages are there
+        self._describe()
+
+    def _describe(self) -> None:
         # They stay the same as long as the memory, so a step need not make them again.
         self.descriptors = tuple(describe(x) for x in (self.key, self.value, self.key_means, self.value_means))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._describe()  # a copy has addresses of its own
 
     def write(self, key: Tensor, value: Tensor, before: list[int], after: list[int]) -> None:
         """Store the tokens from `before` to `after` of each sequence, the first ones of `key` and `value`."""

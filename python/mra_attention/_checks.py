@@ -62,9 +62,13 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def any_nested(*tensors: Any) -> bool:
+def any_nested(query: Any, key: Any, value: Any) -> bool:
     """Return whether one of the arguments is a nested tensor."""
-    return any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors)
+    return (
+        (isinstance(query, Tensor) and query.is_nested)
+        or (isinstance(key, Tensor) and key.is_nested)
+        or (isinstance(value, Tensor) and value.is_nested)
+    )
 
 
 def check_dense(name: str, tensor: Any) -> None:

@@ -25,9 +25,9 @@ __all__ = [
     "select_blocks",
 ]
 
-# (data pointer, sizes, strides in elements, dtype code)
+# (data pointer, sizes, strides in elements, dtype code, the tensor, which is kept alive during the call)
 # dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8, 5 int32
-_Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int]
+_Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int, object]
 
 class _BuildInfo(TypedDict):
     version: str

@@ -19,7 +19,7 @@ _DTYPE_CODES = {
     torch.int32: 5,
 }
 
-Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int]
+Descriptor: TypeAlias = tuple[int, torch.Size, tuple[int, ...], int, Tensor]
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -30,11 +30,15 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def describe(tensor: Tensor) -> Descriptor:
-    """Return what the native module reads. The caller keeps the tensor alive until the call is over."""
+    """Return what the native module reads.
+
+    The tensor goes along, and so is alive during the call. That a caller has it in a variable would not do: where
+    Dynamo has split a function, a variable that is not read again ends at the split.
+    """
     code = _DTYPE_CODES.get(tensor.dtype)
     if code is None:
         raise TypeError(f"mra_attention has no kernel for {tensor.dtype}; accepted: {list(_DTYPE_CODES)}")
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), code
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), code, tensor
 
 
 def describe_optional(tensor: Tensor | None) -> Descriptor | None:

@@ -24,11 +24,10 @@ class _Packed:
     """A packed tensor `(total, heads, channels)` or `(total, heads)`."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # Kept as long as its address is used.
-        self.tensor = rows(tensor) if tensor.dim() == 3 else tensor
-        self.address, sizes, self.strides, self.code = describe(self.tensor)
+        tensor = rows(tensor) if tensor.dim() == 3 else tensor
+        self.address, sizes, self.strides, self.code, self.tensor = describe(tensor)
         self.tail = tuple(sizes[1:])
-        self.token_bytes = self.strides[0] * self.tensor.element_size()
+        self.token_bytes = self.strides[0] * tensor.element_size()
 
     def tokens(self, start: int, end: int) -> Descriptor:
         """Describe some tokens as `(1, heads, length, channels)` or `(1, heads, length)`."""
@@ -36,7 +35,7 @@ class _Packed:
         token_stride, head_stride, *channel_strides = self.strides
         sizes = torch.Size((1, heads, end - start, *channels))
         strides = (max(1, (end - start) * token_stride), head_stride, token_stride, *channel_strides)
-        return self.address + start * self.token_bytes, sizes, strides, self.code
+        return self.address + start * self.token_bytes, sizes, strides, self.code, self.tensor
 
 
 class _Sequence(NamedTuple):

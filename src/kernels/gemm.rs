@@ -14,7 +14,7 @@
 //!   short ones, with less rounding than one that starts from C.
 
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, Scalar, Simd};
+use crate::simd::{Kernel, Scalar, Simd, prefetch_near};
 
 /// What becomes of C.
 #[derive(Clone, Copy)]
@@ -235,8 +235,8 @@ impl<T: Scalar> Operands<'_, T> {
                 // Nothing else says which rows of C come next.
                 for r in 0..ROWS {
                     let c = self.c.add(*places.get_unchecked(row + r) as usize * self.c_stride + column);
-                    simd.prefetch(c);
-                    simd.prefetch(c.add((VECTORS - 1) * S::LANES));
+                    prefetch_near(c);
+                    prefetch_near(c.add((VECTORS - 1) * S::LANES));
                 }
             }
             let mut a = self.a.add(row * across);

@@ -294,8 +294,8 @@ impl<T: Scalar> Distances<T> {
         let mut found = Vec::new();
         for i in 0..self.rows {
             for (chunk, distances) in self.row(i).chunks(AT_ONCE).enumerate() {
-                // Most chunks have none: this much is vectors.
-                if distances.iter().fold(false, |any, &distance| any | (distance <= bound)) {
+                // Most chunks have none: this much is vectors, which a short-circuit would not be.
+                if distances.iter().filter(|&&distance| distance <= bound).count() > 0 {
                     let places = (chunk * AT_ONCE..).zip(distances).filter(|&(_, &distance)| distance <= bound);
                     found.extend(places.map(|(j, &distance)| (distance, (number(i), number(j)))));
                 }

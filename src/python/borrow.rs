@@ -1,7 +1,7 @@
 //! Tensors as Python hands them over: address, shape, strides and dtype, checked again before they are borrowed.
 
 use half::{bf16, f16};
-use pyo3::FromPyObject;
+use pyo3::{FromPyObject, Py, PyAny};
 
 use crate::error::{Error, Result};
 use crate::tensor::span;
@@ -42,9 +42,15 @@ impl Stored for i32 {
     const DTYPE: Dtype = Dtype::I32;
 }
 
-/// `(data_ptr, shape, strides in elements, dtype)`.
+/// `(data_ptr, shape, strides in elements, dtype, tensor)`. The tensor is there to be kept alive.
 #[derive(FromPyObject)]
-pub(super) struct Descriptor(usize, Vec<usize>, Vec<usize>, u8);
+pub(super) struct Descriptor(
+    usize,
+    Vec<usize>,
+    Vec<usize>,
+    u8,
+    #[expect(dead_code, reason = "it is there to be kept alive")] Py<PyAny>,
+);
 
 impl Descriptor {
     pub(super) fn dtype(&self) -> Dtype {

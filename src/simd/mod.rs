@@ -9,6 +9,7 @@
 mod exp;
 mod level;
 mod portable;
+mod prefetch;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -19,6 +20,7 @@ mod aarch64;
 #[cfg(test)]
 pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
+pub(crate) use prefetch::{prefetch_far, prefetch_near};
 pub use scalar::{Element, Scalar};
 
 /// Rows and columns of the squares that [`Simd::transpose`] takes.
@@ -59,11 +61,6 @@ pub trait Simd<T>: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
     fn at_least(self, a: Self::V, b: Self::V) -> u32;
-    /// Starts to bring the cache line of `p`, which may be any address.
-    #[inline(always)]
-    fn prefetch(self, p: *const T) {
-        let _ = p;
-    }
     /// Writes `factor` times a square of [`SQUARE`] rows as columns: element `c` of row `r` to `to[c * stride + r]`.
     ///
     /// # Safety

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 import random
 from typing import Any
 
@@ -230,6 +233,61 @@ def test_inputs_of_other_layouts_and_without_names():
     assert torch.equal(out, prefill(query, key, value)[0])
     assert out.transpose(1, 2).is_contiguous(), "stored like the query"
     assert repr(cache).startswith("KVCache(batch_size=2, num_kv_heads=2, head_dim=20, value_dim=12, lengths=(50, 50)")
+
+
+def copied(cache: KVCache, how: str) -> KVCache:
+    if how == "deepcopy":
+        return copy.deepcopy(cache)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(cache))
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_a_copy_is_independent(how):
+    old, new, other = sequences(100), sequences(30), sequences(30)
+    cache = new_cache()
+    cache.append(*old[1:])
+    copy_of_it = copied(cache, how)
+    cache.append(*other[1:])
+    copy_of_it.append(*new[1:])
+    for one, following in ((cache, other), (copy_of_it, new)):
+        tensors = tuple(torch.cat(pair, 2) for pair in zip(old, following, strict=True))
+        assert_same(attend(one, following[0]), tuple(x[:, :, 100:] for x in prefill(*tensors)))
+
+
+def test_in_and_out_of_inference_mode():
+    query, key, value = sequences(600)
+    with torch.inference_mode():
+        cache = new_cache()
+        cache.append(key[:, :, :300], value[:, :, :300])
+    cache.append(key[:, :, 300:301], value[:, :, 300:301])
+    with torch.inference_mode():
+        cache.append(key[:, :, 301:], value[:, :, 301:])
+        out = attend(cache, query)
+    assert_same(attend(cache, query), out)
+    assert_same(out, prefill(query, key, value))
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it cannot trace
+def test_a_step_in_a_compiled_function():
+    """The cache is no part of the graph; what is around it is."""
+    query, key, value = sequences(50)
+    cache = new_cache()
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache.append(2 * key, value + 1)
+        return cache.attend(query * 2, enable_gqa=True, **SETTINGS) + 1
+
+    compiled, expected = torch.compile(step, backend="aot_eager"), prefill(query * 2, key * 2, value + 1)[0]
+    for t in range(3):
+        at = slice(t, t + 1)
+        out = compiled(query[:, :, at], key[:, :, at], value[:, :, at])
+        assert torch.equal(out, expected[:, :, at] + 1)
+    torch.compiler.reset()
 
 
 def test_autocast():

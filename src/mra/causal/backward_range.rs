@@ -197,6 +197,7 @@ impl<E: Element> Pass<'_, '_, E> {
         for_meetings(lists, block, sights, numbers.start, numbers.len(), |meeting| {
             let mut meet = |meeting: &Meeting<'_>| {
                 let (keys, values) = (part.keys.row_range(0..meeting.keys), part.values.row_range(0..meeting.keys));
+                GradientTile::prefetch(rows, dq.as_deref(), meeting.next);
                 tile.start(rows, meeting.queries, Stream::Exact, (range.head, range.tokens.start));
                 let (sums, dq) = (sums.as_deref_mut(), dq.as_deref_mut());
                 tile.add(rows, meeting.queries, keys, values, numbers.start, sums, dq, |logits, columns| {

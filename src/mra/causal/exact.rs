@@ -7,7 +7,7 @@ use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, St
 use crate::mra::dropped::Dropped;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, PartView, Strip};
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
 
 /// Queries that meet a block together.
 pub(crate) struct Meeting<'a> {
@@ -17,6 +17,8 @@ pub(crate) struct Meeting<'a> {
     pub(crate) keys: usize,
     /// Whether some of them see fewer.
     pub(crate) partly: bool,
+    /// The queries of the tile after this one: time to bring their rows nearer, since nothing else says which come next.
+    pub(crate) next: &'a [u32],
 }
 
 impl Meeting<'_> {
@@ -35,7 +37,7 @@ impl Meeting<'_> {
     /// Calls `body` with each query alone and the keys that it sees.
     pub(crate) fn one_by_one(&self, sights: &[Sight], start: usize, mut body: impl FnMut(Meeting<'_>)) {
         for queries in self.queries.chunks(1) {
-            body(Meeting { queries, keys: sights[queries[0] as usize].keys - start, partly: false });
+            body(Meeting { queries, keys: sights[queries[0] as usize].keys - start, partly: false, next: &[] });
         }
     }
 
@@ -57,13 +59,20 @@ pub(crate) fn for_meetings(
 ) {
     let queries = lists.of(block);
     let (own, later) = queries.split_at(queries.partition_point(|&query| sights[query as usize].past <= block));
+    let next = |done: usize| {
+        let behind = lists.behind(block, done);
+        &behind[..behind.len().min(TILE_QUERIES)]
+    };
+    let mut done = 0;
     for queries in own.chunks(TILE_QUERIES) {
         let seen = |query: u32| (sights[query as usize].keys - start).min(count);
         let keys = seen(queries[queries.len() - 1]);
-        body(Meeting { queries, keys, partly: seen(queries[0]) < keys });
+        done += queries.len();
+        body(Meeting { queries, keys, partly: seen(queries[0]) < keys, next: next(done) });
     }
     for queries in later.chunks(TILE_QUERIES) {
-        body(Meeting { queries, keys: count, partly: false });
+        done += queries.len();
+        body(Meeting { queries, keys: count, partly: false, next: next(done) });
     }
 }
 
@@ -147,6 +156,10 @@ impl<T: Scalar> ExactTile<T> {
         state: &mut State<T>,
     ) {
         let (count, width) = (meeting.queries.len(), state.width);
+        for &query in meeting.next {
+            prefetch_far(row(query as usize));
+            prefetch_far(&state.values[query as usize * width..][..width]);
+        }
         let columns = count.next_multiple_of(T::lanes(self.level));
         let rows = meeting.queries.iter().map(|&query| row(query as usize));
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);

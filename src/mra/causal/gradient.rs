@@ -14,7 +14,7 @@ use crate::mra::backward::QueryTerms;
 use crate::mra::dropped::Dropped;
 use crate::mra::gradient_tile::KeySums;
 use crate::mra::scratch::Buffer;
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
 
 use super::coarse::TILE_QUERIES;
 use super::problem::CausalProblem;
@@ -99,6 +99,18 @@ impl<T: Scalar> GradientTile<T> {
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
             dropped: inner.dropout.map(Dropped::new),
+        }
+    }
+
+    /// Brings the rows of some queries of a range nearer.
+    pub(crate) fn prefetch(rows: &RangeRows<T>, dq: Option<&Buffer<T>>, queries: &[u32]) {
+        for &query in queries {
+            let (key, value) = (query as usize * rows.key_width, query as usize * rows.value_width);
+            prefetch_far(&rows.queries[key..][..rows.key_width]);
+            prefetch_far(&rows.grads[value..][..rows.value_width]);
+            if let Some(dq) = dq {
+                prefetch_far(&dq[key..][..rows.key_width]);
+            }
         }
     }
 

@@ -35,6 +35,11 @@ impl BlockLists {
         self.starts.len().saturating_sub(2)
     }
 
+    /// The queries behind the `done` first ones of a block: the rest of them, then those of the blocks that follow.
+    pub(crate) fn behind(&self, block: usize, done: usize) -> &[u32] {
+        &self.queries[self.starts[block] as usize + done..]
+    }
+
     /// The queries of a block, numbered from the start of the range.
     pub(crate) fn of(&self, block: usize) -> &[u32] {
         &self.queries[self.starts[block] as usize..self.starts[block + 1] as usize]
