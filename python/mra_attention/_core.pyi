@@ -21,8 +21,10 @@ __all__ = [
     "causal_forward",
     "forward",
     "isa",
+    "kernel_rates",
     "pool",
     "select_blocks",
+    "use_torch_threads",
 ]
 
 # (data pointer, sizes, strides in elements, dtype code, the tensor, which is kept alive during the call)
