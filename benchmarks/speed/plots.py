@@ -21,7 +21,7 @@ from .timing import interleaved
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 BUDGETS = (1, 2, 4, 8, 16, 32)
-REAL_LENGTHS = (64, 128, 256, 512)
+REAL_LENGTHS = (96, 128, 192, 256, 384, 512)
 REAL_BUDGETS = (1, 2, 4, 8, 12, 15)
 
 
@@ -60,6 +60,8 @@ def _errors(by_length: Axes, by_budget: Axes) -> None:
     modes = ("full", "sparse")
     curves = {mode: [error_on_real_data(length=n, blocks_per_row=2, mode=mode) for n in REAL_LENGTHS] for mode in modes}
     _curves(by_length, REAL_LENGTHS, curves)
+    by_length.set_yscale("linear")
+    by_length.set_ylim(bottom=0)
     by_length.set(xlabel="length", ylabel="relative error", title="error on a real encoder, 2 exact blocks per row")
     curves = {mode: [error_on_real_data(blocks_per_row=n, mode=mode) for n in REAL_BUDGETS] for mode in modes}
     _curves(by_budget, REAL_BUDGETS, curves)

@@ -14,7 +14,7 @@
 //!   short ones, with less rounding than one that starts from C.
 
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, Scalar, Simd, prefetch_near};
+use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_near};
 
 /// What becomes of C.
 #[derive(Clone, Copy)]
@@ -193,6 +193,15 @@ impl<T: Scalar> Operands<'_, T> {
     /// - All `m x n` elements of C and what they are computed from are in bounds; `n` is a multiple of the lanes.
     #[inline(always)]
     unsafe fn rows_then_columns<S: Simd<T>, const GATHER: bool>(&self, simd: S, m: usize, n: usize) {
+        if n == S::LANES {
+            // One vector of queries, as when decoding: each row of A is read for little work, so the next ones are fetched.
+            for_row_tiles!(m, 8, |row, ROWS| {
+                self.prefetch_rows(row + ROWS, ROWS);
+                // SAFETY: the caller's, for this part of C.
+                unsafe { self.tile::<S, ROWS, 1, false, GATHER>(simd, row, 0) }
+            });
+            return;
+        }
         for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
             for_column_tiles!(n, S::LANES, |column, VECTORS| {
                 // SAFETY: the caller's, for this part of C.
@@ -207,12 +216,30 @@ impl<T: Scalar> Operands<'_, T> {
     /// - As [`Self::rows_then_columns`].
     #[inline(always)]
     unsafe fn columns_then_rows<S: Simd<T>>(&self, simd: S, m: usize, n: usize) {
+        if m == 1 && n.is_multiple_of(8 * S::LANES) {
+            // One query: B is read once, row by row, and eight sums hide the latency of fused multiply-add.
+            for column in (0..n).step_by(8 * S::LANES) {
+                // SAFETY: the caller's, for this part of C.
+                unsafe { self.tile::<S, 1, 8, true, false>(simd, 0, column) }
+            }
+            return;
+        }
         for_column_tiles!(n, S::LANES, |column, VECTORS| {
             for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
                 // SAFETY: the caller's, for this part of C.
                 unsafe { self.tile::<S, ROWS, VECTORS, true, false>(simd, row, column) }
             });
         });
+    }
+
+    /// Brings rows of A, which need not be there, into the first-level cache.
+    #[inline(always)]
+    fn prefetch_rows(&self, first: usize, count: usize) {
+        for row in first..first + count {
+            for k in (0..self.k).step_by(LINE / size_of::<T>()) {
+                prefetch_near(self.a.wrapping_add(row * self.a_stride + k));
+            }
+        }
     }
 
     /// One register tile of C.
@@ -373,7 +400,7 @@ mod tests {
             let lanes = T::lanes(level);
             for m in (0..=17).chain([32, 33]) {
                 for k in [0, 1, 2, 7, 64] {
-                    for vectors in [0, 1, 2, 3, 6] {
+                    for vectors in [0, 1, 2, 3, 6, 8] {
                         check::<T>(level, m, k, vectors * lanes, roundoff);
                     }
                 }

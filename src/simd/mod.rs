@@ -20,7 +20,7 @@ mod aarch64;
 #[cfg(test)]
 pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
-pub(crate) use prefetch::{prefetch_far, prefetch_near};
+pub(crate) use prefetch::{LINE, prefetch_far, prefetch_near};
 pub use scalar::{Element, Scalar};
 
 /// Rows and columns of the squares that [`Simd::transpose`] takes.

@@ -1,8 +1,7 @@
 //! Hints to bring memory nearer before it is read. They change no result, and nothing happens where there is no instruction for it.
 
 /// Bytes of a cache line.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Brings the cache line of `p`, which may be any address, into the first-level cache.
 #[inline(always)]
