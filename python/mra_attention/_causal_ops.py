@@ -92,37 +92,6 @@ _backward_op = define(
 register_derivative("causal_forward", _forward_op, _backward_op, _saved, _fold, _fold)
 
 
-def causal_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: Tensor | None,
-    seed: Tensor | None,
-    offsets: Sequence[int],
-    key_lengths: Sequence[int] | None,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    blocks: int,
-    local_blocks: int,
-    first_blocks: int,
-    dropout_p: float,
-) -> Tensors3:
-    """Return the output, the log-sum-exp and the plan of 4-D inputs."""
-    return call_forward(
-        "causal_forward",
-        query,
-        key,
-        value,
-        plan,
-        seed,
-        offsets,
-        key_lengths,
-        scale,
-        block_size,
-        sparse,
-        blocks,
-        local_blocks,
-        first_blocks,
-        dropout_p,
-    )
+def causal_forward(*args: Any) -> Tensors3:
+    """Return the output, the log-sum-exp and the plan of 4-D inputs; the arguments are those of the schema."""
+    return call_forward("causal_forward", *args)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
-from ._descriptors import Descriptor, seed_number
-from ._descriptors import describe as _describe
-from ._descriptors import describe_optional as _describe_optional
-from ._descriptors import rows as _rows
+from ._descriptors import Descriptor, describe, describe_optional, rows, seed_number
 from ._outputs import empty_grads, empty_out, empty_outputs, empty_plan
 
 
@@ -19,7 +16,7 @@ def _describe_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Descripto
     """Describe a mask or bias that broadcasts to `(B, H, Lq, Lk)`, repeated by strides of 0."""
     if bias is None:
         return None
-    return _describe(bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
+    return describe(bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
 
 
 def select_blocks(
@@ -36,17 +33,17 @@ def select_blocks(
     diagonal_blocks: int,
 ) -> Tensor:
     """Return the plan of the inputs."""
-    query, key = _rows(query), _rows(key)
-    key_mask = None if key_mask is None else _rows(key_mask)
-    query_mask = None if query_mask is None else _rows(query_mask)
+    query, key = rows(query), rows(key)
+    key_mask = None if key_mask is None else rows(key_mask)
+    query_mask = None if query_mask is None else rows(query_mask)
     plan = empty_plan(query, key, block_size)
     _core.select_blocks(
-        _describe(query),
-        _describe(key),
-        _describe_optional(key_mask),
-        _describe_optional(query_mask),
+        describe(query),
+        describe(key),
+        describe_optional(key_mask),
+        describe_optional(query_mask),
         _describe_bias(attn_bias, query, key),
-        _describe(plan),
+        describe(plan),
         scale=scale,
         block_size=block_size,
         blocks_per_row=blocks_per_row,
@@ -61,7 +58,7 @@ def select_blocks(
 def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the log-sum-exp and the plan: the given one, copied, or a new one."""
     out, lse, plan_out = empty_outputs(query, key, value, args[_BLOCK_SIZE])
-    _forward_into(out, _describe(lse), _describe(plan_out), query, key, value, *args)
+    _forward_into(out, describe(lse), describe(plan_out), query, key, value, *args)
     return out, lse, plan_out
 
 
@@ -96,20 +93,20 @@ def _forward_into(
     first_blocks: int,
     diagonal_blocks: int,
 ) -> None:
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    key_mask = None if key_mask is None else _rows(key_mask)
-    query_mask = None if query_mask is None else _rows(query_mask)
+    query, key, value = rows(query), rows(key), rows(value)
+    key_mask = None if key_mask is None else rows(key_mask)
+    query_mask = None if query_mask is None else rows(query_mask)
     plan = None if plan is None else plan.contiguous()
     _core.forward(
-        _describe(query),
-        _describe(key),
-        _describe(value),
-        _describe_optional(key_mask),
-        _describe_optional(query_mask),
+        describe(query),
+        describe(key),
+        describe(value),
+        describe_optional(key_mask),
+        describe_optional(query_mask),
         _describe_bias(attn_bias, query, key),
-        _describe_optional(plan),
+        describe_optional(plan),
         plan_out,
-        _describe(out),
+        describe(out),
         lse,
         scale=scale,
         block_size=block_size,
@@ -144,25 +141,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     grads = empty_grads(query, key, value)
-    grad_out, query, key, value, out = _rows(grad_out), _rows(query), _rows(key), _rows(value), _rows(out)
+    grad_out, query, key, value, out = rows(grad_out), rows(query), rows(key), rows(value), rows(out)
     lse, plan = lse.contiguous(), plan.contiguous()
-    key_mask = None if key_mask is None else _rows(key_mask)
-    query_mask = None if query_mask is None else _rows(query_mask)
+    key_mask = None if key_mask is None else rows(key_mask)
+    query_mask = None if query_mask is None else rows(query_mask)
     _core.backward(
-        _describe(grad_out),
-        _describe_optional(grad_lse),
-        _describe(query),
-        _describe(key),
-        _describe(value),
-        _describe(out),
-        _describe(lse),
-        _describe_optional(key_mask),
-        _describe_optional(query_mask),
+        describe(grad_out),
+        describe_optional(grad_lse),
+        describe(query),
+        describe(key),
+        describe(value),
+        describe(out),
+        describe(lse),
+        describe_optional(key_mask),
+        describe_optional(query_mask),
         _describe_bias(attn_bias, query, key),
-        _describe(plan),
-        _describe(grads[0]),
-        _describe(grads[1]),
-        _describe(grads[2]),
+        describe(plan),
+        describe(grads[0]),
+        describe(grads[1]),
+        describe(grads[2]),
         scale=scale,
         block_size=block_size,
         sparse=sparse,

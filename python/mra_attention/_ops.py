@@ -146,34 +146,9 @@ class _SelectBlocksFunction(torch.autograd.Function):
         return unfold(info, _SelectBlocksFunction.apply(*_fold_with_bias(info, in_dims, args, 4))), 0
 
 
-def select_blocks(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    attn_bias: Tensor | None,
-    scale: float,
-    block_size: int,
-    blocks_per_row: float,
-    num_blocks: int | None,
-    first_blocks: int,
-    diagonal_blocks: int,
-) -> Tensor:
-    """Return the plan of 4-D inputs as bits. No gradient flows through it."""
-    call = _SelectBlocksFunction.apply if transforms_active() else _select_blocks_op
-    return call(
-        query,
-        key,
-        key_mask,
-        query_mask,
-        attn_bias,
-        scale,
-        block_size,
-        blocks_per_row,
-        num_blocks,
-        first_blocks,
-        diagonal_blocks,
-    )
+def select_blocks(*args: Any) -> Tensor:
+    """Return the plan of 4-D inputs as bits. No gradient flows through it. The arguments are those of the operator."""
+    return _SelectBlocksFunction.apply(*args) if transforms_active() else _select_blocks_op(*args)
 
 
 def forward(*args: Any) -> Tensors3:
