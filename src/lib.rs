@@ -34,8 +34,8 @@ pub mod tch;
 pub use error::{Error, Result};
 pub use mra::{
     Bias, BiasData, Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan,
-    PooledInputs, Problem, Saved, backward, causal_backward, causal_forward, causal_forward_selecting, forward,
-    forward_selecting, pool, select_blocks,
+    PooledInputs, Problem, Saved, append, backward, causal_backward, causal_forward, causal_forward_selecting, forward,
+    forward_selecting, select_blocks,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;

@@ -2,6 +2,7 @@
 
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::tensor::check_strides;
@@ -40,6 +41,33 @@ impl<'a, E> TensorMut<'a, E> {
     /// The sizes of batch, head, token and channel.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
+    }
+
+    /// Checks that tokens lie one behind the other, without gaps.
+    pub(crate) fn check_adjacent_rows(&self, name: &str) -> Result<()> {
+        let ([.., tokens, channels], stride) = (self.shape, self.strides[2]);
+        if tokens <= 1 || channels == 0 || stride == channels {
+            return Ok(());
+        }
+        Err(Error::new(format!("{name}: stride {stride} from token to token, expected {channels}")))
+    }
+
+    /// Tokens that lie one behind the other, for writing.
+    ///
+    /// # Safety
+    /// - [`Self::check_adjacent_rows`] has succeeded.
+    /// - Nothing else holds one of these rows until the returned borrow ends.
+    #[allow(clippy::mut_from_ref, reason = "the contract of this type: rows are disjoint and each has one writer")]
+    pub(crate) unsafe fn rows_mut(&self, batch: usize, head: usize, tokens: Range<usize>) -> &mut [E] {
+        let [b, h, l, d] = self.shape;
+        assert!(batch < b && head < h && tokens.end <= l, "rows ({batch}, {head}, {tokens:?}) of shape {:?}", self.shape);
+        if d == 0 || tokens.is_empty() {
+            return &mut [];
+        }
+        let offset = batch * self.strides[0] + head * self.strides[1] + tokens.start * self.strides[2];
+        // SAFETY: the first and the last row lie in the borrowed memory, as in `row_mut`, and so does all between; the rest is
+        // the caller's.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(offset), tokens.len() * d) }
     }
 
     /// One row, for writing.

@@ -161,7 +161,7 @@ class KVCache:
         if not after:
             return
         self._reserve(max(after))
-        self._memory.write(key, value, self._lengths, after)
+        self._memory.append(key, value, self._lengths, after)
         self._lengths = after
 
     @overload
@@ -297,7 +297,6 @@ class KVCache:
         else:
             most = self._counts("lengths", lengths, None)
         self._lengths = [min(*pair) for pair in zip(self._lengths, most, strict=True)]
-        self._memory.crop(self._lengths)
 
     def reset(self) -> None:
         """Forget all tokens, but keep the memory."""
@@ -332,10 +331,10 @@ class KVCache:
                 "mra_attention.scaled_dot_product_attention with is_causal=True"
             )
         if tensor.dtype is not self._memory.dtype:
-            if torch.is_autocast_enabled("cpu") and tensor.is_floating_point():
-                return tensor.to(self._memory.dtype)
-            raise TypeError(f"{name} must be {self._memory.dtype}, the dtype of the cache, got {tensor.dtype}")
-        return tensor
+            if not (torch.is_autocast_enabled("cpu") and tensor.is_floating_point()):
+                raise TypeError(f"{name} must be {self._memory.dtype}, the dtype of the cache, got {tensor.dtype}")
+            tensor = tensor.to(self._memory.dtype)
+        return tensor.resolve_neg()  # what is stored is read as it is
 
     def _integers(self, name: str, values: Any) -> list[int]:
         if isinstance(values, Tensor):

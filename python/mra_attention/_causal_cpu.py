@@ -116,8 +116,6 @@ def causal_backward(
     scale: float,
     block_size: int,
     sparse: bool,
-    local_blocks: int,
-    first_blocks: int,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
@@ -141,8 +139,6 @@ def causal_backward(
         scale=scale,
         block_size=block_size,
         sparse=sparse,
-        local_blocks=local_blocks,
-        first_blocks=first_blocks,
         dropout_p=dropout_p,
         seed=seed_number(seed),
         threads=torch.get_num_threads(),
@@ -150,6 +146,22 @@ def causal_backward(
     return grads
 
 
-def pool(tensor: Tensor, out: Tensor, block_size: int) -> None:
-    """Write the means of the blocks of `(B, H, L, D)` to `(B, H, ceil(L / block_size), D)`."""
-    _core.pool(describe(tensor), describe(out), block_size=block_size, threads=torch.get_num_threads())
+def append(
+    key: Tensor,
+    value: Tensor,
+    stored: Sequence[Descriptor],
+    before: Sequence[int],
+    after: Sequence[int],
+    block_size: int,
+) -> None:
+    """Put new keys and values behind stored ones, and the means of blocks that become complete into theirs."""
+    key, value = rows(key), rows(value)
+    _core.append(
+        describe(key),
+        describe(value),
+        *stored,
+        before=before,
+        after=after,
+        block_size=block_size,
+        threads=torch.get_num_threads(),
+    )

@@ -61,10 +61,9 @@ def _fake_backward(
 
 
 def _saved(inputs: tuple[Any, ...], output: Tensors3) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    query, key, value, _, seed, offsets, key_lengths, scale, block_size, sparse, _, local, first, dropout_p = inputs
+    query, key, value, _, seed, offsets, key_lengths, scale, block_size, sparse, _, _, _, dropout_p = inputs
     out, lse, plan = output
-    numbers = (offsets, key_lengths, scale, block_size, sparse, local, first, dropout_p)
-    return (query, key, value, out, lse, plan, seed), numbers
+    return (query, key, value, out, lse, plan, seed), (offsets, key_lengths, scale, block_size, sparse, dropout_p)
 
 
 def _fold(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
@@ -84,8 +83,7 @@ _backward_op = define(
     "causal_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor plan, "
     "Tensor? seed, SymInt[] offsets, SymInt[]? key_lengths, float scale, SymInt block_size, bool sparse, "
-    "SymInt local_blocks, SymInt first_blocks, float dropout_p) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    "float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _causal_cpu.causal_backward,
     _fake_backward,
 )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 __all__ = [
     "__version__",
+    "append",
     "available_isas",
     "backward",
     "block_mask",
@@ -22,7 +23,6 @@ __all__ = [
     "forward",
     "isa",
     "kernel_rates",
-    "pool",
     "select_blocks",
     "use_torch_threads",
 ]
@@ -142,13 +142,23 @@ def causal_backward(
     scale: float,
     block_size: int,
     sparse: bool,
-    local_blocks: int,
-    first_blocks: int,
     dropout_p: float,
     seed: int,
     threads: int,
 ) -> None: ...
-def pool(tensor: _Descriptor, out: _Descriptor, *, block_size: int, threads: int) -> None: ...
+def append(
+    key: _Descriptor,
+    value: _Descriptor,
+    stored_key: _Descriptor,
+    stored_value: _Descriptor,
+    key_means: _Descriptor,
+    value_means: _Descriptor,
+    *,
+    before: Sequence[int],
+    after: Sequence[int],
+    block_size: int,
+    threads: int,
+) -> None: ...
 def block_mask(plan: npt.NDArray[np.uint8], num_key_blocks: int) -> npt.NDArray[np.bool_]: ...
 def build_info() -> _BuildInfo: ...
 def use_torch_threads(address: int) -> None: ...

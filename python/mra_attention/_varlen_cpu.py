@@ -216,8 +216,6 @@ def varlen_backward(
                 scale=scale,
                 block_size=block_size,
                 sparse=sparse,
-                local_blocks=local_blocks,
-                first_blocks=first_blocks,
                 dropout_p=dropout_p,
                 seed=at.seed,
                 threads=threads,

@@ -25,7 +25,7 @@ pub use backward::{Gradients, Saved, backward};
 pub use bias::{Bias, BiasData};
 pub use budget::Budget;
 pub use causal::{
-    CausalBudget, CausalOptions, CausalProblem, PooledInputs, causal_backward, causal_forward, causal_forward_selecting, pool,
+    CausalBudget, CausalOptions, CausalProblem, PooledInputs, append, causal_backward, causal_forward, causal_forward_selecting,
 };
 pub use forward::{Inputs, forward, forward_selecting};
 pub use plan::Plan;

@@ -65,8 +65,8 @@ impl<T: Scalar> Pooled<T> {
     }
 }
 
-/// Writes the mean of the valid tokens of a block.
-fn average<E: Element>(
+/// Adds the mean of the valid tokens of a block to zeros. `line` is scratch for a row of tokens.
+pub(crate) fn average<E: Element>(
     level: Level,
     tokens: &Rows<'_, E>,
     blocks: &Blocks,

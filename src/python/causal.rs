@@ -112,7 +112,7 @@ pub(super) fn causal_forward(
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, plan, grad_query, grad_key, grad_value, *, offsets, key_lengths, scale, block_size, sparse, local_blocks, first_blocks, dropout_p, seed, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, out, lse, plan, grad_query, grad_key, grad_value, *, offsets, key_lengths, scale, block_size, sparse, dropout_p, seed, threads))]
 pub(super) fn causal_backward(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -131,14 +131,10 @@ pub(super) fn causal_backward(
     scale: f64,
     block_size: usize,
     sparse: bool,
-    local_blocks: usize,
-    first_blocks: usize,
     dropout_p: f64,
     seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    // The plan says what is exact, and so it stands for the numbers of blocks.
-    let _ = (local_blocks, first_blocks);
     let settings = Settings { offsets, key_lengths, scale, block_size, sparse, dropout_p, seed, threads };
     py.detach(|| {
         let reads = named([
@@ -176,15 +172,38 @@ pub(super) fn causal_backward(
     .map_err(PyErr::from)
 }
 
-/// Means of the blocks of a tensor.
+/// Puts new tokens behind those of a cache.
 #[pyfunction]
-#[pyo3(signature = (tensor, out, *, block_size, threads))]
-pub(super) fn pool(py: Python<'_>, tensor: Descriptor, out: Descriptor, block_size: usize, threads: usize) -> PyResult<()> {
+#[pyo3(signature = (key, value, stored_key, stored_value, key_means, value_means, *, before, after, block_size, threads))]
+pub(super) fn append(
+    py: Python<'_>,
+    key: Descriptor,
+    value: Descriptor,
+    stored_key: Descriptor,
+    stored_value: Descriptor,
+    key_means: Descriptor,
+    value_means: Descriptor,
+    before: Vec<usize>,
+    after: Vec<usize>,
+    block_size: usize,
+    threads: usize,
+) -> PyResult<()> {
     py.detach(|| {
-        check_disjoint(&[("out", &out)], &[("tensor", &tensor)])?;
-        with_element!(tensor.dtype(), E => {
-            // SAFETY: the Python layer keeps every tensor alive during the call and gives a fresh output.
-            unsafe { crate::pool(&tensor.tensor::<E>("tensor")?, &mut out.tensor_mut("out")?, block_size, threads) }
+        let outputs = [
+            ("stored_key", &stored_key),
+            ("stored_value", &stored_value),
+            ("key_means", &key_means),
+            ("value_means", &value_means),
+        ];
+        check_disjoint(&outputs, &[("key", &key), ("value", &value)])?;
+        with_element!(key.dtype(), E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call, and its cache owns what is written.
+            unsafe {
+                let (new, mut stored) = (key.tensor::<E>("key")?, stored_key.tensor_mut("stored_key")?);
+                crate::append(&new, &mut stored, &mut key_means.tensor_mut("key_means")?, &before, &after, block_size, threads)?;
+                let (new, mut stored) = (value.tensor::<E>("value")?, stored_value.tensor_mut("stored_value")?);
+                crate::append(&new, &mut stored, &mut value_means.tensor_mut("value_means")?, &before, &after, block_size, threads)
+            }
         })
     })
     .map_err(PyErr::from)

@@ -337,7 +337,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(backward_py, module)?)?;
     module.add_function(wrap_pyfunction!(causal::causal_forward, module)?)?;
     module.add_function(wrap_pyfunction!(causal::causal_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(causal::pool, module)?)?;
+    module.add_function(wrap_pyfunction!(causal::append, module)?)?;
     module.add_function(wrap_pyfunction!(block_mask, module)?)?;
     module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;

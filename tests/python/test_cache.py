@@ -54,6 +54,14 @@ def part(tensors: tuple[Tensor, ...], item: int, start: int, end: int) -> tuple[
     return tuple(x[item : item + 1, :, start:end] for x in tensors)
 
 
+def test_negated_views_are_read_as_their_values():
+    query, key, value = sequences(40)
+    cache, plain = new_cache(), new_cache()
+    cache.append(torch._neg_view(key), torch._neg_view(value))
+    plain.append(-key, -value)
+    assert_same(attend(cache, torch._neg_view(query)), attend(plain, -query))
+
+
 @DTYPES
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_chunks_of_any_size_give_the_bits_of_the_whole(dtype, mode):

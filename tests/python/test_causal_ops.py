@@ -62,7 +62,7 @@ def test_opcheck_of_backward(shape, layout, with_lse):
     with torch.no_grad():
         out, lse, chosen = OPS.causal_forward(*arguments)
     grads = (lay_out(torch.randn_like(out), layout), torch.randn_like(lse) if with_lse else None)
-    numbers = (*arguments[5:10], 1, 0, 0.0)
+    numbers = (*arguments[5:10], 0.0)
     tensors = (*arguments[:3], out, lse, chosen, None)
     results = torch.library.opcheck(
         OPS.causal_backward.default, (*grads, *detached(list(tensors[:3])), *tensors[3:], *numbers)

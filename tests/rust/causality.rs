@@ -3,7 +3,7 @@
 
 use half::bf16;
 use mra_attention::{
-    CausalBudget, CausalOptions, CausalProblem, Inputs, Level, Mode, PooledInputs, causal_forward_selecting, pool,
+    CausalBudget, CausalOptions, CausalProblem, Inputs, Level, Mode, PooledInputs, append, causal_forward_selecting,
 };
 use ndarray::{Array4, Axis, s};
 
@@ -100,7 +100,7 @@ fn earlier_queries_give_no_gradient() {
     }
 }
 
-/// A few queries against a cache of keys: the same rows as among all queries, with the means that `pool` gives or without.
+/// A few queries against a cache of keys: the same rows as among all queries, with the means that `append` gives or without.
 fn some_queries<E: Number>() {
     for case in cases() {
         let data = case.data::<E>();
@@ -153,8 +153,10 @@ fn decode<E: Number>(
         CausalProblem::new([1, heads, rows.len(), case.head_dim], [1, case.kv_heads, case.key_len, case.head_dim], &options)
             .expect("a valid case");
     let mean_of = |stored: &Stored<E>, channels| {
+        let mut copy = Stored::<E>::unset((1, case.kv_heads, case.key_len, channels), Layout::Contiguous);
         let mut means = Stored::<E::Compute>::unset((1, case.kv_heads, blocks, channels), Layout::TokensFirst);
-        pool(&stored.tensor("tensor"), &mut means.tensor_mut("out"), case.block_size, 1).expect("valid shapes");
+        let (mut tokens, mut to) = (copy.tensor_mut("stored"), means.tensor_mut("means"));
+        append(&stored.tensor("new"), &mut tokens, &mut to, &[0], &[case.key_len], case.block_size, 1).expect("valid shapes");
         means
     };
     let (mean_keys, mean_values) = (mean_of(&key, case.head_dim), mean_of(&value, case.value_dim));

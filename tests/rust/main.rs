@@ -6,6 +6,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "views are passed by value")]
 #![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
 
+mod append;
 mod causal;
 mod causal_dropout;
 mod causality;

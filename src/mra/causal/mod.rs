@@ -23,6 +23,7 @@
 //! - Tried without gain: ranges that fit into the second-level cache (fewer queries meet each block, and its keys and values are
 //!   read more often).
 
+mod append;
 mod backward;
 mod backward_range;
 mod coarse;
@@ -34,7 +35,8 @@ mod pooled;
 mod problem;
 mod select;
 
+pub use append::append;
 pub use backward::causal_backward;
 pub use forward::{causal_forward, causal_forward_selecting};
-pub use pooled::{PooledInputs, pool};
+pub use pooled::PooledInputs;
 pub use problem::{CausalBudget, CausalOptions, CausalProblem};

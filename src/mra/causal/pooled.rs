@@ -6,11 +6,10 @@ use crate::mra::blocks::Blocks;
 use crate::mra::forward::Inputs;
 use crate::mra::problem::Problem;
 use crate::mra::pyramid::Pooled;
-use crate::simd::{Element, Level, Scalar};
+use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
-use crate::tiles::TensorMut;
 
-/// Means of the blocks of keys and values, as [`pool`] computes them: of all blocks that a query sees as past ones, at least.
+/// Means of the blocks of keys and values, as [`append`](super::append) writes them: of all blocks that a query sees as past ones, at least.
 #[derive(Debug, Clone, Copy)]
 pub struct PooledInputs<'a, T> {
     /// `(B, Hk, NB, D)`.
@@ -95,33 +94,4 @@ fn check(problem: &CausalProblem, name: &str, shape: [usize; 4], channels: usize
     }
     let expected = [inner.batch, inner.kv_heads, needed, channels];
     Err(Error::new(format!("{name}: shape {shape:?}, expected {expected:?} with at least so many blocks")))
-}
-
-/// Writes the means of the blocks of `tensor` `(B, H, L, D)` to `out` `(B, H, ceil(L / block_size), D)`.
-///
-/// The same bits as [`causal_forward`](super::causal_forward) has if it computes them.
-///
-/// # Errors
-/// If the block size is not 1 to [`Problem::MAX_BLOCK`], or `out` does not have that shape.
-pub fn pool<E: Element>(
-    tensor: &Tensor<'_, E>,
-    out: &mut TensorMut<'_, E::Compute>,
-    block_size: usize,
-    threads: usize,
-) -> Result<()> {
-    let [batch, heads, length, channels] = tensor.shape();
-    let problem = Problem::for_pooling(tensor.shape(), block_size, threads, Level::current()?)?;
-    let blocks = length.div_ceil(block_size);
-    Problem::expect("out", out.shape(), [batch, heads, blocks, channels])?;
-    let all = Blocks::new(length, block_size);
-    let means = Pooled::new(&problem, tensor, |_| &all);
-    for head in 0..batch * heads {
-        let rows = means.head(head);
-        for block in 0..blocks {
-            // SAFETY: nothing else writes to `out`, which is borrowed mutably.
-            let to = unsafe { out.row_mut(head / heads, head % heads, block) };
-            to.copy_from_slice(&rows.row(block)[..channels]);
-        }
-    }
-    Ok(())
 }

@@ -1,0 +1,72 @@
+//! New tokens behind stored ones, and the means of the blocks that they complete: what a cache of keys or values does.
+
+use crate::error::{Error, Result};
+use crate::mra::blocks::Blocks;
+use crate::mra::problem::Problem;
+use crate::mra::pyramid::average;
+use crate::mra::scratch::Buffer;
+use crate::simd::{Element, Level, Scalar};
+use crate::tensor::{Rows, Tensor};
+use crate::threads;
+use crate::tiles::TensorMut;
+
+/// Copies new tokens `(B, H, n, D)` behind those that are stored, and writes the means of the blocks that become complete.
+///
+/// Batch item `i` has `before[i]` tokens and gets the first `after[i] - before[i]` new ones. `stored` is `(B, H, capacity, D)`,
+/// its tokens one behind the other; `means` is `(B, H, ceil(capacity / block_size), D)`. The means have the same bits as those that
+/// [`causal_forward`](super::causal_forward) computes itself, however a sequence is cut into pieces.
+///
+/// # Errors
+/// If the block size is not 1 to [`Problem::MAX_BLOCK`], or shapes or lengths do not fit; nothing is written then.
+pub fn append<E: Element>(
+    new: &Tensor<'_, E>,
+    stored: &mut TensorMut<'_, E>,
+    means: &mut TensorMut<'_, E::Compute>,
+    before: &[usize],
+    after: &[usize],
+    block_size: usize,
+    threads: usize,
+) -> Result<()> {
+    let [batch, heads, count, channels] = new.shape();
+    let problem = Problem::for_pooling(new.shape(), block_size, threads, Level::current()?)?;
+    let capacity = stored.shape()[2];
+    Problem::expect("stored", stored.shape(), [batch, heads, capacity, channels])?;
+    Problem::expect("means", means.shape(), [batch, heads, capacity.div_ceil(block_size), channels])?;
+    stored.check_adjacent_rows("stored")?;
+    let fits = |(&start, &end): (&usize, &usize)| start <= end && end - start <= count && end <= capacity;
+    if before.len() != batch || after.len() != batch || !before.iter().zip(after).all(fits) {
+        return Err(Error::new(format!(
+            "before: {before:?} and after: {after:?}, expected {batch} lengths each, at most {capacity}, that grow by at most {count}"
+        )));
+    }
+    let touched = |item: usize| before[item] / block_size..after[item].div_ceil(block_size);
+    let most = (0..batch).map(|item| touched(item).len()).max().unwrap_or(0);
+    let (stored, means, whole) = (&*stored, &*means, Blocks::new(block_size, block_size));
+    threads::for_each(
+        problem.threads_for(batch * heads * count * channels),
+        batch * heads * most,
+        || Buffer::scratch(channels),
+        |line, task| {
+            let (item, head) = (task / most / heads, task / most % heads);
+            let block = touched(item).start + task % most;
+            let start = block * block_size;
+            let (from, to) = (start.max(before[item]), (start + block_size).min(after[item]));
+            if from >= to {
+                return;
+            }
+            let rows = new.head(item, head);
+            // SAFETY: each task has its own block of tokens.
+            let tokens = unsafe { stored.rows_mut(item, head, start..to) };
+            for (row, token) in tokens[(from - start) * channels..].chunks_exact_mut(channels.max(1)).zip(from..to) {
+                row.copy_from_slice(rows.row(token - before[item]));
+            }
+            if to == start + block_size {
+                // SAFETY: each task has its own block.
+                let mean = unsafe { means.row_mut(item, head, block) };
+                mean.fill(E::Compute::ZERO);
+                average(problem.level, &Rows::new(tokens, block_size, channels, channels), &whole, 0, line, mean);
+            }
+        },
+    );
+    Ok(())
+}
