@@ -105,7 +105,7 @@ impl<T: Scalar> Largest<'_, T> {
     }
 }
 
-/// Whether every number of a matrix is finite; its columns are whole vectors.
+/// Whether every number of a matrix is finite.
 pub(crate) struct AllFinite<'a, T>(pub(crate) Matrix<'a, T>);
 
 impl<T: Scalar> Kernel<T> for AllFinite<'_, T> {
@@ -113,20 +113,22 @@ impl<T: Scalar> Kernel<T> for AllFinite<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> bool {
-        let matrix = self.0;
-        assert_eq!(matrix.cols % S::LANES, 0, "whole vectors of columns");
+        // 0 times a finite number is 0, times any other NaN.
         let zero = simd.splat(T::ZERO);
-        let mut sums = [zero; 4];
-        for row in 0..matrix.rows {
-            for (index, column) in (0..matrix.cols).step_by(S::LANES).enumerate() {
-                // SAFETY: within a row of the matrix.
-                let x = unsafe { simd.load(matrix.as_ptr().add(row * matrix.stride + column)) };
-                // 0 times a finite number is 0, times any other NaN.
+        let (mut sums, mut rest) = ([zero; 4], T::ZERO);
+        for row in 0..self.0.rows {
+            let vectors = self.0.row(row).chunks_exact(S::LANES);
+            for &x in vectors.remainder() {
+                rest += x * T::ZERO;
+            }
+            for (index, vector) in vectors.enumerate() {
+                // SAFETY: the chunk holds a whole vector.
+                let x = unsafe { simd.load(vector.as_ptr()) };
                 sums[index % 4] = simd.mul_add(x, zero, sums[index % 4]);
             }
         }
         let sum = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
-        simd.at_least(sum, zero).count_ones() as usize == S::LANES
+        simd.at_least(sum, zero).count_ones() as usize == S::LANES && rest == T::ZERO
     }
 }
 
@@ -177,13 +179,17 @@ mod tests {
     #[test]
     fn one_number_that_is_not_finite_is_found() {
         for level in Level::available() {
-            let (rows, columns) = (3, 3 * f32::lanes(level));
-            let mut numbers = vec![f32::MAX; rows * columns];
-            assert!(f32::run(level, AllFinite(Matrix::new(&numbers, rows, columns, columns))));
-            for place in 0..numbers.len() {
+            // Whole vectors and some more, with NaN between the rows.
+            let (rows, columns) = (3, 3 * f32::lanes(level) + 5);
+            let stride = columns + 2;
+            let mut numbers = vec![f32::NAN; rows * stride];
+            numbers.chunks_exact_mut(stride).for_each(|row| row[..columns].fill(f32::MAX));
+            let finite = |numbers: &[f32]| f32::run(level, AllFinite(Matrix::new(numbers, rows, columns, stride)));
+            assert!(finite(&numbers), "{}", level.name());
+            for place in (0..rows * stride).filter(|place| place % stride < columns) {
                 for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                     numbers[place] = bad;
-                    assert!(!f32::run(level, AllFinite(Matrix::new(&numbers, rows, columns, columns))), "{place}");
+                    assert!(!finite(&numbers), "{}: {bad} at {place}", level.name());
                 }
                 numbers[place] = -1e-45;
             }

@@ -28,6 +28,12 @@ impl<'a, T> Matrix<'a, T> {
         Self { data: &self.data[start.min(self.data.len())..], rows: rows.len(), ..self }
     }
 
+    /// One row.
+    pub(crate) fn row(&self, row: usize) -> &'a [T] {
+        // Without columns there need not be data.
+        if self.cols == 0 { &[] } else { &self.data[row * self.stride..][..self.cols] }
+    }
+
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data.as_ptr()
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::blocks::Blocks;
 use super::problem::Problem;
 use super::scratch::Buffer;
+use crate::kernels::{AllFinite, Matrix};
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
@@ -32,24 +33,11 @@ pub(crate) fn needs_guard<'b, E: Element>(
                 E::widen(row, line);
                 line
             });
-            if !row_is_finite(row) {
+            if !E::Compute::run(problem.level, AllFinite(Matrix::new(row, 1, channels, channels))) {
                 found.store(true, Ordering::Relaxed);
                 return;
             }
         }
     });
     found.into_inner()
-}
-
-/// 0 times a number is 0 unless it is NaN or infinite. Eight chains let the compiler use vectors.
-fn row_is_finite<T: Scalar>(row: &[T]) -> bool {
-    let mut chains = [T::ZERO; 8];
-    let chunks = row.chunks_exact(chains.len());
-    let rest = chunks.remainder().iter().fold(T::ZERO, |sum, &x| sum + x * T::ZERO);
-    for chunk in chunks {
-        for (chain, &x) in chains.iter_mut().zip(chunk) {
-            *chain += x * T::ZERO;
-        }
-    }
-    chains.into_iter().fold(rest, |sum, x| sum + x) == T::ZERO
 }

@@ -52,7 +52,7 @@ impl Plan {
     pub fn from_bits(problem: &Problem, bits: &[u8]) -> Result<Self> {
         let (query_blocks, key_blocks) = (problem.query_blocks(), problem.key_blocks());
         let row_bytes = Self::row_bytes(key_blocks);
-        let expected = problem.all_heads() * query_blocks * row_bytes;
+        let expected = Self::bytes(problem);
         if bits.len() != expected {
             return Err(Error::new(format!("plan: {} bytes, expected {expected}", bits.len())));
         }
