@@ -57,6 +57,7 @@ impl Step {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.logits, KEYS, QUERIES, QUERIES),
                 init: Init::Zero,
+                ahead: None,
             },
         );
     }
@@ -85,6 +86,7 @@ impl Step {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.out, QUERIES, CHANNELS, CHANNELS),
                 init: Init::ScaleRows(&self.rescale),
+                ahead: None,
             },
         );
     }

@@ -13,8 +13,10 @@
 //! - Each element is summed in the order of k, whatever the tiling, and C is added last: a long sum is thereby a sum of
 //!   short ones, with less rounding than one that starts from C.
 
+use std::ops::Range;
+
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_near};
+use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_far, prefetch_near};
 
 /// What becomes of C.
 #[derive(Clone, Copy)]
@@ -66,6 +68,8 @@ pub(crate) struct Gemm<'a, 'c, T> {
     pub(crate) c: MatrixMut<'c, T>,
     /// What becomes of C.
     pub(crate) init: Init<'a, T>,
+    /// What is read after this product, and may be far away: it is brought into the second-level cache meanwhile.
+    pub(crate) ahead: Option<Matrix<'a, T>>,
 }
 
 impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
@@ -94,6 +98,7 @@ impl<T: Scalar> Kernel<T> for Gemm<'_, '_, T> {
             c_stride: self.c.stride,
             k,
             init: self.init,
+            ahead: self.ahead,
         };
         // SAFETY: the assertions above, with those of the matrices, put every element that the tiles touch in bounds.
         unsafe {
@@ -118,6 +123,7 @@ struct Operands<'a, T> {
     c_stride: usize,
     k: usize,
     init: Init<'a, T>,
+    ahead: Option<Matrix<'a, T>>,
 }
 
 /// Calls `$body` for tiles of 2 column vectors, the last one of 1 where their number is odd.
@@ -203,6 +209,7 @@ impl<T: Scalar> Operands<'_, T> {
             return;
         }
         for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
+            self.prefetch_ahead(row..row + ROWS, m);
             for_column_tiles!(n, S::LANES, |column, VECTORS| {
                 // SAFETY: the caller's, for this part of C.
                 unsafe { self.tile::<S, ROWS, VECTORS, false, GATHER>(simd, row, column) }
@@ -226,6 +233,9 @@ impl<T: Scalar> Operands<'_, T> {
         }
         for_column_tiles!(n, S::LANES, |column, VECTORS| {
             for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
+                if column == 0 {
+                    self.prefetch_ahead(row..row + ROWS, m);
+                }
                 // SAFETY: the caller's, for this part of C.
                 unsafe { self.tile::<S, ROWS, VECTORS, true, false>(simd, row, column) }
             });
@@ -238,6 +248,17 @@ impl<T: Scalar> Operands<'_, T> {
         for row in first..first + count {
             for k in (0..self.k).step_by(LINE / size_of::<T>()) {
                 prefetch_near(self.a.wrapping_add(row * self.a_stride + k));
+            }
+        }
+    }
+
+    /// Brings the share of these rows of `total` in what is read next into the second-level cache: a few lines for each tile,
+    /// which its multiplications hide.
+    #[inline(always)]
+    fn prefetch_ahead(&self, rows: Range<usize>, total: usize) {
+        if let Some(ahead) = &self.ahead {
+            for row in rows.start * ahead.rows / total..rows.end * ahead.rows / total {
+                prefetch_far(ahead.row(row));
             }
         }
     }
@@ -368,7 +389,7 @@ mod tests {
             let stride = n + GAP;
             let to = MatrixMut::new(&mut c.data, m, n, stride);
             let b_rows = gather.then_some(&b_rows[..]);
-            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), b_rows, c: to, init });
+            T::run(level, Gemm { a: a.matrix(), a_transposed, b: b.matrix(), b_rows, c: to, init, ahead: None });
             for (row, col) in (0..m).flat_map(|row| (0..n).map(move |col| (row, col))) {
                 let start = match init {
                     Init::Zero => 0.0,
@@ -429,7 +450,15 @@ mod tests {
                 let level = Level::available()[0];
                 f32::run(
                     level,
-                    Gemm { a: a.matrix(), a_transposed: false, b: b.matrix(), b_rows: None, c: to, init: Init::Zero },
+                    Gemm {
+                        a: a.matrix(),
+                        a_transposed: false,
+                        b: b.matrix(),
+                        b_rows: None,
+                        c: to,
+                        init: Init::Zero,
+                        ahead: None,
+                    },
                 );
             }));
             assert!(refused.is_err(), "B with {rows_of_b} rows, C with {cols_of_c} columns");

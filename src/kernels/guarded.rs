@@ -15,7 +15,7 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Gemm { a, a_transposed, b, b_rows, mut c, init } = self.0;
+        let Gemm { a, a_transposed, b, b_rows, mut c, init, ahead: _ } = self.0;
         let (m, k) = if a_transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
         assert_eq!((b_rows.map_or(b.rows, <[u32]>::len), c.cols), (k, b.cols), "shapes of a product {m} x {k} x {}", b.cols);
         init.check(m, c.rows);
@@ -80,6 +80,7 @@ mod tests {
                         b_rows: None,
                         c: MatrixMut::new(&mut c, 2, n, n),
                         init,
+                        ahead: None,
                     };
                     product(level, guard, gemm);
                     c

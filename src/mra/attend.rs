@@ -73,11 +73,13 @@ impl<T: Scalar> Attend<T> {
         }
     }
 
-    /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand.
+    /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand. `next` are
+    /// the blocks of the strip after this one, whose keys are brought nearer.
     pub(crate) fn strip<E: Element<Compute = T>>(
         &mut self,
         strip: &Strip<T>,
         source: &KeySource<'_, E>,
+        next: &[u32],
         adjust: impl FnOnce(&mut [T]),
     ) {
         let (columns, width) = (self.columns, self.width);
@@ -92,6 +94,7 @@ impl<T: Scalar> Attend<T> {
                     b_rows: None,
                     c: MatrixMut::new(logits, part.rows.len(), columns, columns),
                     init: Init::Zero,
+                    ahead: source.ahead(part.values),
                 },
             );
         }
@@ -109,6 +112,8 @@ impl<T: Scalar> Attend<T> {
             dropped.read_keys(strip, source);
             dropped.drop_weights(self.level, &mut self.logits, self.columns);
         }
+        let blocks_of_a_part = next.len().div_ceil(strip.parts(source).count().max(1)).max(1);
+        let mut next = next.chunks(blocks_of_a_part).map(|blocks| source.keys_ahead(blocks));
         for part in strip.parts(source) {
             let weights = &self.logits[part.rows.start * columns..part.rows.end * columns];
             product(
@@ -121,6 +126,7 @@ impl<T: Scalar> Attend<T> {
                     b_rows: None,
                     c: MatrixMut::new(&mut self.values, self.queries, width, width),
                     init: if part.rows.start == 0 { Init::ScaleRows(&self.rescale) } else { Init::Keep },
+                    ahead: next.next().flatten(),
                 },
             );
         }

@@ -69,7 +69,7 @@ impl<T: Scalar> Coarse<T> {
                 strip.clear();
                 strip.push(&source, blocks.clone());
                 let columns = attend.columns;
-                attend.strip(strip, &source, |logits| {
+                attend.strip(strip, &source, &[], |logits| {
                     adjust(problem, plan, head, rows.clone(), blocks, logits, columns);
                 });
             });

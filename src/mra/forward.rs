@@ -102,8 +102,9 @@ pub(crate) fn forward_with<E: Element>(
         let strip = Strip::new(problem, problem.head_dim, value_dim);
         (Attend::new(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
     };
-    threads::for_each(problem.threads_for(exact), problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
-        let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq };
+    let threads = problem.threads_for(exact);
+    threads::for_each(threads, problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
+        let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq, threads };
         // SAFETY: each task has its own block of queries, and writes only its rows.
         unsafe { row.compute(attend, strip, bias, out, lse) };
     });
@@ -118,6 +119,8 @@ struct BlockRow<'a, E: Element> {
     coarse: Option<&'a Coarse<E::Compute>>,
     head: usize,
     i: usize,
+    /// As many block rows further on is probably the next one of this thread.
+    threads: usize,
 }
 
 impl<E: Element> BlockRow<'_, E> {
@@ -169,23 +172,30 @@ impl<E: Element> BlockRow<'_, E> {
         let (batch, kv_head) = (self.head / self.problem.heads, self.problem.kv_head(self.head % self.problem.heads));
         let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
         let source = KeySource::new(self.problem, keys, values, self.problem.keys(batch));
-        let mut step = |strip: &Strip<E::Compute>| {
-            let columns = attend.columns;
-            attend.strip(strip, &source, |logits| {
+        let blocks = self.plan.row(self.head, self.i);
+        let blocks_of_a_strip = (Strip::<E::Compute>::capacity(self.problem) / self.problem.block_size).max(1);
+        let after = if self.i + self.threads < self.problem.query_blocks() {
+            self.plan.row(self.head, self.i + self.threads)
+        } else {
+            &[]
+        };
+        let mut step = |strip: &Strip<E::Compute>, next: &[u32]| {
+            let (columns, next) = (attend.columns, &next[..next.len().min(blocks_of_a_strip)]);
+            attend.strip(strip, &source, next, |logits| {
                 bias.apply(self.problem, (self.head, self.i), queries, strip, logits, columns);
             });
         };
         strip.clear();
-        for &j in self.plan.row(self.head, self.i) {
+        for (index, &j) in blocks.iter().enumerate() {
             let numbers = source.numbers(j as usize);
             if !strip.push(&source, numbers.clone()) {
-                step(strip);
+                step(strip, &blocks[index..]);
                 strip.clear();
                 assert!(strip.push(&source, numbers), "an empty strip has room for a block");
             }
         }
         if strip.rows() > 0 {
-            step(strip);
+            step(strip, after);
         }
     }
 }

@@ -61,6 +61,11 @@ pub(crate) struct KeySums<'a, T> {
 }
 
 impl<T> KeySums<'_, T> {
+    /// The first element of the rows of a part, of `width` elements each.
+    fn start(&self, part: &PartView<'_, T>, width: usize) -> usize {
+        (part.first - self.first) * width
+    }
+
     /// The same sums, for a call.
     pub(crate) fn reborrow(&mut self) -> KeySums<'_, T> {
         KeySums { dk: self.dk, dv: self.dv, first: self.first }
@@ -140,7 +145,8 @@ impl<T: Scalar> GradientTile<T> {
     ) {
         let columns = self.columns;
         for part in strip.parts(source) {
-            self.logits_and_products(&part);
+            let dk = sums.as_ref().map(|sums| rows(&sums.dk[sums.start(&part, self.key_width)..], &part, self.key_width));
+            self.logits_and_products(&part, source.ahead(part.values), dk.and_then(|dk| source.ahead(dk)));
         }
         adjust(&mut self.weights[..strip.rows() * columns], columns);
         if let Some(dropped) = &mut self.dropped {
@@ -163,7 +169,7 @@ impl<T: Scalar> GradientTile<T> {
         }
         for part in strip.parts(source) {
             if let Some(sums) = &mut sums {
-                self.add_to_keys(&part, sums);
+                self.add_to_keys(&part, source, sums);
             }
             if want_dq {
                 self.add_to_queries(&part);
@@ -171,7 +177,8 @@ impl<T: Scalar> GradientTile<T> {
         }
     }
 
-    fn logits_and_products(&mut self, part: &PartView<'_, T>) {
+    /// `values` and `dk` are brought nearer on the way.
+    fn logits_and_products(&mut self, part: &PartView<'_, T>, values: Option<Matrix<'_, T>>, dk: Option<Matrix<'_, T>>) {
         let columns = self.columns;
         let lanes = part.rows.start * columns..part.rows.end * columns;
         T::run(
@@ -183,6 +190,7 @@ impl<T: Scalar> GradientTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.weights[lanes.clone()], part.rows.len(), columns, columns),
                 init: Init::Zero,
+                ahead: values,
             },
         );
         T::run(
@@ -194,6 +202,7 @@ impl<T: Scalar> GradientTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.gradients[lanes], part.rows.len(), columns, columns),
                 init: Init::Zero,
+                ahead: dk,
             },
         );
     }
@@ -210,29 +219,51 @@ impl<T: Scalar> GradientTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.dq, self.count, width, width),
                 init: Init::Keep,
+                ahead: None,
             },
         );
     }
 
-    fn add_to_keys(&self, part: &PartView<'_, T>, sums: &mut KeySums<'_, T>) {
-        let (columns, row) = (self.columns, part.first - sums.first);
-        let products = [
-            (&self.gradients, &self.queries, self.key_width, &mut *sums.dk),
-            (&self.weights, &self.grads, self.value_width, &mut *sums.dv),
-        ];
-        for (a, b, width, c) in products {
-            product(
-                self.level,
-                self.guard,
-                Gemm {
-                    a: Matrix::new(&a[part.rows.start * columns..], part.rows.len(), self.count, columns),
-                    a_transposed: false,
-                    b: Matrix::new(b, self.count, width, width),
-                    b_rows: None,
-                    c: MatrixMut::new(&mut c[row * width..], part.rows.len(), width, width),
-                    init: Init::Keep,
-                },
-            );
-        }
+    fn add_to_keys<E: Element<Compute = T>>(
+        &self,
+        part: &PartView<'_, T>,
+        source: &KeySource<'_, E>,
+        sums: &mut KeySums<'_, T>,
+    ) {
+        let (key_start, value_start) = (sums.start(part, self.key_width), sums.start(part, self.value_width));
+        let (dk, dv) = (&mut sums.dk[key_start..], &mut sums.dv[value_start..]);
+        let ahead = source.ahead(rows(dv, part, self.value_width));
+        self.add_product(part, &self.gradients, &self.queries, self.key_width, dk, ahead);
+        self.add_product(part, &self.weights, &self.grads, self.value_width, dv, None);
     }
+
+    /// Adds `factors`, of which each key has a row, times rows of `width` numbers for each query.
+    fn add_product(
+        &self,
+        part: &PartView<'_, T>,
+        factors: &[T],
+        queries: &[T],
+        width: usize,
+        sums: &mut [T],
+        ahead: Option<Matrix<'_, T>>,
+    ) {
+        product(
+            self.level,
+            self.guard,
+            Gemm {
+                a: Matrix::new(&factors[part.rows.start * self.columns..], part.rows.len(), self.count, self.columns),
+                a_transposed: false,
+                b: Matrix::new(queries, self.count, width, width),
+                b_rows: None,
+                c: MatrixMut::new(sums, part.rows.len(), width, width),
+                init: Init::Keep,
+                ahead,
+            },
+        );
+    }
+}
+
+/// As many of the first rows as a part has keys.
+fn rows<'a, T>(data: &'a [T], part: &PartView<'_, T>, width: usize) -> Matrix<'a, T> {
+    Matrix::new(data, part.rows.len(), width, width)
 }

@@ -50,8 +50,7 @@ pub fn select_blocks<E: Element>(
 pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, budget: &Budget, bits: &mut [u8]) -> Result<()> {
     budget.validate()?;
     let (nq, nk) = (problem.query_blocks(), problem.key_blocks());
-    let bytes_per_head = nq * Plan::row_bytes(nk);
-    let expected = problem.all_heads() * bytes_per_head;
+    let expected = Plan::bytes(problem);
     if bits.len() != expected {
         return Err(Error::new(format!("plan: {} bytes, expected {expected}", bits.len())));
     }
@@ -61,7 +60,7 @@ pub(crate) fn select_from<T: Scalar>(problem: &Problem, pyramid: &Pyramid<T>, bu
     }
     let threads = problem.threads_for(problem.all_heads() * nq * nk * problem.head_dim);
     Distances::<T>::check_memory(problem, threads)?;
-    let bits = Chunks::new(bits, bytes_per_head);
+    let bits = Chunks::new(bits, nq * Plan::row_bytes(nk));
     threads::for_each(
         threads,
         problem.all_heads(),
@@ -242,6 +241,7 @@ impl<T: Scalar> Distances<T> {
                     b_rows: None,
                     c: MatrixMut::new(values, rows.len(), stride, stride),
                     init: Init::Zero,
+                    ahead: None,
                 },
             );
             for (i, row) in rows.zip(values.chunks_exact_mut(stride)) {

@@ -169,6 +169,7 @@ impl<T: Scalar> CoarseTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.logits, keys.rows, columns, columns),
                 init: Init::Zero,
+                ahead: None,
             },
         );
     }
@@ -218,6 +219,7 @@ impl<T: Scalar> CoarseTile<T> {
                     b_rows: None,
                     c: MatrixMut::new(sums, queries, width, width),
                     init: if blocks.start == 0 { Init::Zero } else { Init::ScaleRows(&self.rescale) },
+                    ahead: None,
                 },
             );
         });

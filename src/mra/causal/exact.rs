@@ -173,6 +173,7 @@ impl<T: Scalar> ExactTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.logits, meeting.keys, columns, columns),
                 init: Init::Zero,
+                ahead: None,
             },
         );
         meeting.hide(&mut self.logits, columns, sights, start);
@@ -206,6 +207,7 @@ impl<T: Scalar> ExactTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut state.values, sights.len(), width, width),
                 init: Init::ScaleRowsAt(&self.rescale, meeting.queries),
+                ahead: None,
             },
         );
         for (lane, &query) in meeting.queries.iter().enumerate() {

@@ -161,7 +161,7 @@ impl<T: Scalar> GradientTile<T> {
         ];
         for (a, b, c) in products {
             let (b, c) = (Matrix::new(b, a.cols, columns, columns), MatrixMut::new(c, count, columns, columns));
-            T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero });
+            T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero, ahead: None });
         }
         adjust(&mut self.weights[..count * columns], columns);
         if let Some(dropped) = &mut self.dropped {
@@ -191,13 +191,16 @@ impl<T: Scalar> GradientTile<T> {
             ];
             for (a, b, c) in products {
                 let c = MatrixMut::new(&mut c[row * b.cols..], count, b.cols, b.cols);
-                T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: Some(queries), c, init: Init::Keep });
+                T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: Some(queries), c, init: Init::Keep, ahead: None });
             }
         }
         if let Some(dq) = dq {
             let c = MatrixMut::new(dq, rows.terms.len(), rows.key_width, rows.key_width);
             let a = of_queries(&self.gradients);
-            T::run(self.level, Gemm { a, a_transposed: true, b: keys, b_rows: None, c, init: Init::KeepAt(queries) });
+            T::run(
+                self.level,
+                Gemm { a, a_transposed: true, b: keys, b_rows: None, c, init: Init::KeepAt(queries), ahead: None },
+            );
         }
     }
 }
