@@ -93,8 +93,8 @@ macro_rules! operations {
                 let (mut x, mut y) = ([0.0; 4], [0.0; 4]);
                 // SAFETY: the arrays have room for a vector, of 2 or 4 lanes.
                 unsafe {
-                    self.store(x.as_mut_ptr(), a);
-                    self.store(y.as_mut_ptr(), b);
+                    Simd::<$t>::store(self, x.as_mut_ptr(), a);
+                    Simd::<$t>::store(self, y.as_mut_ptr(), b);
                 }
                 let lanes = <Self as Simd<$t>>::LANES;
                 (0..lanes).fold(0, |bits, lane| bits | u32::from(x[lane] >= y[lane]) << lane)
