@@ -81,3 +81,20 @@ impl Level {
             .clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Level;
+
+    /// Unit tests run at every level that there is. This one fails where that would leave out one that the environment requires.
+    #[test]
+    fn required_levels_are_there() {
+        let required = std::env::var("MRA_ATTENTION_REQUIRE_ISA").unwrap_or_default();
+        for name in required.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            assert!(
+                Level::from_name(name).is_ok(),
+                "MRA_ATTENTION_REQUIRE_ISA requires {name:?}, which this CPU does not have"
+            );
+        }
+    }
+}

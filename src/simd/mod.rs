@@ -94,3 +94,86 @@ pub trait Kernel<T> {
     /// Computes with the instructions of `simd`.
     fn run<S: Simd<T>>(self, simd: S) -> Self::Output;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Kernel, Level, SQUARE, Scalar, Simd};
+
+    /// Lanes of the widest vector, AVX-512's of float32.
+    const MOST_LANES: usize = 16;
+
+    /// What each operation makes of three vectors, as the trait says.
+    struct Operations;
+
+    impl<T: Scalar> Kernel<T> for Operations {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd<T>>(self, simd: S) {
+            // Numbers of both signs, equal ones, zeros of both signs, infinities, and NaN on either side and on both.
+            let specials = [1.5, -2.25, 0.0, -0.0, 3.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN].map(T::from_f64);
+            for shift in 0..specials.len() {
+                let a: [T; MOST_LANES] = std::array::from_fn(|lane| specials[lane % specials.len()]);
+                let b: [T; MOST_LANES] = std::array::from_fn(|lane| specials[(lane + shift) % specials.len()]);
+                let c: [T; MOST_LANES] = std::array::from_fn(|lane| T::from_f64(lane as f64 - 7.0));
+                // SAFETY: the arrays hold a vector of any level.
+                let (va, vb, vc) = unsafe { (simd.load(a.as_ptr()), simd.load(b.as_ptr()), simd.load(c.as_ptr())) };
+                check::<T, S>(simd, "splat", simd.splat(a[shift]), |_| a[shift]);
+                check::<T, S>(simd, "load", va, |lane| a[lane]);
+                check::<T, S>(simd, "add", simd.add(va, vb), |lane| a[lane] + b[lane]);
+                check::<T, S>(simd, "sub", simd.sub(va, vb), |lane| a[lane] - b[lane]);
+                check::<T, S>(simd, "mul", simd.mul(va, vb), |lane| a[lane] * b[lane]);
+                // Rounding has no say here: these products and sums are exact.
+                check::<T, S>(simd, "mul_add", simd.mul_add(va, vb, vc), |lane| a[lane] * b[lane] + c[lane]);
+                check::<T, S>(simd, "max", simd.max(va, vb), |lane| if a[lane] > b[lane] { a[lane] } else { b[lane] });
+                check::<T, S>(simd, "min", simd.min(va, vb), |lane| if a[lane] < b[lane] { a[lane] } else { b[lane] });
+                let expected = (0..S::LANES).fold(0, |bits, lane| bits | u32::from(a[lane] >= b[lane]) << lane);
+                assert_eq!(simd.at_least(va, vb), expected, "at_least: {a:?} and {b:?}");
+            }
+            check_transpose(simd);
+        }
+    }
+
+    /// Compares a vector to the bit, but for the bits of a NaN, and sees that a store writes no more than the vector.
+    #[inline(always)]
+    fn check<T: Scalar, S: Simd<T>>(simd: S, operation: &str, result: S::V, expected: impl Fn(usize) -> T) {
+        let untouched = T::from_f64(12345.0);
+        let mut lanes = [untouched; MOST_LANES + 1];
+        // SAFETY: the array has room for a vector of any level.
+        unsafe { simd.store(lanes.as_mut_ptr(), result) };
+        for (lane, result) in lanes.into_iter().enumerate() {
+            let expected = if lane < S::LANES { expected(lane) } else { untouched };
+            let same = result.total_cmp(&expected).is_eq() || (is_nan(result) && is_nan(expected));
+            assert!(same, "{operation} of {} lanes: {result:?} in lane {lane} instead of {expected:?}", S::LANES);
+        }
+    }
+
+    #[allow(clippy::eq_op, reason = "only NaN differs from itself")]
+    fn is_nan<T: Scalar>(x: T) -> bool {
+        x != x
+    }
+
+    /// A square of distinct numbers, with gaps between the rows of both sides that nothing may write.
+    #[inline(always)]
+    fn check_transpose<T: Scalar, S: Simd<T>>(simd: S) {
+        const STRIDE: usize = SQUARE + 3;
+        let number = |r: usize, c: usize| T::from_f64((r * 10 + c) as f64 + 0.5);
+        let from: [[T; SQUARE]; SQUARE] = std::array::from_fn(|r| std::array::from_fn(|c| number(r, c)));
+        let mut to = [T::LOWEST; SQUARE * STRIDE];
+        // SAFETY: each row holds SQUARE scalars; `to` holds as many rows of STRIDE of them.
+        unsafe { simd.transpose(from.each_ref().map(|row| row.as_ptr()), T::from_f64(2.0), to.as_mut_ptr(), STRIDE) };
+        for (i, x) in to.into_iter().enumerate() {
+            let (c, r) = (i / STRIDE, i % STRIDE);
+            let expected = if r < SQUARE { number(r, c) * T::from_f64(2.0) } else { T::LOWEST };
+            assert!(x.total_cmp(&expected).is_eq(), "column {c} of row {r}: {x:?} instead of {expected:?}");
+        }
+    }
+
+    #[test]
+    fn operations() {
+        for level in Level::available() {
+            f32::run(level, Operations);
+            f64::run(level, Operations);
+        }
+    }
+}
