@@ -50,6 +50,11 @@ impl Blocks {
         self.start(block + 1) - self.start(block)
     }
 
+    /// How many valid tokens each of some blocks has, if it is known without a look at each that they have equally many.
+    pub(crate) fn count_of_each(&self, blocks: Range<usize>) -> Option<usize> {
+        (self.padded.is_none() && blocks.end * self.size <= self.length).then_some(self.size)
+    }
+
     /// How many blocks have a valid token.
     pub(crate) fn live(&self) -> usize {
         (0..self.len()).filter(|&block| self.count(block) > 0).count()
@@ -89,5 +94,6 @@ mod tests {
     fn the_last_block_may_be_short() {
         let blocks = Blocks::new(9, 4);
         assert_eq!((blocks.len(), blocks.count(2), blocks.range(2)), (3, 1, 8..9));
+        assert_eq!((blocks.count_of_each(0..2), blocks.count_of_each(1..3)), (Some(4), None));
     }
 }

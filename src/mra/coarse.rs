@@ -132,13 +132,15 @@ pub(crate) fn adjust<T: Scalar>(
 
 /// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
 pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
-    // Nearly all blocks have equally many keys, and a logarithm takes as long as the dot product of a vector of queries.
-    let (mut count, mut weight) = (0, T::NEG_INFINITY);
+    let weight = |count: usize| T::from_f64((count as f64).ln());
+    if let Some(count) = keys.count_of_each(blocks.clone()) {
+        // As nearly always. A logarithm for each block would take as long as its dot products.
+        let weight = weight(count);
+        logits[..blocks.len() * columns].iter_mut().for_each(|logit| *logit += weight);
+        return;
+    }
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
-        if keys.count(block) != count {
-            count = keys.count(block);
-            weight = T::from_f64((count as f64).ln());
-        }
+        let weight = weight(keys.count(block));
         for logit in row {
             *logit += weight;
         }
