@@ -29,7 +29,8 @@ impl<T: Scalar> Pooled<T> {
         let blocks = length.div_ceil(problem.block_size);
         let mut means = Buffer::zeros(batch * heads * blocks * width);
         let rows = Chunks::new(&mut means, width);
-        let threads = problem.threads_for(batch * heads * length * channels);
+        // An element is read for a single addition, and to read it takes as long as several multiplications.
+        let threads = problem.threads_for((batch * heads * length * channels).saturating_mul(8));
         threads::for_each(
             threads,
             batch * heads * blocks,
