@@ -84,12 +84,11 @@ impl<E: Element> Pass<'_, '_, E> {
         self.fill(&range, &numbers[..range.tokens.len()], rows);
         let key_width = self.widths().0;
         dq[..range.tokens.len() * key_width].fill(E::Compute::ZERO);
-        let blocks = range.blocks();
         let pooled = sums.as_mut().map(|sums| &mut sums.pooled);
         self.coarse(&range, rows, numbers, &(0..inner.key_blocks()), tile, pooled, Some(dq));
-        lists.build(blocks, range.sights, range.plan, self.width);
+        lists.build(range.blocks(), range.sights, range.plan, self.width);
         let source = self.source(inner.kv_row(head));
-        for block in (0..blocks).filter(|&block| !lists.of(block).is_empty()) {
+        for &block in lists.present() {
             let sums = sums.as_mut().map(|sums| &mut sums.exact);
             self.exact(&range, rows, lists, block, &source, tile, strip, sums, Some(dq));
         }

@@ -115,14 +115,13 @@ impl<T: Scalar> ExactTile<T> {
         &mut self,
         place: (usize, usize),
         lists: &BlockLists,
-        blocks: usize,
         sights: &[Sight],
         row: impl Fn(usize) -> &'q [E] + Copy,
         source: &KeySource<'_, E>,
         strip: &mut Strip<T>,
         state: &mut State<T>,
     ) {
-        for block in (0..blocks).filter(|&block| !lists.of(block).is_empty()) {
+        for &block in lists.present() {
             let numbers = source.numbers(block);
             // No key behind the last query that meets the block is read.
             let last = lists.of(block).last().map_or(0, |&query| sights[query as usize].keys);

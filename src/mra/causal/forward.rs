@@ -209,7 +209,7 @@ impl<E: Element> Pass<'_, '_, E> {
         let kv_head = inner.kv_head(head_of_item);
         let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
         let source = KeySource::new(inner, keys, values, inner.keys(batch));
-        exact.blocks((head, range.start), lists, blocks, sights, |query| rows.row(range.start + query), &source, strip, state);
+        exact.blocks((head, range.start), lists, sights, |query| rows.row(range.start + query), &source, strip, state);
         for (query, token) in range.enumerate() {
             // SAFETY: the caller's.
             let (out, lse) =

@@ -8,6 +8,8 @@ pub(crate) struct BlockLists {
     /// Where the list of each block starts, and where the last one ends.
     starts: Vec<u32>,
     queries: Vec<u32>,
+    /// The blocks whose list is not empty: few of many where there are few queries, as when decoding.
+    present: Vec<usize>,
 }
 
 impl BlockLists {
@@ -18,7 +20,11 @@ impl BlockLists {
         self.starts.resize(blocks + 2, 0);
         // Counts are kept two places further on; so, once summed and counted up again, they are the starts.
         for_entries(sights, plan, width, |_, block| self.starts[block + 2] += 1);
+        self.present.clear();
         for block in 0..blocks {
+            if self.starts[block + 2] > 0 {
+                self.present.push(block);
+            }
             self.starts[block + 2] += self.starts[block + 1];
         }
         self.queries.clear();
@@ -33,6 +39,11 @@ impl BlockLists {
     /// How many blocks have a list.
     pub(crate) fn blocks(&self) -> usize {
         self.starts.len().saturating_sub(2)
+    }
+
+    /// The blocks that some query has in its plan, ascending.
+    pub(crate) fn present(&self) -> &[usize] {
+        &self.present
     }
 
     /// The queries behind the `done` first ones of a block: the rest of them, then those of the blocks that follow.
