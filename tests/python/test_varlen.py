@@ -1,19 +1,19 @@
-"""Packed sequences and nested tensors: the bits of every sequence alone, forward and backward."""
+"""Packed sequences: the bits of every sequence alone, forward and backward."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_inputs
-from mra_attention import plan, scaled_dot_product_attention, varlen_attention
+from mra_attention import scaled_dot_product_attention, varlen_attention
 from ops_cases import OPS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 from torch.nn.attention.bias import causal_lower_right
+from varlen_cases import FORMS, KEY_LENGTHS, LENGTHS, by_form
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
@@ -23,17 +23,6 @@ pytestmark = [
     # torch scripts functions of its own when forward mode is first used.
     pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
 ]
-LENGTHS = [7, 0, 33, 8, 1, 64]
-KEY_LENGTHS = [7, 5, 20, 41, 0, 64]
-FORMS: dict[str, dict[str, Any]] = {
-    "two-level": {"blocks_per_row": 1.5},
-    "num-blocks": {"num_blocks": 3, "diagonal_blocks": 1, "first_blocks": 1},
-    "sparse": {"blocks_per_row": 2, "mode": "sparse"},
-    "causal": {"is_causal": True, "blocks_per_row": 2},
-    "causal-sparse": {"is_causal": True, "blocks_per_row": 3, "mode": "sparse", "local_blocks": 2, "first_blocks": 1},
-    "causal-everything": {"is_causal": True, "blocks_per_row": 1e9},
-}
-by_form = pytest.mark.parametrize("form", FORMS)
 
 
 def boundaries(lengths: list[int]) -> Tensor:
@@ -290,65 +279,6 @@ def test_torch_func():
         grad.sum().backward()
 
 
-# Nested tensors
-
-
-def nested(lengths: list[int], heads: int, channels: int) -> Tensor:
-    """A leaf (B, j, heads, channels)."""
-    return torch.nested.nested_tensor(
-        [torch.randn(n, heads, channels) for n in lengths], layout=torch.jagged, requires_grad=True
-    )
-
-
-@by_form
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_nested_tensors(form, cross):
-    leaf = nested(LENGTHS, 4, 12)
-    key_leaf = nested(KEY_LENGTHS if cross else LENGTHS, 2, 12)
-    if not cross:
-        key_leaf = torch.nested.nested_tensor_from_jagged(torch.randn(sum(LENGTHS), 2, 12), leaf.offsets()).detach()
-    value_leaf = torch.nested.nested_tensor_from_jagged(
-        torch.randn(*key_leaf.values().shape[:2], 9), key_leaf.offsets()
-    )
-    leaves = [leaf, key_leaf.detach().requires_grad_(), value_leaf.detach().requires_grad_()]
-    keywords = {"resolutions": (8, 1), "enable_gqa": True, "return_lse": True} | FORMS[form]
-    out, lse = scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), **keywords)
-    assert out.is_nested
-    assert out.layout is torch.jagged
-    assert out.shape == (6, 4, leaf.shape[1], 9)
-    assert lse.shape == (6, 4, leaf.shape[1])
-    flat = [x.values().detach().requires_grad_() for x in leaves]
-    expected, expected_lse = varlen_attention(*flat, leaf.offsets(), key_leaf.offsets(), **keywords)
-    assert torch.equal(out.transpose(1, 2).values(), expected)
-    assert torch.equal(lse.transpose(1, 2).values(), expected_lse.t())
-    grads = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), leaves)
-    wanted = torch.autograd.grad(expected.square().sum(), flat)
-    for grad, want in zip(grads, wanted, strict=True):
-        assert torch.equal(grad.values(), want)
-
-
-def test_nested_tensors_go_on_in_a_model():
-    projection = torch.nn.Linear(16, 48)
-    tokens = torch.nested.nested_tensor([torch.randn(n, 16) for n in LENGTHS], layout=torch.jagged)
-    query, key, value = (x.unflatten(-1, (4, 4)).transpose(1, 2) for x in projection(tokens).chunk(3, -1))
-    out = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(-2)
-    assert (out + tokens).shape == tokens.shape
-    (out + tokens).values().sum().backward()
-    assert projection.weight.grad is not None
-    assert projection.weight.grad.isfinite().all()
-
-
-def test_compile_of_nested_tensors():
-    torch.compiler.reset()
-    leaf = nested(LENGTHS, 4, 12).transpose(1, 2)
-
-    def attention(query: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, query, query, is_causal=True)
-
-    out = torch.compile(attention, fullgraph=True, backend="aot_eager")(leaf)
-    assert torch.equal(out.values(), attention(leaf).values())
-
-
 QUERY = torch.randn(20, 4, 8)
 STARTS = [0, 12, 20]
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -401,53 +331,3 @@ def test_refuses(name):
     valid = {"query": QUERY, "key": QUERY, "value": QUERY, "cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS}
     with pytest.raises(error, match=words):
         varlen_attention(**(valid | given))
-
-
-def strided_nested() -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
-        return torch.nested.nested_tensor([torch.randn(4, 9, 8), torch.randn(4, 7, 8)])
-
-
-def with_gaps() -> Tensor:
-    starts, lengths = torch.tensor([0, 1]), torch.tensor([5, 7])
-    return torch.nested.narrow(torch.randn(2, 9, 4, 8), 1, starts, lengths, layout=torch.jagged).transpose(1, 2)
-
-
-JAGGED = nested([9, 7], 4, 8).detach().transpose(1, 2)
-NESTED_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "mask": ({"attn_mask": torch.ones(2, 1, 1, 9, dtype=torch.bool)}, ValueError, "attn_mask cannot .* nested"),
-    "query mask": ({"query_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, ValueError, "query_padding_mask cannot"),
-    "plan": ({"plan": 1}, ValueError, "plan cannot be used with nested"),
-    "dense key": ({"key": torch.randn(2, 4, 9, 8)}, TypeError, "key must be a nested tensor.* a dense tensor"),
-    "list": ({"value": [1]}, TypeError, "value must be a nested tensor.* list"),
-    "not transposed": (
-        {name: JAGGED.transpose(1, 2) for name in ("query", "key", "value")},
-        ValueError,
-        r"query must have the dimensions .* 4 dimensions .* dimension 1 .* transpose\(1, 2\)",
-    ),
-    "other lengths": ({"value": nested([7, 9], 4, 8).detach().transpose(1, 2)}, ValueError, "same jagged lengths"),
-    "strided": (
-        {"query": strided_nested()},
-        NotImplementedError,
-        "query is a nested tensor of layout torch.strided; only layout=torch.jagged",
-    ),
-    "gaps": (
-        {"query": with_gaps()},
-        ValueError,
-        r"query has gaps .*query.contiguous\(\)",
-    ),
-    "num_blocks": ({"is_causal": True, "num_blocks": 3}, ValueError, "num_blocks=3 cannot be used in causal"),
-}
-
-
-def test_plan_refuses_nested_tensors():
-    with pytest.raises(NotImplementedError, match="query is a nested tensor, which is not supported here"):
-        plan(JAGGED, JAGGED)
-
-
-@pytest.mark.parametrize("name", NESTED_REFUSED)
-def test_refuses_with_nested_tensors(name):
-    given, error, words = NESTED_REFUSED[name]
-    with pytest.raises(error, match=words):
-        scaled_dot_product_attention(**({"query": JAGGED, "key": JAGGED, "value": JAGGED} | given))
