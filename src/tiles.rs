@@ -55,7 +55,7 @@ impl<'a, E> TensorMut<'a, E> {
     /// Tokens that lie one behind the other, for writing.
     ///
     /// # Safety
-    /// - [`Self::check_adjacent_rows`] has succeeded.
+    /// - [`Self::check_adjacent_rows`] has succeeded, unless it is a single token.
     /// - Nothing else holds one of these rows until the returned borrow ends.
     #[allow(clippy::mut_from_ref, reason = "the contract of this type: rows are disjoint and each has one writer")]
     pub(crate) unsafe fn rows_mut(&self, batch: usize, head: usize, tokens: Range<usize>) -> &mut [E] {
@@ -65,8 +65,8 @@ impl<'a, E> TensorMut<'a, E> {
             return &mut [];
         }
         let offset = batch * self.strides[0] + head * self.strides[1] + tokens.start * self.strides[2];
-        // SAFETY: the first and the last row lie in the borrowed memory, as in `row_mut`, and so does all between; the rest is
-        // the caller's.
+        // SAFETY: `new` has checked that every index within the shape lies in the borrowed memory, and rows without gaps hold
+        // nothing else; the rest is the caller's.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(offset), tokens.len() * d) }
     }
 
@@ -76,15 +76,8 @@ impl<'a, E> TensorMut<'a, E> {
     /// - Nothing else holds this row until the returned borrow ends.
     #[allow(clippy::mut_from_ref, reason = "the contract of this type: rows are disjoint and each has one writer")]
     pub(crate) unsafe fn row_mut(&self, batch: usize, head: usize, token: usize) -> &mut [E] {
-        let [b, h, l, d] = self.shape;
-        assert!(batch < b && head < h && token < l, "row ({batch}, {head}, {token}) of shape {:?}", self.shape);
-        if d == 0 {
-            return &mut [];
-        }
-        let offset = batch * self.strides[0] + head * self.strides[1] + token * self.strides[2];
-        // SAFETY: `new` has checked that every index within the shape lies in the borrowed memory; the caller vouches
-        // that the row has no other user.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(offset), d) }
+        // SAFETY: a single row has no gaps; the rest is the caller's.
+        unsafe { self.rows_mut(batch, head, token..token + 1) }
     }
 }
 

@@ -33,7 +33,7 @@ impl<'a, E: Element> KeySource<'a, E> {
     pub(crate) fn new(problem: &Problem, keys: Rows<'a, E>, values: Rows<'a, E>, blocks: &'a Blocks) -> Self {
         let whole = |channels| problem.padded::<E::Compute>(channels) == channels;
         let in_place = E::as_compute(&[]).is_some() && whole(keys.cols()) && whole(values.cols());
-        let bytes = problem.key_len * (keys.cols() + values.cols()) * size_of::<E>();
+        let bytes = blocks.start(blocks.len()) * (keys.cols() + values.cols()) * size_of::<E>();
         Self { keys, values, blocks, in_place, far: bytes > NEAR }
     }
 
@@ -53,8 +53,15 @@ impl<'a, E: Element> KeySource<'a, E> {
         let (&first, rest) = blocks.split_first()?;
         let following = rest.iter().zip(first + 1..).take_while(|&(&block, next)| block == next).count();
         let numbers = self.numbers(first as usize).start..self.numbers(first as usize + following).end;
-        let in_place = self.far && self.in_place && !numbers.is_empty() && self.blocks.consecutive(numbers.clone());
-        in_place.then(|| self::in_place(&self.keys, self.blocks.token(numbers.start), numbers.len()))
+        if numbers.is_empty() || !self.reads_in_place(numbers.clone()) {
+            return None;
+        }
+        self.ahead(in_place(&self.keys, self.blocks.token(numbers.start), numbers.len()))
+    }
+
+    /// Whether the keys with these numbers are read where they lie.
+    fn reads_in_place(&self, numbers: Range<usize>) -> bool {
+        self.in_place && self.blocks.consecutive(numbers)
     }
 
     /// The numbers of the valid keys of a block.
@@ -138,7 +145,7 @@ impl<T: Scalar> Strip<T> {
             return true;
         }
         self.rows = rows.end;
-        let in_place = source.in_place && source.blocks.consecutive(numbers.clone());
+        let in_place = source.reads_in_place(numbers.clone());
         if in_place {
             if let Some(last) = self.parts.last_mut()
                 && last.in_place

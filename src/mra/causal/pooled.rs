@@ -9,7 +9,8 @@ use crate::mra::pyramid::Pooled;
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 
-/// Means of the blocks of keys and values, as [`append`](super::append) writes them: of all blocks that a query sees as past ones, at least.
+/// Means of the blocks of keys and values, as [`append`](super::append) writes them: of all blocks that a query sees as past
+/// ones, at least.
 #[derive(Debug, Clone, Copy)]
 pub struct PooledInputs<'a, T> {
     /// `(B, Hk, NB, D)`.
