@@ -8,6 +8,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax};
+use crate::mra::Buffer;
 use crate::simd::{Kernel, Level, Scalar, Simd};
 
 /// Queries and keys of a step of the exact level, and channels of the usual head.
@@ -18,29 +19,35 @@ pub const CHANNELS: usize = 64;
 /// One step of the exact level, the operands where the forward pass has them.
 pub struct Step {
     level: Level,
-    queries: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    logits: Vec<f32>,
-    out: Vec<f32>,
-    maximum: Vec<f32>,
-    sum: Vec<f32>,
-    rescale: Vec<f32>,
+    queries: Buffer<f32>,
+    keys: Buffer<f32>,
+    values: Buffer<f32>,
+    logits: Buffer<f32>,
+    out: Buffer<f32>,
+    maximum: Buffer<f32>,
+    sum: Buffer<f32>,
+    rescale: Buffer<f32>,
 }
 
 impl Step {
     pub fn new(level: Level) -> Self {
-        let numbers = |count: usize| (0..count).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect::<Vec<_>>();
+        let numbers = |count: usize| {
+            let mut numbers = Buffer::scratch(count);
+            for (i, x) in numbers.iter_mut().enumerate() {
+                *x = ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
+            }
+            numbers
+        };
         Self {
             level,
             queries: numbers(CHANNELS * QUERIES),
             keys: numbers(KEYS * CHANNELS),
             values: numbers(KEYS * CHANNELS),
-            logits: vec![0.0; KEYS * QUERIES],
-            out: vec![0.0; QUERIES * CHANNELS],
-            maximum: vec![f32::NEG_INFINITY; QUERIES],
-            sum: vec![0.0; QUERIES],
-            rescale: vec![1.0; QUERIES],
+            logits: Buffer::zeros(KEYS * QUERIES),
+            out: Buffer::zeros(QUERIES * CHANNELS),
+            maximum: Buffer::zeros(QUERIES),
+            sum: Buffer::zeros(QUERIES),
+            rescale: Buffer::zeros(QUERIES),
         }
     }
 

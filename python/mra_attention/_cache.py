@@ -251,11 +251,13 @@ class KVCache:
             budget_of_a_token(_checks.positive_float("blocks_per_row", blocks_per_row)),
             _checks.integer("local_blocks", local_blocks, 1),
             _checks.integer("first_blocks", first_blocks, 0),
+            with_lse=return_lse,
         )
         for item, valid in enumerate(new or ()):
             out[item, :, valid:] = 0.0
-            lse[item, :, valid:] = -torch.inf
-        return (out, lse) if return_lse else out
+            if lse is not None:
+                lse[item, :, valid:] = -torch.inf
+        return out if lse is None else (out, lse)
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Let sequence `i` be what sequence `indices[i]` was, as beam search wants it.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _core  # pyright: ignore[reportPrivateUsage]
 from ._descriptors import Descriptor, describe, describe_optional, rows, seed_number
-from ._outputs import empty_causal_outputs, empty_grads, empty_like_query
+from ._outputs import empty_causal_outputs, empty_grads, empty_like_query, empty_out
 
 
 def causal_forward(
@@ -69,12 +69,12 @@ def attend(
     blocks: int,
     local_blocks: int,
     first_blocks: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp for stored keys, values, and the averages of both."""
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the output and, if wanted, the log-sum-exp for stored keys, values, and the averages of both."""
     key, value, key_means, value_means = stored
-    out, lse = empty_like_query(query, value_dim)
-    width = min(key_means[1][2], max(blocks, local_blocks + first_blocks))
-    plan = torch.empty((*lse.shape, width), dtype=torch.int32)
+    out, lse = empty_like_query(query, value_dim) if with_lse else (empty_out(query, value_dim), None)
     query = rows(query)
     _core.causal_forward(
         describe(query),
@@ -83,9 +83,9 @@ def attend(
         key_means,
         value_means,
         None,
-        describe(plan),
+        None,
         describe(out),
-        describe(lse),
+        describe_optional(lse),
         offsets=offsets,
         key_lengths=key_lengths,
         scale=scale,

@@ -38,58 +38,121 @@ impl<T: Scalar> Kernel<T> for OnlineSoftmax<'_, T> {
             "a state for each query"
         );
         let logits = self.logits.as_mut_ptr();
-        let lowest = simd.splat(T::LOWEST);
-        for query in (0..queries).step_by(S::LANES) {
-            // SAFETY: a whole vector of queries, by the assertions above; rows of the matrix are in bounds.
+        let state =
+            State { maximum: self.maximum.as_mut_ptr(), sum: self.sum.as_mut_ptr(), rescale: self.rescale.as_mut_ptr() };
+        let mut query = 0;
+        while query < queries {
+            // SAFETY: whole vectors of queries, by the assertions above; rows of the matrix are in bounds.
             unsafe {
                 let column = logits.add(query);
-                let before = simd.load(self.maximum.as_ptr().add(query));
-                let maximum = column_maximum(simd, column, keys, stride, before);
-                // -inf - -inf is NaN; the lowest finite number in its place leaves the weights 0.
-                let finite = simd.max(lowest, maximum);
-                let rescale = simd.exp(simd.sub(before, finite));
-                let sum = exponentials(simd, column, keys, stride, finite);
-                let sum = simd.mul_add(simd.load(self.sum.as_ptr().add(query)), rescale, sum);
-                simd.store(self.maximum.as_mut_ptr().add(query), maximum);
-                simd.store(self.rescale.as_mut_ptr().add(query), rescale);
-                simd.store(self.sum.as_mut_ptr().add(query), sum);
+                if queries - query >= 2 * S::LANES {
+                    state.update::<S, 2>(simd, query, column, keys, stride);
+                    query += 2 * S::LANES;
+                } else {
+                    state.update::<S, 1>(simd, query, column, keys, stride);
+                    query += S::LANES;
+                }
             }
         }
     }
 }
 
-/// The maximum of a column of vectors and `start`. Four chains hide the latency of the comparison.
-///
-/// # Safety
-/// - `keys` vectors, `stride` scalars apart, are readable from `column` on.
-#[inline(always)]
-unsafe fn column_maximum<T: Scalar, S: Simd<T>>(simd: S, column: *const T, keys: usize, stride: usize, start: S::V) -> S::V {
-    let mut chains = [start; 4];
-    for key in 0..keys {
-        // SAFETY: the caller's.
-        let x = unsafe { simd.load(column.add(key * stride)) };
-        chains[key % 4] = simd.max(chains[key % 4], x);
-    }
-    simd.max(simd.max(chains[0], chains[1]), simd.max(chains[2], chains[3]))
+/// The state of a running softmax, a number for each query.
+struct State<T> {
+    maximum: *mut T,
+    sum: *mut T,
+    rescale: *mut T,
 }
 
-/// Replaces each `x` of a column of vectors by `exp(x - maximum)` and returns their sum.
-///
-/// # Safety
-/// - `keys` vectors, `stride` scalars apart, are writable from `column` on.
-#[inline(always)]
-unsafe fn exponentials<T: Scalar, S: Simd<T>>(simd: S, column: *mut T, keys: usize, stride: usize, maximum: S::V) -> S::V {
-    let mut sums = [simd.splat(T::ZERO); 4];
-    for key in 0..keys {
+impl<T: Scalar> State<T> {
+    /// A step for `N` vectors of queries from `query` on: two of them hide latencies that one alone would wait for.
+    ///
+    /// # Safety
+    /// - `keys` rows of `N` vectors, `stride` scalars apart, are writable from `column` on, and so is the state of their queries.
+    #[inline(always)]
+    unsafe fn update<S: Simd<T>, const N: usize>(&self, simd: S, query: usize, column: *mut T, keys: usize, stride: usize) {
         // SAFETY: the caller's.
         unsafe {
-            let place = column.add(key * stride);
-            let weight = simd.exp(simd.sub(simd.load(place), maximum));
-            simd.store(place, weight);
-            sums[key % 4] = simd.add(sums[key % 4], weight);
+            let mut before = [simd.splat(T::ZERO); N];
+            for v in 0..N {
+                before[v] = simd.load(self.maximum.add(query + v * S::LANES));
+            }
+            let maximum = column_maxima(simd, column, keys, stride, before);
+            let mut finite = maximum;
+            for v in 0..N {
+                // -inf - -inf is NaN; the lowest finite number in its place leaves the weights 0.
+                finite[v] = simd.max(simd.splat(T::LOWEST), maximum[v]);
+            }
+            let sums = exponentials(simd, column, keys, stride, finite);
+            for v in 0..N {
+                let place = query + v * S::LANES;
+                let rescale = simd.exp(simd.sub(before[v], finite[v]));
+                let sum = simd.mul_add(simd.load(self.sum.add(place)), rescale, sums[v]);
+                simd.store(self.maximum.add(place), maximum[v]);
+                simd.store(self.rescale.add(place), rescale);
+                simd.store(self.sum.add(place), sum);
+            }
         }
     }
-    simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]))
+}
+
+/// The maxima of columns of vectors and `start`. Two chains for each hide the latency of the comparison.
+///
+/// # Safety
+/// - `keys` rows of `N` vectors, `stride` scalars apart, are readable from `column` on.
+#[inline(always)]
+unsafe fn column_maxima<T: Scalar, S: Simd<T>, const N: usize>(
+    simd: S,
+    column: *const T,
+    keys: usize,
+    stride: usize,
+    start: [S::V; N],
+) -> [S::V; N] {
+    let mut chains = [start; 2];
+    for key in 0..keys {
+        let chain = &mut chains[key % 2];
+        for v in 0..N {
+            // SAFETY: the caller's.
+            chain[v] = simd.max(chain[v], unsafe { simd.load(column.add(key * stride + v * S::LANES)) });
+        }
+    }
+    let mut maxima = start;
+    for v in 0..N {
+        maxima[v] = simd.max(chains[0][v], chains[1][v]);
+    }
+    maxima
+}
+
+/// Replaces each `x` of columns of vectors by `exp(x - maximum)` and returns their sums.
+///
+/// # Safety
+/// - `keys` rows of `N` vectors, `stride` scalars apart, are writable from `column` on.
+#[inline(always)]
+unsafe fn exponentials<T: Scalar, S: Simd<T>, const N: usize>(
+    simd: S,
+    column: *mut T,
+    keys: usize,
+    stride: usize,
+    maximum: [S::V; N],
+) -> [S::V; N] {
+    let mut chains = [[simd.splat(T::ZERO); N]; 2];
+    for key in 0..keys {
+        let chain = &mut chains[key % 2];
+        for v in 0..N {
+            // SAFETY: the caller's.
+            unsafe {
+                let place = column.add(key * stride + v * S::LANES);
+                let weight = simd.exp(simd.sub(simd.load(place), maximum[v]));
+                simd.store(place, weight);
+                chain[v] = simd.add(chain[v], weight);
+            }
+        }
+    }
+    let mut sums = chains[0];
+    for v in 0..N {
+        sums[v] = simd.add(chains[0][v], chains[1][v]);
+    }
+    sums
 }
 
 /// The gradient with respect to the logits.

@@ -54,16 +54,25 @@ impl<T: Scalar> Attend<T> {
         }
     }
 
-    /// Starts a tile of these queries.
-    pub(crate) fn start<'a, E: Element<Compute = T>>(&mut self, queries: impl ExactSizeIterator<Item = &'a [E]>, scale: T) {
+    /// Starts a tile of these queries, from the softmax over the coarse level if there is one, which is the same for all of them.
+    pub(crate) fn start<'a, E: Element<Compute = T>>(
+        &mut self,
+        queries: impl ExactSizeIterator<Item = &'a [E]>,
+        scale: T,
+        coarse: Option<&CoarseState<'_, T>>,
+    ) {
         self.queries = queries.len();
         self.columns = self.queries.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
         pack_transposed(self.level, queries, scale, &mut self.lines, &mut packed);
-        self.maximum[..columns].fill(T::NEG_INFINITY);
-        self.sum[..columns].fill(T::ZERO);
-        self.values[..self.queries * self.width].fill(T::ZERO);
+        self.maximum[..columns].fill(coarse.map_or(T::NEG_INFINITY, |coarse| coarse.maximum));
+        self.sum[..columns].fill(coarse.map_or(T::ZERO, |coarse| coarse.sum));
+        let values = &mut self.values[..self.queries * self.width];
+        match coarse {
+            Some(coarse) => values.chunks_exact_mut(self.width.max(1)).for_each(|row| row.copy_from_slice(coarse.values)),
+            None => values.fill(T::ZERO),
+        }
     }
 
     /// Says which queries the tile has, for dropout: tokens, or blocks of them.
@@ -131,17 +140,6 @@ impl<T: Scalar> Attend<T> {
             );
         }
     }
-}
-
-impl<T: Scalar> Attend<T> {
-    /// Continues from the softmax over the coarse level, which is the same for every query of the tile.
-    pub(crate) fn resume(&mut self, coarse: &CoarseState<'_, T>) {
-        self.maximum[..self.columns].fill(coarse.maximum);
-        self.sum[..self.columns].fill(coarse.sum);
-        for row in self.values[..self.queries * self.width].chunks_exact_mut(self.width.max(1)) {
-            row.copy_from_slice(coarse.values);
-        }
-    }
 
     /// Writes the output and the lse of a query.
     pub(crate) fn finish<E: Element<Compute = T>>(&mut self, query: usize, out: &mut [E], lse: &mut T) {
@@ -151,11 +149,7 @@ impl<T: Scalar> Attend<T> {
             *lse = T::NEG_INFINITY;
             return;
         }
-        let inverse = T::from_f64(1.0) / sum;
-        for value in row.iter_mut() {
-            *value = *value * inverse;
-        }
-        E::narrow(row, out);
+        E::narrow_scaled(row, T::from_f64(1.0) / sum, out);
         *lse = self.maximum[query] + sum.ln();
     }
 }

@@ -15,7 +15,7 @@ use super::strip::{KeySource, Strip};
 use super::tile::{tile_columns, tiles};
 use crate::error::Result;
 use crate::kernels::Stream;
-use crate::simd::{Element, Scalar};
+use crate::simd::{Element, Scalar, prefetch_far};
 use crate::tensor::Tensor;
 use crate::threads;
 use crate::tiles::TensorMut;
@@ -146,19 +146,31 @@ impl<E: Element> BlockRow<'_, E> {
                 }
             }
         }
+        let coarse = self.coarse.map(|coarse| coarse.state(self.head, self.i));
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
-            attend
-                .start(tile.clone().map(|number| queries.row(blocks.token(number))), E::Compute::from_f64(self.problem.scale));
+            attend.start(
+                tile.clone().map(|number| queries.row(blocks.token(number))),
+                E::Compute::from_f64(self.problem.scale),
+                coarse.as_ref(),
+            );
             attend.number_queries(Stream::Exact, self.head, tile.clone().map(|number| blocks.token(number)));
-            if let Some(coarse) = self.coarse {
-                attend.resume(&coarse.state(self.head, self.i));
-            }
+            self.prefetch_queries_after();
             self.attend_to_selected(attend, strip, bias, &tile);
             for (query, number) in tile.enumerate() {
                 let token = blocks.token(number);
                 // SAFETY: the caller's.
                 unsafe { attend.finish(query, out.row_mut(batch, head, token), &mut lse.row_mut(batch, head, token)[0]) };
             }
+        }
+    }
+
+    /// Brings the queries nearer that this thread probably has next.
+    fn prefetch_queries_after(&self) {
+        let (batch, head) = (self.head / self.problem.heads, self.head % self.problem.heads);
+        let (blocks, queries) = (self.problem.queries(batch), self.inputs.query.head(batch, head));
+        let next = self.i + self.threads;
+        if next < blocks.len() {
+            blocks.range(next).for_each(|token| prefetch_far(queries.row(token)));
         }
     }
 

@@ -30,4 +30,5 @@ pub use causal::{
 pub use forward::{Inputs, forward, forward_selecting};
 pub use plan::Plan;
 pub use problem::{Mask, Mode, Options, Problem};
+pub(crate) use scratch::Buffer;
 pub use select::select_blocks;

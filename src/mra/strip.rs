@@ -109,8 +109,8 @@ impl<T: Scalar> Strip<T> {
             parts: Vec::new(),
             rows: 0,
             capacity,
-            keys: Buffer::scratch(capacity * key_width),
-            values: Buffer::scratch(capacity * value_width),
+            keys: Buffer::scratch(0),
+            values: Buffer::scratch(0),
             key_width,
             value_width,
         }
@@ -156,6 +156,11 @@ impl<T: Scalar> Strip<T> {
                 return true;
             }
         } else {
+            if self.keys.is_empty() && self.values.is_empty() {
+                // Most strips read all keys where they lie: a small call would take longer to clear these than to use them.
+                self.keys = Buffer::scratch(self.capacity * self.key_width);
+                self.values = Buffer::scratch(self.capacity * self.value_width);
+            }
             let tokens = || numbers.clone().map(|number| source.blocks.token(number));
             pack_rows(tokens().map(|token| source.keys.row(token)), &mut staged(&mut self.keys, &rows, self.key_width));
             pack_rows(tokens().map(|token| source.values.row(token)), &mut staged(&mut self.values, &rows, self.value_width));

@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::borrow::{Descriptor, Dtype, check_disjoint};
-use super::named;
+use super::{named, rows_of_own};
 use crate::{
     CausalBudget, CausalOptions, CausalProblem, Error, Gradients, Inputs, Level, Mode, PooledInputs, Problem, Saved,
     causal_backward as backward, causal_forward as forward, causal_forward_selecting as forward_selecting,
@@ -54,9 +54,9 @@ pub(super) fn causal_forward(
     pooled_key: Option<Descriptor>,
     pooled_value: Option<Descriptor>,
     plan_in: Option<Descriptor>,
-    plan_out: Descriptor,
+    plan_out: Option<Descriptor>,
     out: Descriptor,
-    lse: Descriptor,
+    lse: Option<Descriptor>,
     offsets: Vec<i64>,
     key_lengths: Option<Vec<usize>>,
     scale: f64,
@@ -80,7 +80,8 @@ pub(super) fn causal_forward(
             ("pooled_value", pooled_value.as_ref()),
             ("plan_in", plan_in.as_ref()),
         ]);
-        check_disjoint(&[("plan_out", &plan_out), ("out", &out), ("lse", &lse)], &reads)?;
+        let writes = named([("plan_out", plan_out.as_ref()), ("out", Some(&out)), ("lse", lse.as_ref())]);
+        check_disjoint(&writes, &reads)?;
         budget.validate()?;
         let problem = settings.problem(&query, &key)?;
         if let (None, Some(_)) = (&pooled_key, &pooled_value) {
@@ -93,18 +94,33 @@ pub(super) fn causal_forward(
                 let pooled_value = pooled_value.as_ref().map(|tensor| tensor.tensor("pooled_value")).transpose()?;
                 let pooled = pooled_key.as_ref().map(|tensor| tensor.tensor("pooled_key")).transpose()?;
                 let pooled = pooled.map(|key| PooledInputs { key, value: pooled_value });
-                let numbers = plan_out.contiguous_mut::<i32>("plan_out")?;
-                let (mut out, mut lse) = (out.tensor_mut::<E>("out")?, lse.rows_mut("lse")?);
+                // What the caller does not want is computed all the same, in memory of our own.
+                let (mut own_numbers, mut own_lse) = (Vec::new(), Vec::new());
+                let mut out = out.tensor_mut::<E>("out")?;
+                let mut lse = match &lse {
+                    Some(lse) => lse.rows_mut("lse")?,
+                    None => rows_of_own(&mut own_lse, out.shape())?,
+                };
+                let numbers = plan_out.as_ref().map(|plan| plan.contiguous_mut::<i32>("plan_out")).transpose()?;
                 let Some(plan_in) = &plan_in else {
-                    check_plan("plan_out", &plan_out, &query, Some(problem.plan_width(&budget)))?;
+                    let width = problem.plan_width(&budget);
+                    let numbers = if let (Some(plan_out), Some(numbers)) = (&plan_out, numbers) {
+                        check_plan("plan_out", plan_out, &query, Some(width))?;
+                        numbers
+                    } else {
+                        let [batch, heads, length, _] = query.shape("query")?;
+                        own_numbers.resize(batch * heads * length * width, -1);
+                        &mut own_numbers
+                    };
                     return forward_selecting(&problem, &inputs, pooled.as_ref(), &budget, numbers, &mut out, &mut lse);
                 };
                 check_plan("plan", plan_in, &query, None)?;
-                Problem::expect("plan_out", plan_out.shape("plan_out")?, plan_in.shape("plan")?)?;
                 let plan = plan_in.contiguous::<i32>("plan")?;
-                forward(&problem, &inputs, pooled.as_ref(), plan, &mut out, &mut lse)?;
-                numbers.copy_from_slice(plan);
-                Ok(())
+                if let (Some(plan_out), Some(numbers)) = (&plan_out, numbers) {
+                    Problem::expect("plan_out", plan_out.shape("plan_out")?, plan_in.shape("plan")?)?;
+                    numbers.copy_from_slice(plan);
+                }
+                forward(&problem, &inputs, pooled.as_ref(), plan, &mut out, &mut lse)
             }
         })
     })

@@ -1,9 +1,9 @@
 //! NEON.
 
 use std::arch::aarch64::{
-    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vcvtnq_s32_f32, vdupq_n_f32,
-    vdupq_n_f64, vdupq_n_s32, vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64,
-    vreinterpretq_f32_s32, vrndnq_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64, vsubq_s32,
+    float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vbslq_f32, vbslq_f64, vcgtq_f32, vcgtq_f64, vdupq_n_f32, vdupq_n_f64,
+    vfmaq_f32, vfmaq_f64, vgetq_lane_f64, vld1q_f32, vld1q_f64, vmulq_f32, vmulq_f64, vreinterpretq_f32_s32,
+    vreinterpretq_s32_f32, vsetq_lane_f64, vshlq_n_s32, vst1q_f32, vst1q_f64, vsubq_f32, vsubq_f64,
 };
 use std::arch::is_aarch64_feature_detected as detected;
 
@@ -148,13 +148,8 @@ fn exp_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
 
 impl Exponent for Neon {
     #[inline(always)]
-    fn round(self, x: Self::V) -> Self::V {
-        // SAFETY: the token proves that the CPU has the instruction.
-        unsafe { vrndnq_f32(x) }
-    }
-    #[inline(always)]
-    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
+    fn low_bits_as_exponent(self, x: Self::V) -> Self::V {
         // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vsubq_s32(vdupq_n_s32(127), vcvtnq_s32_f32(n)))) }
+        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vreinterpretq_s32_f32(x))) }
     }
 }

@@ -21,12 +21,14 @@ const LN_2_REST: f32 = 1.428_606_8e-6;
 #[cfg(test)]
 pub(crate) const MAX_ULPS: f64 = 1.5;
 
+/// 1.5 * 2^23, where neighbours differ by 1, and the bias of the exponent: what is added to it is rounded to an integer `n`, and
+/// the lowest 8 bits of the sum are the exponent of `2^n`.
+const ROUND_AND_BIAS: f32 = 12_582_912.0 + 127.0;
+
 /// What [`exp`] needs beyond the operations of the kernels.
 pub(crate) trait Exponent: Simd<f32> {
-    /// The nearest integer, ties to even.
-    fn round(self, x: Self::V) -> Self::V;
-    /// `2^-n` for an integer `n` in [-128, 127]; infinity for -128 and 0 for 127.
-    fn power_of_two_of_minus(self, n: Self::V) -> Self::V;
+    /// The number whose exponent is the lowest 8 bits of each lane; the sign is the bit above them.
+    fn low_bits_as_exponent(self, x: Self::V) -> Self::V;
 }
 
 /// `e^x`. Results below `2^-126.5` are 0, those above `2^127.5` infinite.
@@ -34,14 +36,15 @@ pub(crate) trait Exponent: Simd<f32> {
 pub(crate) fn exp<S: Exponent>(simd: S, x: S::V) -> S::V {
     // Beyond these bounds the result is 0 or infinite. The operand order lets a NaN through both.
     let x = simd.min(simd.splat(88.73), simd.max(simd.splat(-88.1), x));
-    let minus_n = simd.round(simd.mul(x, simd.splat(-std::f32::consts::LOG2_E)));
+    let biased = simd.mul_add(x, simd.splat(std::f32::consts::LOG2_E), simd.splat(ROUND_AND_BIAS));
+    let minus_n = simd.sub(simd.splat(ROUND_AND_BIAS), biased);
     let f = simd.mul_add(minus_n, simd.splat(LN_2_REST), simd.mul_add(minus_n, simd.splat(LN_2), x));
     let mut p = simd.splat(COEFFICIENTS[0]);
     for c in &COEFFICIENTS[1..] {
         p = simd.mul_add(p, f, simd.splat(*c));
     }
     p = simd.mul_add(p, f, simd.splat(1.0));
-    simd.mul(p, simd.power_of_two_of_minus(minus_n))
+    simd.mul(p, simd.low_bits_as_exponent(biased))
 }
 
 #[cfg(test)]

@@ -72,18 +72,7 @@ portable!(f64, exp = |_, x: [f64; LANES]| x.map(f64::exp));
 
 impl Exponent for Portable {
     #[inline(always)]
-    fn round(self, x: Self::V) -> Self::V {
-        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.
-        const MAGIC: f32 = 12_582_912.0;
-        x.map(|x| (x + MAGIC) - MAGIC)
-    }
-    #[inline(always)]
-    fn power_of_two_of_minus(self, n: Self::V) -> Self::V {
-        #[allow(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "127 - n is an integer in [0, 255]; a NaN becomes 0 and is NaN again in the product"
-        )]
-        n.map(|n| f32::from_bits(((127.0 - n) as u32) << 23))
+    fn low_bits_as_exponent(self, x: Self::V) -> Self::V {
+        x.map(|x| f32::from_bits(x.to_bits() << 23))
     }
 }

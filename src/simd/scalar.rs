@@ -112,6 +112,13 @@ macro_rules! scalar {
                 to.copy_from_slice(from);
             }
             #[inline(always)]
+            fn narrow_scaled(from: &mut [$t], factor: $t, to: &mut [Self]) {
+                // In one pass, without a call for each short row.
+                for (x, y) in from.iter().zip(to) {
+                    *y = *x * factor;
+                }
+            }
+            #[inline(always)]
             fn as_compute(elements: &[Self]) -> Option<&[$t]> {
                 Some(elements)
             }
@@ -130,6 +137,13 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn widen(from: &[Self], to: &mut [Self::Compute]);
     /// Rounds from the compute type to nearest, ties to even. The lengths are equal.
     fn narrow(from: &[Self::Compute], to: &mut [Self]);
+    /// As [`Self::narrow`], of `factor` times each number. `from` is scratch afterwards.
+    fn narrow_scaled(from: &mut [Self::Compute], factor: Self::Compute, to: &mut [Self]) {
+        for x in from.iter_mut() {
+            *x = *x * factor;
+        }
+        Self::narrow(from, to);
+    }
     /// The same elements, if this is the compute type.
     fn as_compute(elements: &[Self]) -> Option<&[Self::Compute]>;
 }

@@ -227,11 +227,6 @@ fn finish<E: Element>(state: &mut State<E::Compute>, query: usize, out: &mut [E]
         *lse = E::Compute::NEG_INFINITY;
         return;
     }
-    let inverse = E::Compute::from_f64(1.0) / sum;
-    let row = &mut state.values[query * state.width..][..out.len()];
-    for value in row.iter_mut() {
-        *value = *value * inverse;
-    }
-    E::narrow(row, out);
+    E::narrow_scaled(&mut state.values[query * state.width..][..out.len()], E::Compute::from_f64(1.0) / sum, out);
     *lse = state.maximum[query] + sum.ln();
 }
