@@ -6,6 +6,7 @@
 //! are packed transposed once per tile; keys and values are read where they lie.
 
 mod bias;
+mod distances;
 mod dropout;
 mod gemm;
 mod guarded;
@@ -16,6 +17,7 @@ mod pool;
 mod softmax;
 
 pub(crate) use bias::{AddBias, Extend, ExtendMask};
+pub(crate) use distances::{Candidate, ColumnMaxima, FindNear};
 pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use guarded::product;

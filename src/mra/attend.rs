@@ -83,16 +83,21 @@ impl<T: Scalar> Attend<T> {
     }
 
     /// Attends to the keys of a strip. `adjust` may change the logits, one row of `columns` per key, beforehand. `next` are
-    /// the blocks of the strip after this one, whose keys are brought nearer.
+    /// the blocks of the strip after this one, whose keys are brought nearer. Logits that are `given` are not computed again.
     pub(crate) fn strip<E: Element<Compute = T>>(
         &mut self,
         strip: &Strip<T>,
         source: &KeySource<'_, E>,
         next: &[u32],
+        given: Option<Matrix<'_, T>>,
         adjust: impl FnOnce(&mut [T]),
     ) {
         let (columns, width) = (self.columns, self.width);
-        for part in strip.parts(source) {
+        if let Some(given) = given {
+            assert_eq!((given.rows, given.cols, given.stride), (strip.rows(), columns, columns), "logits of this strip");
+            self.logits[..strip.rows() * columns].copy_from_slice(&given.data()[..strip.rows() * columns]);
+        }
+        for part in strip.parts(source).filter(|_| given.is_none()) {
             let logits = &mut self.logits[part.rows.start * columns..part.rows.end * columns];
             T::run(
                 self.level,

@@ -9,12 +9,17 @@ use std::ops::Range;
 use super::attend::Attend;
 use super::bias::Kind;
 use super::blocks::Blocks;
+use super::budget::Budget;
+use super::forward::Pyramid;
 use super::plan::Plan;
 use super::problem::Problem;
 use super::pyramid::Pooled;
+use super::scores::Scores;
 use super::scratch::Buffer;
+use super::select::{select_blocks_from, select_then};
 use super::strip::{KeySource, Strip};
 use super::tile::{TILE_QUERIES, coarse_tile_columns};
+use crate::error::Result;
 use crate::kernels::Stream;
 use crate::simd::Scalar;
 use crate::threads;
@@ -36,64 +41,151 @@ pub(crate) struct CoarseState<'a, T> {
 
 impl<T: Scalar> Coarse<T> {
     /// Attends from every pooled query to the pooled keys of the blocks that its block has not selected.
-    pub(crate) fn new(
+    pub(crate) fn new(problem: &Problem<'_>, plan: &Plan, pyramid: &Pyramid<T>, values: &Pooled<T>, guard: bool) -> Self {
+        let mut coarse = Self::zeros(problem, values);
+        let tiles = coarse.blocks.div_ceil(TILE_QUERIES);
+        let level = CoarseLevel::new(problem, pyramid, values, guard, &mut coarse);
+        let work = problem.all_heads() * problem.query_blocks() * problem.key_blocks();
+        let threads = problem.threads_for(work * 2 * problem.head_dim);
+        threads::for_each(
+            threads,
+            problem.all_heads() * tiles,
+            || level.buffers(),
+            |buffers, task| {
+                let (head, tile) = (task / tiles, task % tiles);
+                // SAFETY: each task has its own rows.
+                unsafe {
+                    level.attend(buffers, head, tile, None, |logits, columns, rows, blocks| {
+                        adjust(problem, plan, head, rows, blocks, logits, columns);
+                    });
+                }
+            },
+        );
+        coarse
+    }
+
+    /// Selects blocks, which it writes to `bits` as [`select_blocks`](super::select_blocks) does, and attends to the others.
+    ///
+    /// # Errors
+    /// As `select_blocks`.
+    pub(crate) fn selecting(
         problem: &Problem<'_>,
-        plan: &Plan,
-        queries: &Pooled<T>,
-        keys: &Pooled<T>,
+        pyramid: &Pyramid<T>,
         values: &Pooled<T>,
         guard: bool,
-    ) -> Self {
-        let (nq, nk) = (problem.query_blocks(), problem.key_blocks());
-        let row = values.width + 2;
-        let mut states = Buffer::scratch(problem.all_heads() * nq * row);
-        let tiles = nq.div_ceil(TILE_QUERIES);
-        let chunks = Chunks::new(&mut states, row);
-        let threads = problem.threads_for(problem.all_heads() * nq * nk * 2 * problem.head_dim);
-        let scratch = || {
-            (
-                Attend::<T>::new(problem, coarse_tile_columns::<T>(problem), values.width, guard),
-                Strip::<T>::new(problem, keys.width, values.width),
-            )
-        };
-        threads::for_each(threads, problem.all_heads() * tiles, scratch, |(attend, strip), task| {
-            let (head, tile) = (task / tiles, task % tiles);
-            let kv = problem.kv_row(head);
-            let all = Blocks::new(nk, 1);
-            let source = KeySource::new(problem, keys.head(kv), values.head(kv), &all);
-            let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
-            let pooled = queries.head(head);
-            attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale), None);
-            attend.number_queries(Stream::Coarse, head, rows.clone());
-            for_strips(nk, Strip::<T>::capacity(problem), |blocks| {
-                strip.clear();
-                strip.push(&source, blocks.clone());
-                let columns = attend.columns;
-                attend.strip(strip, &source, &[], |logits| {
-                    adjust(problem, plan, head, rows.clone(), blocks, logits, columns);
-                });
-            });
-            for (query, i) in rows.enumerate() {
-                // SAFETY: each task has its own rows.
-                let state = unsafe { chunks.get_mut(head * nq + i) };
-                state[0] = attend.maximum[query];
-                state[1] = attend.sum[query];
-                let values = &attend.values[query * attend.width..][..attend.width];
-                if attend.sum[query] == T::ZERO {
-                    // Everything is selected. The sums may be NaN: weight 0 times a pooled infinity.
-                    state[2..].fill(T::ZERO);
-                } else {
-                    state[2..].copy_from_slice(values);
+        budget: &Budget,
+        bits: &mut [u8],
+    ) -> Result<Self> {
+        if problem.all_heads() < problem.threads || bits.is_empty() {
+            // A head is selected by one thread, but its coarse level can be shared: worth more than to keep its scores.
+            select_blocks_from(problem, pyramid, budget, bits)?;
+            return Ok(Self::new(problem, &Plan::from_bits(problem, bits)?, pyramid, values, guard));
+        }
+        let mut coarse = Self::zeros(problem, values);
+        let level = CoarseLevel::new(problem, pyramid, values, guard, &mut coarse);
+        let then = |buffers: &mut CoarseBuffers<T>, head: usize, scores: &Scores<T>, bits: &[u8]| {
+            let keys = problem.keys(head / problem.heads);
+            for tile in 0..scores.tiles() {
+                // SAFETY: each head is given to this function once, and its tiles have their own rows.
+                unsafe {
+                    level.attend(buffers, head, tile, Some(scores), |logits, columns, rows, blocks| {
+                        weigh(logits, columns, keys, blocks.clone());
+                        let selected = |i| Plan::selected(bits, i, problem.key_blocks(), blocks.clone());
+                        exclude(logits, columns, rows, blocks.start, selected);
+                    });
                 }
             }
-        });
-        Self { states, row, blocks: nq }
+        };
+        select_then(problem, pyramid, budget, bits, || level.buffers(), then)?;
+        Ok(coarse)
+    }
+
+    fn zeros(problem: &Problem<'_>, values: &Pooled<T>) -> Self {
+        let (row, blocks) = (values.width + 2, problem.query_blocks());
+        Self { states: Buffer::scratch(problem.all_heads() * blocks * row), row, blocks }
     }
 
     /// The state of a block of queries. Heads of all batch items are numbered through.
     pub(crate) fn state(&self, head: usize, i: usize) -> CoarseState<'_, T> {
         let state = &self.states[(head * self.blocks + i) * self.row..][..self.row];
         CoarseState { maximum: state[0], sum: state[1], values: &state[2..] }
+    }
+}
+
+/// What all tiles of the coarse level share.
+struct CoarseLevel<'a, T> {
+    problem: &'a Problem<'a>,
+    pyramid: &'a Pyramid<T>,
+    values: &'a Pooled<T>,
+    guard: bool,
+    all: Blocks,
+    states: Chunks<'a, T>,
+}
+
+/// What a thread reuses from tile to tile.
+type CoarseBuffers<T> = (Attend<T>, Strip<T>);
+
+impl<'a, T: Scalar> CoarseLevel<'a, T> {
+    fn new(
+        problem: &'a Problem<'a>,
+        pyramid: &'a Pyramid<T>,
+        values: &'a Pooled<T>,
+        guard: bool,
+        coarse: &'a mut Coarse<T>,
+    ) -> Self {
+        let states = Chunks::new(&mut coarse.states, coarse.row);
+        Self { problem, pyramid, values, guard, all: Blocks::new(problem.key_blocks(), 1), states }
+    }
+
+    fn buffers(&self) -> CoarseBuffers<T> {
+        let (problem, width) = (self.problem, self.values.width);
+        (
+            Attend::new(problem, coarse_tile_columns::<T>(problem), width, self.guard),
+            Strip::new(problem, self.pyramid.keys.width, width),
+        )
+    }
+
+    /// Attends from a tile of blocks of queries, with the scores of the head if they are there; `adjust` makes the logits, one row
+    /// of lanes for each of some blocks, those of the coarse level.
+    ///
+    /// # Safety
+    /// - Nothing else holds the states of this tile.
+    unsafe fn attend(
+        &self,
+        (attend, strip): &mut CoarseBuffers<T>,
+        head: usize,
+        tile: usize,
+        scores: Option<&Scores<T>>,
+        adjust: impl Fn(&mut [T], usize, Range<usize>, Range<usize>),
+    ) {
+        let (problem, kv) = (self.problem, self.problem.kv_row(head));
+        let source = KeySource::new(problem, self.pyramid.keys.head(kv), self.values.head(kv), &self.all);
+        let nq = problem.query_blocks();
+        let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
+        let pooled = self.pyramid.queries.head(head);
+        attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale), None);
+        attend.number_queries(Stream::Coarse, head, rows.clone());
+        for_strips(problem.key_blocks(), Strip::<T>::capacity(problem), |blocks| {
+            strip.clear();
+            strip.push(&source, blocks.clone());
+            let columns = attend.columns;
+            attend.strip(strip, &source, &[], scores.map(|scores| scores.tile(tile, blocks.clone())), |logits| {
+                adjust(logits, columns, rows.clone(), blocks);
+            });
+        });
+        for (query, i) in rows.enumerate() {
+            // SAFETY: the caller's.
+            let state = unsafe { self.states.get_mut(head * nq + i) };
+            state[0] = attend.maximum[query];
+            state[1] = attend.sum[query];
+            let values = &attend.values[query * attend.width..][..attend.width];
+            if attend.sum[query] == T::ZERO {
+                // Everything is selected. The sums may be NaN: weight 0 times a pooled infinity.
+                state[2..].fill(T::ZERO);
+            } else {
+                state[2..].copy_from_slice(values);
+            }
+        }
     }
 }
 
@@ -113,21 +205,37 @@ pub(crate) fn adjust<T: Scalar>(
     logits: &mut [T],
     columns: usize,
 ) {
+    add_bias(problem, head, rows.clone(), blocks.clone(), logits, columns);
     weigh(logits, columns, problem.keys(head / problem.heads), blocks.clone());
-    if let Some(pairs) = &problem.pairs {
-        let (pairs, additive) = (pairs.head(head), !pairs.is_mask());
-        for (column, i) in rows.clone().enumerate() {
-            for (row, (j, kind)) in blocks.clone().zip(&pairs.kinds(i)[blocks.clone()]).enumerate() {
-                let logit = &mut logits[row * columns + column];
-                match kind {
-                    Kind::Open if additive => *logit += T::from_f64(pairs.mean(i, j)),
-                    Kind::Open => {}
-                    Kind::Cut | Kind::Dead => *logit = T::NEG_INFINITY,
-                }
+    exclude(logits, columns, rows, blocks.start, |i| {
+        let selected = plan.row(head, i);
+        let first = selected.partition_point(|&j| (j as usize) < blocks.start);
+        selected[first..].iter().map(|&j| j as usize).take_while(|&j| j < blocks.end)
+    });
+}
+
+/// Adds the mean bias to the logits of pooled keys, laid out as for [`adjust`]; where a mask cuts or hides a block they become
+/// `-inf`.
+pub(crate) fn add_bias<T: Scalar>(
+    problem: &Problem<'_>,
+    head: usize,
+    rows: Range<usize>,
+    blocks: Range<usize>,
+    logits: &mut [T],
+    columns: usize,
+) {
+    let Some(pairs) = &problem.pairs else { return };
+    let (pairs, additive) = (pairs.head(head), !pairs.is_mask());
+    for (column, i) in rows.enumerate() {
+        for (row, (j, kind)) in blocks.clone().zip(&pairs.kinds(i)[blocks.clone()]).enumerate() {
+            let logit = &mut logits[row * columns + column];
+            match kind {
+                Kind::Open if additive => *logit += T::from_f64(pairs.mean(i, j)),
+                Kind::Open => {}
+                Kind::Cut | Kind::Dead => *logit = T::NEG_INFINITY,
             }
         }
     }
-    exclude(logits, columns, plan, head, rows, blocks);
 }
 
 /// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
@@ -147,13 +255,17 @@ pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, 
     }
 }
 
-/// Sets the logits of selected blocks to `-inf`.
-fn exclude<T: Scalar>(logits: &mut [T], columns: usize, plan: &Plan, head: usize, rows: Range<usize>, blocks: Range<usize>) {
+/// Sets the logits of selected blocks to `-inf`. `selected` gives those of a row from `first` on, the block of the first logits.
+fn exclude<T: Scalar, I: Iterator<Item = usize>>(
+    logits: &mut [T],
+    columns: usize,
+    rows: Range<usize>,
+    first: usize,
+    selected: impl Fn(usize) -> I,
+) {
     for (column, i) in rows.enumerate() {
-        let selected = plan.row(head, i);
-        let first = selected.partition_point(|&j| (j as usize) < blocks.start);
-        for &j in selected[first..].iter().take_while(|&&j| (j as usize) < blocks.end) {
-            logits[(j as usize - blocks.start) * columns + column] = T::NEG_INFINITY;
+        for j in selected(i) {
+            logits[(j - first) * columns + column] = T::NEG_INFINITY;
         }
     }
 }

@@ -10,7 +10,7 @@ use super::finite::needs_guard;
 use super::plan::Plan;
 use super::problem::{Mode, Problem};
 use super::pyramid::Pooled;
-use super::select::select_from;
+use super::select::select_blocks_from;
 use super::strip::{KeySource, Strip};
 use super::tile::{tile_columns, tiles};
 use crate::error::Result;
@@ -73,38 +73,39 @@ pub fn forward<E: Element>(
 ) -> Result<()> {
     inputs.validate(problem)?;
     plan.validate(problem)?;
-    let pyramid = (problem.mode == Mode::Full).then(|| Pyramid::new(problem, &inputs.query, &inputs.key));
-    forward_with(problem, inputs, plan, pyramid.as_ref(), out, lse)
+    let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
+    let coarse = (problem.mode == Mode::Full).then(|| {
+        let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
+        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+        Coarse::new(problem, plan, &pyramid, &values, guard)
+    });
+    exact(problem, inputs, plan, coarse.as_ref(), guard, out, lse)
 }
 
-/// As [`forward`], from pooled queries and keys that are already there; sparse mode needs none.
-pub(crate) fn forward_with<E: Element>(
+/// Continues the softmax of every query from the coarse level over the selected blocks.
+fn exact<E: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, E>,
     plan: &Plan,
-    pyramid: Option<&Pyramid<E::Compute>>,
+    coarse: Option<&Coarse<E::Compute>>,
+    guard: bool,
     out: &mut TensorMut<'_, E>,
     lse: &mut TensorMut<'_, E::Compute>,
 ) -> Result<()> {
     let value_dim = inputs.validate(problem)?;
     Problem::expect("out", out.shape(), [problem.batch, problem.heads, problem.query_len, value_dim])?;
     Problem::expect("lse", lse.shape(), [problem.batch, problem.heads, problem.query_len, 1])?;
-    let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
-    let coarse = pyramid.filter(|_| problem.mode == Mode::Full).map(|pyramid| {
-        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
-        Coarse::new(problem, plan, &pyramid.queries, &pyramid.keys, &values, guard)
-    });
     let nq = problem.query_blocks();
-    let exact = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
+    let multiplications = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
     let (out, lse) = (&*out, &*lse);
     let scratch = || {
         let columns = tile_columns::<E::Compute>(problem);
         let strip = Strip::new(problem, problem.head_dim, value_dim);
         (Attend::new(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
     };
-    let threads = problem.threads_for(exact);
+    let threads = problem.threads_for(multiplications);
     threads::for_each(threads, problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
-        let row = BlockRow { problem, inputs, plan, coarse: coarse.as_ref(), head: task / nq, i: task % nq, threads };
+        let row = BlockRow { problem, inputs, plan, coarse, head: task / nq, i: task % nq, threads };
         // SAFETY: each task has its own block of queries, and writes only its rows.
         unsafe { row.compute(attend, strip, bias, out, lse) };
     });
@@ -193,7 +194,7 @@ impl<E: Element> BlockRow<'_, E> {
         };
         let mut step = |strip: &Strip<E::Compute>, next: &[u32]| {
             let (columns, next) = (attend.columns, &next[..next.len().min(blocks_of_a_strip)]);
-            attend.strip(strip, &source, next, |logits| {
+            attend.strip(strip, &source, next, None, |logits| {
                 bias.apply(self.problem, (self.head, self.i), queries, strip, logits, columns);
             });
         };
@@ -227,7 +228,14 @@ pub fn forward_selecting<E: Element>(
 ) -> Result<()> {
     inputs.validate(problem)?;
     let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
-    select_from(problem, &pyramid, budget, bits)?;
+    let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
+    let coarse = if problem.mode == Mode::Full {
+        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+        Some(Coarse::selecting(problem, &pyramid, &values, guard, budget, bits)?)
+    } else {
+        select_blocks_from(problem, &pyramid, budget, bits)?;
+        None
+    };
     let plan = Plan::from_bits(problem, bits)?;
-    forward_with(problem, inputs, &plan, Some(&pyramid), out, lse)
+    exact(problem, inputs, &plan, coarse.as_ref(), guard, out, lse)
 }

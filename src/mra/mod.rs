@@ -16,6 +16,7 @@ mod gradient_tile;
 mod plan;
 mod problem;
 mod pyramid;
+mod scores;
 mod scratch;
 mod select;
 mod strip;

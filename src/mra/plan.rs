@@ -1,5 +1,7 @@
 //! The plan: which blocks are computed exactly.
 
+use std::ops::Range;
+
 use super::bias::Kind;
 use super::problem::Problem;
 use crate::error::{Error, Result};
@@ -81,6 +83,13 @@ impl Plan {
         }
         let columns = transpose(&rows, problem.all_heads(), query_blocks, key_blocks);
         Ok(Self { query_blocks, key_blocks, rows, columns })
+    }
+
+    /// The blocks of a range that the bits of a head select for a query block, ascending.
+    pub(crate) fn selected(bits: &[u8], i: usize, key_blocks: usize, blocks: Range<usize>) -> impl Iterator<Item = usize> {
+        let row = &bits[i * Self::row_bytes(key_blocks)..][..Self::row_bytes(key_blocks)];
+        let first = blocks.start / 8;
+        ones(&row[first..blocks.end.div_ceil(8)]).map(move |bit| first * 8 + bit).filter(move |j| blocks.contains(j))
     }
 
     /// The key blocks selected for a query block, ascending. Heads of all batch items are numbered through.
