@@ -63,7 +63,7 @@ impl<T: Scalar> Coarse<T> {
             let source = KeySource::new(problem, keys.head(kv), values.head(kv), &all);
             let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
             let pooled = queries.head(head);
-            attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale));
+            attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]));
             attend.number_queries(Stream::Coarse, head, rows.clone());
             for_strips(nk, Strip::<T>::capacity(problem), |blocks| {
                 strip.clear();

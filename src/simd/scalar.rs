@@ -29,8 +29,6 @@ pub trait Scalar:
     const LOWEST: Self;
     /// The highest finite number.
     const HIGHEST: Self;
-    /// Not a number; fresh scratch is full of it where debug assertions are on.
-    const NAN: Self;
 
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
@@ -68,7 +66,6 @@ macro_rules! scalar {
             const INFINITY: Self = <$t>::INFINITY;
             const LOWEST: Self = <$t>::MIN;
             const HIGHEST: Self = <$t>::MAX;
-            const NAN: Self = <$t>::NAN;
 
             #[allow(clippy::cast_possible_truncation, reason = "rounding to the type is the purpose")]
             #[inline(always)]
@@ -90,11 +87,13 @@ macro_rules! scalar {
             #[inline]
             fn run<K: Kernel<Self>>(level: Level, kernel: K) -> K::Output {
                 match level {
-                    Level::Portable(simd) => kernel.run(simd),
+                    Level::Portable(simd) | Level::PortableBf16(simd) => kernel.run(simd),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx2(simd) => simd.run(kernel),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx512(simd) => simd.run(kernel),
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512Bf16(simd) => simd.avx512().run(kernel),
                     #[cfg(target_arch = "aarch64")]
                     Level::Neon(simd) => simd.run(kernel),
                 }
@@ -103,6 +102,8 @@ macro_rules! scalar {
 
         impl Element for $t {
             type Compute = $t;
+            const NAN: Self = <$t>::NAN;
+
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [$t]) {
                 to.copy_from_slice(from);
@@ -126,18 +127,28 @@ scalar!(f64);
 pub trait Element: Copy + Default + Send + Sync + 'static {
     /// What is computed with: itself, or `f32` for the half-width formats.
     type Compute: Scalar;
+    /// Not a number; fresh scratch is full of it where debug assertions are on.
+    const NAN: Self;
+
     /// Converts to the compute type, exactly. The lengths are equal.
     fn widen(from: &[Self], to: &mut [Self::Compute]);
     /// Rounds from the compute type to nearest, ties to even. The lengths are equal.
     fn narrow(from: &[Self::Compute], to: &mut [Self]);
     /// The same elements, if this is the compute type.
     fn as_compute(elements: &[Self]) -> Option<&[Self::Compute]>;
+    /// The same elements, if this is bfloat16.
+    #[inline(always)]
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 macro_rules! half_width {
-    ($t:ty) => {
+    ($t:ty, as_bf16 = $as_bf16:expr) => {
         impl Element for $t {
             type Compute = f32;
+            const NAN: Self = <$t>::NAN;
+
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [f32]) {
                 from.convert_to_f32_slice(to);
@@ -150,9 +161,13 @@ macro_rules! half_width {
             fn as_compute(_: &[Self]) -> Option<&[f32]> {
                 None
             }
+            #[inline(always)]
+            fn as_bf16(elements: &[Self]) -> Option<&[bf16]> {
+                $as_bf16(elements)
+            }
         }
     };
 }
 
-half_width!(bf16);
-half_width!(f16);
+half_width!(bf16, as_bf16 = Some);
+half_width!(f16, as_bf16 = |_| None);
