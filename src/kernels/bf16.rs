@@ -37,7 +37,7 @@ impl KernelBf16 for KeyDots<'_, '_> {
         let (m, n, channels) = (self.rows.len(), self.logits.cols, self.keys.cols);
         assert_eq!(self.logits.rows, m, "a row of logits for each key");
         assert_eq!((self.queries.rows, self.queries.cols), (channels.div_ceil(2), 2 * n), "pairs of {channels} channels");
-        assert!(self.rows.iter().all(|&row| (row as usize) < self.keys.rows), "rows of keys");
+        assert_rows(self.rows, self.keys.rows);
         assert_eq!(n % lanes::<S>(), 0, "queries are whole vectors");
         if m == 0 || n == 0 {
             return;
@@ -53,6 +53,13 @@ impl KernelBf16 for KeyDots<'_, '_> {
 
 /// As for float32: with 2 vectors of sums in each row, and the operands, they fit into 32 registers, and 32 queries are whole tiles.
 const TILE_ROWS: usize = 8;
+
+/// Checks that a matrix of `count` rows has all of these. The largest of them is found faster than the first that it has not.
+#[inline(always)]
+pub(super) fn assert_rows(rows: &[u32], count: usize) {
+    let largest = rows.iter().fold(0, |largest, &row| largest.max(row));
+    assert!(rows.is_empty() || (largest as usize) < count, "row {largest} of {count}");
+}
 
 /// Pairs in a vector.
 #[inline(always)]

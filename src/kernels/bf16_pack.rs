@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::bf16::assert_rows;
 use super::{Matrix, MatrixMut};
 use crate::simd::{DotBf16, KernelBf16, Simd};
 
@@ -40,38 +41,44 @@ pub(crate) struct ZipRows<'a, 'c> {
 impl KernelBf16 for ZipRows<'_, '_> {
     #[inline(always)]
     fn run<S: DotBf16>(mut self, simd: S) {
-        let (channels, lanes, stride, columns) = (self.from.cols, <S::Float as Simd<f32>>::LANES, self.to.stride, self.to.cols);
+        let (channels, lanes, columns) = (self.from.cols, <S::Float as Simd<f32>>::LANES, self.to.cols);
         assert_eq!(self.to.rows, self.rows.len().div_ceil(2), "a row for each pair");
         assert_eq!(columns, 2 * channels.next_multiple_of(lanes), "whole vectors of {channels} channels");
-        assert!(self.rows.iter().all(|&row| (row as usize) < self.from.rows), "rows");
+        assert_rows(self.rows, self.from.rows);
         if channels == 0 {
             return;
         }
         let whole = channels - channels % lanes;
+        let row = |row: u32| self.from.as_ptr().wrapping_add(row as usize * self.from.stride);
         for (pair, rows) in self.rows.chunks(2).enumerate() {
-            let to = &mut self.to.data_mut()[pair * stride..][..columns];
-            let &[first, second] = rows else {
-                to.fill(bf16::ZERO);
-                for (numbers, &x) in to.chunks_exact_mut(2).zip(self.from.row(rows[0] as usize)) {
-                    numbers[0] = x;
+            let &[first, second] = rows else { return self.last(rows[0]) };
+            let (first, second) = (row(first), row(second));
+            // SAFETY: the assertions above, with those of the matrices, put both rows and the row of their pairs in bounds.
+            unsafe {
+                let to = self.to.as_mut_ptr().add(pair * self.to.stride);
+                for channel in (0..whole).step_by(lanes) {
+                    simd.store_pairs(to.add(2 * channel), simd.zip(first.add(channel), second.add(channel)));
                 }
-                continue;
-            };
-            let (first, second) = (self.from.row(first as usize), self.from.row(second as usize));
-            for channel in (0..whole).step_by(lanes) {
-                // SAFETY: a vector of each row lies before `whole`; the row of pairs is twice as long as they are.
-                unsafe {
-                    let pairs = simd.zip(first.as_ptr().add(channel), second.as_ptr().add(channel));
-                    simd.store_pairs(to.as_mut_ptr().add(2 * channel), pairs);
+                for channel in whole..channels {
+                    *to.add(2 * channel) = *first.add(channel);
+                    *to.add(2 * channel + 1) = *second.add(channel);
                 }
-            }
-            if whole < channels {
-                let rest = first[whole..].iter().zip(&second[whole..]);
-                to[2 * whole..].fill(bf16::ZERO);
-                for (numbers, (&x, &y)) in to[2 * whole..].chunks_exact_mut(2).zip(rest) {
-                    numbers.copy_from_slice(&[x, y]);
+                for padding in 2 * channels..columns {
+                    *to.add(padding) = bf16::ZERO;
                 }
             }
+        }
+    }
+}
+
+impl ZipRows<'_, '_> {
+    /// Pairs a last odd row with 0.
+    fn last(&mut self, row: u32) {
+        let (start, columns) = ((self.to.rows - 1) * self.to.stride, self.to.cols);
+        let to = &mut self.to.data_mut()[start..][..columns];
+        to.fill(bf16::ZERO);
+        for (pair, &x) in to.chunks_exact_mut(2).zip(self.from.row(row as usize)) {
+            pair[0] = x;
         }
     }
 }

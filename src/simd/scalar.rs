@@ -144,18 +144,18 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
 }
 
 macro_rules! half_width {
-    ($t:ty, as_bf16 = $as_bf16:expr) => {
+    ($t:ty, widen = $widen:expr, narrow = $narrow:expr, as_bf16 = $as_bf16:expr) => {
         impl Element for $t {
             type Compute = f32;
             const NAN: Self = <$t>::NAN;
 
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [f32]) {
-                from.convert_to_f32_slice(to);
+                $widen(from, to);
             }
             #[inline(always)]
             fn narrow(from: &[f32], to: &mut [Self]) {
-                to.convert_from_f32_slice(from);
+                $narrow(from, to);
             }
             #[inline(always)]
             fn as_compute(_: &[Self]) -> Option<&[f32]> {
@@ -169,5 +169,68 @@ macro_rules! half_width {
     };
 }
 
-half_width!(bf16, as_bf16 = Some);
-half_width!(f16, as_bf16 = |_| None);
+half_width!(bf16, widen = widen_bf16, narrow = narrow_bf16, as_bf16 = Some);
+half_width!(
+    f16,
+    widen = |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to),
+    narrow = |from: &[f32], to: &mut [f16]| to.convert_from_f32_slice(from),
+    as_bf16 = |_| None
+);
+
+/// bfloat16 is the upper half of float32. The conversions of the crate `half` look at one number after the other and branch at
+/// NaN; the compiler makes vectors of these.
+#[inline]
+fn widen_bf16(from: &[bf16], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "as many numbers");
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+    }
+}
+
+/// Rounds to nearest, ties to even: half a unit in the last place of the result is added, less 1 where that place is even.
+#[inline]
+fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
+    assert_eq!(from.len(), to.len(), "as many numbers");
+    for (to, from) in to.iter_mut().zip(from) {
+        let bits = from.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // A NaN must not become an infinity when its lower bits are lost, nor 0 when they are carried.
+        let quiet = bits >> 16 | 0x40;
+        #[allow(clippy::cast_possible_truncation, reason = "16 bits are left")]
+        let half = (if from.is_nan() { quiet } else { rounded }) as u16;
+        *to = bf16::from_bits(half);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::Element;
+
+    /// Equal to the bit, or NaN both.
+    fn same(a: f32, b: f32) -> bool {
+        a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
+    }
+
+    #[test]
+    fn bfloat16_is_widened_exactly() {
+        let all: Vec<_> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let mut widened = vec![0.0; all.len()];
+        bf16::widen(&all, &mut widened);
+        assert!(all.iter().zip(&widened).all(|(narrow, &wide)| same(narrow.to_f32(), wide)));
+    }
+
+    /// Every number of 16 bits, the neighbours of the middle between it and the next one, and what lies there in between.
+    #[test]
+    fn bfloat16_is_rounded_to_nearest_even() {
+        for low in [0, 1, 0x40, 0x7ffe, 0x7fff, 0x8000, 0x8001, 0xc000, 0xfffe, 0xffff] {
+            let all: Vec<_> = (0..=u32::from(u16::MAX)).map(|high| f32::from_bits(high << 16 | low)).collect();
+            let mut narrowed = vec![bf16::ZERO; all.len()];
+            bf16::narrow(&all, &mut narrowed);
+            for (&wide, narrow) in all.iter().zip(narrowed) {
+                assert!(same(bf16::from_f32(wide).to_f32(), narrow.to_f32()), "{wide:e} ({:x}): {narrow:e}", wide.to_bits());
+            }
+        }
+    }
+}
