@@ -107,4 +107,8 @@ impl<'a, E> Rows<'a, E> {
     pub(crate) fn cols(&self) -> usize {
         self.cols
     }
+
+    pub(crate) fn len(&self) -> usize {
+        self.rows
+    }
 }

@@ -192,6 +192,8 @@ macro_rules! for_row_tiles {
     };
 }
 
+pub(super) use {for_column_tiles, for_row_tiles};
+
 impl<T: Scalar> Operands<'_, T> {
     /// For A stored by rows (keys): a few rows of A stay in the first-level cache while all columns are done.
     ///

@@ -5,6 +5,8 @@
 //! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
 //! are packed transposed once per tile; keys and values are read where they lie.
 
+mod bf16;
+mod bf16_pack;
 mod bias;
 mod distances;
 mod dropout;
@@ -16,6 +18,8 @@ mod pack;
 mod pool;
 mod softmax;
 
+pub(crate) use bf16::{AddValues, KeyDots};
+pub(crate) use bf16_pack::{RoundRows, ZipRows, pack_channel_pairs};
 pub(crate) use bias::{AddBias, Extend, ExtendMask};
 pub(crate) use distances::{Candidate, ColumnMaxima, FindNear};
 pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};

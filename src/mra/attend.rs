@@ -1,5 +1,8 @@
 //! The running softmax of a tile of queries over strips of keys.
 
+use std::any::Any;
+
+use super::bf16::Bf16Products;
 use super::coarse::CoarseState;
 use super::dropped::Dropped;
 use super::problem::Problem;
@@ -13,6 +16,8 @@ pub(crate) struct Attend<T> {
     level: Level,
     guard: bool,
     dropped: Option<Dropped>,
+    /// The products, where bfloat16 numbers are multiplied as they are.
+    bf16: Option<Bf16Products>,
     /// Queries of the tile.
     pub(crate) queries: usize,
     /// Lanes: the queries rounded up to whole vectors.
@@ -20,6 +25,7 @@ pub(crate) struct Attend<T> {
     /// Channels of a value, rounded up to whole vectors.
     pub(crate) width: usize,
     channels: usize,
+    scale: T,
     packed: Buffer<T>,
     lines: Buffer<T>,
     logits: Buffer<T>,
@@ -40,10 +46,12 @@ impl<T: Scalar> Attend<T> {
             level: problem.level,
             guard,
             dropped: problem.dropout.map(Dropped::new),
+            bf16: None,
             queries: 0,
             columns: 0,
             width,
             channels: problem.head_dim,
+            scale: T::from_f64(problem.scale),
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(Strip::<T>::capacity(problem) * columns),
@@ -54,18 +62,38 @@ impl<T: Scalar> Attend<T> {
         }
     }
 
+    /// As [`Self::new`], for tensors of `E` alone, which may be bfloat16 that is multiplied as it is. The plain products are the ones that
+    /// `guard` guards.
+    pub(crate) fn for_tensors<E: Element<Compute = T>>(
+        problem: &Problem<'_>,
+        columns: usize,
+        value_dim: usize,
+        guard: bool,
+    ) -> Self {
+        let bf16 = if guard { None } else { Bf16Products::new::<E>(problem, columns, value_dim) };
+        Self { bf16, ..Self::new(problem, columns, value_dim, guard) }
+    }
+
+    /// Keys and values as [`Self::strip`] wants them.
+    pub(crate) fn source<'a, E: Element<Compute = T>>(&self, source: KeySource<'a, E>) -> KeySource<'a, E> {
+        if self.bf16.is_some() { source.unstaged() } else { source }
+    }
+
     /// Starts a tile of these queries, from the softmax over the coarse level if there is one, which is the same for all of them.
     pub(crate) fn start<'a, E: Element<Compute = T>>(
         &mut self,
         queries: impl ExactSizeIterator<Item = &'a [E]>,
-        scale: T,
         coarse: Option<&CoarseState<'_, T>>,
     ) {
         self.queries = queries.len();
         self.columns = self.queries.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
-        let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(self.level, queries, scale, &mut self.lines, &mut packed);
+        if let Some(bf16) = &mut self.bf16 {
+            bf16.start(queries, columns);
+        } else {
+            let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
+            pack_transposed(self.level, queries, self.scale, &mut self.lines, &mut packed);
+        }
         self.maximum[..columns].fill(coarse.map_or(T::NEG_INFINITY, |coarse| coarse.maximum));
         self.sum[..columns].fill(coarse.map_or(T::ZERO, |coarse| coarse.sum));
         let values = &mut self.values[..self.queries * self.width];
@@ -92,25 +120,12 @@ impl<T: Scalar> Attend<T> {
         given: Option<Matrix<'_, T>>,
         adjust: impl FnOnce(&mut [T]),
     ) {
-        let (columns, width) = (self.columns, self.width);
+        let columns = self.columns;
         if let Some(given) = given {
             assert_eq!((given.rows, given.cols, given.stride), (strip.rows(), columns, columns), "logits of this strip");
             self.logits[..strip.rows() * columns].copy_from_slice(&given.data()[..strip.rows() * columns]);
-        }
-        for part in strip.parts(source).filter(|_| given.is_none()) {
-            let logits = &mut self.logits[part.rows.start * columns..part.rows.end * columns];
-            T::run(
-                self.level,
-                Gemm {
-                    a: part.keys.columns(self.channels),
-                    a_transposed: false,
-                    b: Matrix::new(&self.packed, self.channels, columns, columns),
-                    b_rows: None,
-                    c: MatrixMut::new(logits, part.rows.len(), columns, columns),
-                    init: Init::Zero,
-                    ahead: source.ahead(part.values),
-                },
-            );
+        } else {
+            self.logits(strip, source);
         }
         adjust(&mut self.logits[..strip.rows() * columns]);
         T::run(
@@ -125,6 +140,41 @@ impl<T: Scalar> Attend<T> {
         if let Some(dropped) = &mut self.dropped {
             dropped.read_keys(strip, source);
             dropped.drop_weights(self.level, &mut self.logits, self.columns);
+        }
+        self.add_values(strip, source, next);
+    }
+
+    /// The logits of a strip.
+    fn logits<E: Element<Compute = T>>(&mut self, strip: &Strip<T>, source: &KeySource<'_, E>) {
+        if let Some(bf16) = &mut self.bf16 {
+            bf16.logits(strip, source, float32(&mut self.logits));
+            return;
+        }
+        let columns = self.columns;
+        for part in strip.parts(source) {
+            let logits = &mut self.logits[part.rows.start * columns..part.rows.end * columns];
+            T::run(
+                self.level,
+                Gemm {
+                    a: part.keys.columns(self.channels),
+                    a_transposed: false,
+                    b: Matrix::new(&self.packed, self.channels, columns, columns),
+                    b_rows: None,
+                    c: MatrixMut::new(logits, part.rows.len(), columns, columns),
+                    init: Init::Zero,
+                    ahead: source.ahead(part.values),
+                },
+            );
+        }
+    }
+
+    /// Multiplies the sums of each query by its factor, then adds the values of a strip with the weights that the logits became.
+    fn add_values<E: Element<Compute = T>>(&mut self, strip: &Strip<T>, source: &KeySource<'_, E>, next: &[u32]) {
+        let (columns, width) = (self.columns, self.width);
+        if let Some(bf16) = &mut self.bf16 {
+            let sums = MatrixMut::new(float32(&mut self.values), self.queries, width, width);
+            bf16.add_values(source, float32(&mut self.logits), float32(&mut self.rescale), sums);
+            return;
         }
         let blocks_of_a_part = next.len().div_ceil(strip.parts(source).count().max(1)).max(1);
         let mut next = next.chunks(blocks_of_a_part).map(|blocks| source.keys_ahead(blocks));
@@ -157,4 +207,10 @@ impl<T: Scalar> Attend<T> {
         E::narrow_scaled(row, T::from_f64(1.0) / sum, out);
         *lse = self.maximum[query] + sum.ln();
     }
+}
+
+/// A buffer, where the compute type is known to be float32: bfloat16 has no other.
+fn float32<T: Scalar>(buffer: &mut Buffer<T>) -> &mut [f32] {
+    let buffer: &mut dyn Any = buffer;
+    buffer.downcast_mut::<Buffer<f32>>().expect("the compute type of bfloat16")
 }

@@ -163,7 +163,7 @@ impl<'a, T: Scalar> CoarseLevel<'a, T> {
         let nq = problem.query_blocks();
         let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
         let pooled = self.pyramid.queries.head(head);
-        attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), T::from_f64(problem.scale), None);
+        attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), None);
         attend.number_queries(Stream::Coarse, head, rows.clone());
         for_strips(problem.key_blocks(), Strip::<T>::capacity(problem), |blocks| {
             strip.clear();

@@ -23,11 +23,7 @@ impl Dropped {
 
     /// Takes the keys from a strip.
     pub(crate) fn read_keys<E: Element<Compute = T>, T: Scalar>(&mut self, strip: &Strip<T>, source: &KeySource<'_, E>) {
-        self.keys.clear();
-        for (rows, first) in strip.spans() {
-            #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
-            self.keys.extend((first..first + rows.len()).map(|number| source.token(number) as u32));
-        }
+        strip.read_tokens(source, &mut self.keys);
     }
 
     /// Takes keys, or blocks of them, that follow each other.

@@ -101,7 +101,7 @@ fn exact<E: Element>(
     let scratch = || {
         let columns = tile_columns::<E::Compute>(problem);
         let strip = Strip::new(problem, problem.head_dim, value_dim);
-        (Attend::new(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
+        (Attend::for_tensors::<E>(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
     };
     let threads = problem.threads_for(multiplications);
     threads::for_each(threads, problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
@@ -149,11 +149,7 @@ impl<E: Element> BlockRow<'_, E> {
         }
         let coarse = self.coarse.map(|coarse| coarse.state(self.head, self.i));
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
-            attend.start(
-                tile.clone().map(|number| queries.row(blocks.token(number))),
-                E::Compute::from_f64(self.problem.scale),
-                coarse.as_ref(),
-            );
+            attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), coarse.as_ref());
             attend.number_queries(Stream::Exact, self.head, tile.clone().map(|number| blocks.token(number)));
             self.prefetch_queries_after();
             self.attend_to_selected(attend, strip, bias, &tile);
@@ -184,7 +180,7 @@ impl<E: Element> BlockRow<'_, E> {
     ) {
         let (batch, kv_head) = (self.head / self.problem.heads, self.problem.kv_head(self.head % self.problem.heads));
         let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
-        let source = KeySource::new(self.problem, keys, values, self.problem.keys(batch));
+        let source = attend.source(KeySource::new(self.problem, keys, values, self.problem.keys(batch)));
         let blocks = self.plan.row(self.head, self.i);
         let blocks_of_a_strip = (Strip::<E::Compute>::capacity(self.problem) / self.problem.block_size).max(1);
         let after = if self.i + self.threads < self.problem.query_blocks() {

@@ -2,6 +2,7 @@
 
 mod attend;
 mod backward;
+mod bf16;
 mod bias;
 mod bias_tile;
 mod blocks;

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use crate::simd::Scalar;
+use crate::simd::Element;
 
 /// Cache lines are this long, and so is the longest vector.
 const ALIGNMENT: usize = 64;
@@ -15,15 +15,15 @@ pub(crate) struct Buffer<T> {
     len: usize,
 }
 
-impl<T: Scalar> Buffer<T> {
+impl<T: Element> Buffer<T> {
     /// A buffer whose content must be written before it is read.
     pub(crate) fn scratch(len: usize) -> Self {
-        Self::filled(len, if cfg!(debug_assertions) { T::NAN } else { T::ZERO })
+        Self::filled(len, if cfg!(debug_assertions) { T::NAN } else { T::default() })
     }
 
     /// A buffer of zeros.
     pub(crate) fn zeros(len: usize) -> Self {
-        Self::filled(len, T::ZERO)
+        Self::filled(len, T::default())
     }
 
     fn filled(len: usize, value: T) -> Self {

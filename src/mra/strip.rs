@@ -2,9 +2,12 @@
 //!
 //! The keys of several selected blocks are taken together, so that the state of the softmax is touched once per strip and
 //! not once per block. Keys and values are read where they lie if they are consecutive tokens of the compute type with whole
-//! vectors of channels; otherwise they are copied into the strip first, which also drops padded tokens.
+//! vectors of channels; otherwise they are copied into the strip first, which also drops padded tokens. Products of bfloat16 take them
+//! from the tensors by their tokens, and then the strip only says which ones they are.
 
 use std::ops::Range;
+
+use half::bf16;
 
 use super::blocks::Blocks;
 use super::problem::Problem;
@@ -26,6 +29,7 @@ pub(crate) struct KeySource<'a, E: Element> {
     values: Rows<'a, E>,
     blocks: &'a Blocks,
     in_place: bool,
+    staged: bool,
     far: bool,
 }
 
@@ -34,7 +38,21 @@ impl<'a, E: Element> KeySource<'a, E> {
         let whole = |channels| problem.padded::<E::Compute>(channels) == channels;
         let in_place = E::as_compute(&[]).is_some() && whole(keys.cols()) && whole(values.cols());
         let bytes = blocks.start(blocks.len()) * (keys.cols() + values.cols()) * size_of::<E>();
-        Self { keys, values, blocks, in_place, far: bytes > NEAR }
+        Self { keys, values, blocks, in_place, staged: true, far: bytes > NEAR }
+    }
+
+    /// The same keys and values, for products that take them from the tensors themselves.
+    pub(crate) fn unstaged(self) -> Self {
+        Self { staged: false, ..self }
+    }
+
+    /// All keys and values by token, if they are bfloat16.
+    pub(crate) fn all_bf16(&self) -> Option<(Matrix<'a, bf16>, Matrix<'a, bf16>)> {
+        fn matrix<'a, E: Element>(rows: &Rows<'a, E>) -> Option<Matrix<'a, bf16>> {
+            let (data, stride) = rows.tail(0);
+            Some(Matrix::new(E::as_bf16(data)?, rows.len(), rows.cols(), stride))
+        }
+        matrix(&self.keys).zip(matrix(&self.values))
     }
 
     /// What to bring nearer on the way: nothing if everything is near, where it would only cost time (3 % at 512 tokens).
@@ -130,6 +148,15 @@ impl<T: Scalar> Strip<T> {
         self.parts.iter().map(|part| (part.rows.clone(), part.first))
     }
 
+    /// Lists the tokens of the keys, as the low 32 bits of their numbers.
+    pub(crate) fn read_tokens<E: Element<Compute = T>>(&self, source: &KeySource<'_, E>, tokens: &mut Vec<u32>) {
+        tokens.clear();
+        for (rows, first) in self.spans() {
+            #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
+            tokens.extend((first..first + rows.len()).map(|number| source.token(number) as u32));
+        }
+    }
+
     pub(crate) fn clear(&mut self) {
         self.parts.clear();
         self.rows = 0;
@@ -155,7 +182,7 @@ impl<T: Scalar> Strip<T> {
                 last.rows.end = rows.end;
                 return true;
             }
-        } else {
+        } else if source.staged {
             if self.keys.is_empty() && self.values.is_empty() {
                 // Most strips read all keys where they lie: a small call would take longer to clear these than to use them.
                 self.keys = Buffer::scratch(self.capacity * self.key_width);
@@ -174,6 +201,7 @@ impl<T: Scalar> Strip<T> {
         &'a self,
         source: &'a KeySource<'_, E>,
     ) -> impl Iterator<Item = PartView<'a, T>> {
+        assert!(source.staged, "keys and values in the compute type");
         self.parts.iter().map(move |part| {
             let count = part.rows.len();
             let (keys, values) = if part.in_place {

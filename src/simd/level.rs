@@ -7,6 +7,8 @@ use super::aarch64::Neon;
 use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
+#[cfg(target_arch = "x86_64")]
+use super::x86_bf16::Avx512Bf16;
 use crate::error::{Error, Result};
 
 /// The environment variable that picks a lower level than the best one of the CPU.
@@ -17,12 +19,19 @@ const ISA_VARIABLE: &str = "MRA_ATTENTION_ISA";
 pub enum Level {
     /// What the compiler makes of plain loops for the baseline of the target.
     Portable(Portable),
+    /// As [`Self::Portable`], with the products of bfloat16 tensors done the way that [`Self::Avx512Bf16`] does them, only slowly:
+    /// for tests. It is never picked by itself, and not among those that [`Self::available`] names.
+    #[doc(hidden)]
+    PortableBf16(Portable),
     /// AVX2 with FMA.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     /// AVX-512F.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// AVX-512F with BW, and AVX-512-BF16 for the products of bfloat16 tensors; the rest as [`Self::Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
@@ -36,6 +45,7 @@ impl Level {
         {
             levels.extend(Avx2::detect().map(Self::Avx2));
             levels.extend(Avx512::detect().map(Self::Avx512));
+            levels.extend(Avx512Bf16::detect().map(Self::Avx512Bf16));
         }
         #[cfg(target_arch = "aarch64")]
         levels.extend(Neon::detect().map(Self::Neon));
@@ -46,10 +56,13 @@ impl Level {
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable(_) => "portable",
+            Self::PortableBf16(_) => "portable-bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => "avx512bf16",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
         }
@@ -61,7 +74,8 @@ impl Level {
     /// If this CPU has no such level.
     pub fn from_name(name: &str) -> Result<Self> {
         let available = Self::available();
-        available.iter().copied().find(|level| level.name() == name).ok_or_else(|| {
+        let all = available.iter().copied().chain([Self::PortableBf16(Portable)]);
+        all.into_iter().find(|level| level.name() == name).ok_or_else(|| {
             let names: Vec<_> = available.iter().map(|level| level.name()).collect();
             Error::new(format!("{ISA_VARIABLE}={name:?}: this CPU has {}", names.join(", ")))
         })

@@ -4,8 +4,10 @@
 //! the proof that its instructions may run. The kernels are written once, generic over [`Simd`], and started through
 //! [`Scalar::run`], the single place that picks an instruction set: it calls the kernel inside a function compiled
 //! for that instruction set. For that to work everything a kernel calls must be inlined into it, hence
-//! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`.
+//! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`. What only some instruction sets
+//! have, products of bfloat16 numbers, is a trait of its own with its own starting point: [`DotBf16`], [`Bf16Level::run`].
 
+mod bf16;
 mod exp;
 mod level;
 mod portable;
@@ -13,10 +15,15 @@ mod prefetch;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_bf16;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 
+#[cfg(test)]
+pub(crate) use bf16::bf16_levels;
+pub(crate) use bf16::{Bf16Level, DotBf16, KernelBf16, Sum};
 #[cfg(test)]
 pub(crate) use exp::MAX_ULPS;
 pub use level::Level;

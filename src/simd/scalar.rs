@@ -29,8 +29,6 @@ pub trait Scalar:
     const LOWEST: Self;
     /// The highest finite number.
     const HIGHEST: Self;
-    /// Not a number; fresh scratch is full of it where debug assertions are on.
-    const NAN: Self;
 
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
@@ -68,7 +66,6 @@ macro_rules! scalar {
             const INFINITY: Self = <$t>::INFINITY;
             const LOWEST: Self = <$t>::MIN;
             const HIGHEST: Self = <$t>::MAX;
-            const NAN: Self = <$t>::NAN;
 
             #[allow(clippy::cast_possible_truncation, reason = "rounding to the type is the purpose")]
             #[inline(always)]
@@ -90,11 +87,13 @@ macro_rules! scalar {
             #[inline]
             fn run<K: Kernel<Self>>(level: Level, kernel: K) -> K::Output {
                 match level {
-                    Level::Portable(simd) => kernel.run(simd),
+                    Level::Portable(simd) | Level::PortableBf16(simd) => kernel.run(simd),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx2(simd) => simd.run(kernel),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx512(simd) => simd.run(kernel),
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512Bf16(simd) => simd.avx512().run(kernel),
                     #[cfg(target_arch = "aarch64")]
                     Level::Neon(simd) => simd.run(kernel),
                 }
@@ -103,6 +102,8 @@ macro_rules! scalar {
 
         impl Element for $t {
             type Compute = $t;
+            const NAN: Self = <$t>::NAN;
+
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [$t]) {
                 to.copy_from_slice(from);
@@ -133,6 +134,9 @@ scalar!(f64);
 pub trait Element: Copy + Default + Send + Sync + 'static {
     /// What is computed with: itself, or `f32` for the half-width formats.
     type Compute: Scalar;
+    /// Not a number; fresh scratch is full of it where debug assertions are on.
+    const NAN: Self;
+
     /// Converts to the compute type, exactly. The lengths are equal.
     fn widen(from: &[Self], to: &mut [Self::Compute]);
     /// Rounds from the compute type to nearest, ties to even. The lengths are equal.
@@ -146,27 +150,101 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     }
     /// The same elements, if this is the compute type.
     fn as_compute(elements: &[Self]) -> Option<&[Self::Compute]>;
+    /// The same elements, if this is bfloat16.
+    #[inline(always)]
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 macro_rules! half_width {
-    ($t:ty) => {
+    ($t:ty, widen = $widen:expr, narrow = $narrow:expr, as_bf16 = $as_bf16:expr) => {
         impl Element for $t {
             type Compute = f32;
+            const NAN: Self = <$t>::NAN;
+
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [f32]) {
-                from.convert_to_f32_slice(to);
+                $widen(from, to);
             }
             #[inline(always)]
             fn narrow(from: &[f32], to: &mut [Self]) {
-                to.convert_from_f32_slice(from);
+                $narrow(from, to);
             }
             #[inline(always)]
             fn as_compute(_: &[Self]) -> Option<&[f32]> {
                 None
             }
+            #[inline(always)]
+            fn as_bf16(elements: &[Self]) -> Option<&[bf16]> {
+                $as_bf16(elements)
+            }
         }
     };
 }
 
-half_width!(bf16);
-half_width!(f16);
+half_width!(bf16, widen = widen_bf16, narrow = narrow_bf16, as_bf16 = Some);
+half_width!(
+    f16,
+    widen = |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to),
+    narrow = |from: &[f32], to: &mut [f16]| to.convert_from_f32_slice(from),
+    as_bf16 = |_| None
+);
+
+/// bfloat16 is the upper half of float32. The conversions of the crate `half` look at one number after the other and branch at
+/// NaN; the compiler makes vectors of these.
+#[inline]
+fn widen_bf16(from: &[bf16], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "as many numbers");
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+    }
+}
+
+/// Rounds to nearest, ties to even: half a unit in the last place of the result is added, less 1 where that place is even.
+#[inline]
+fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
+    assert_eq!(from.len(), to.len(), "as many numbers");
+    for (to, from) in to.iter_mut().zip(from) {
+        let bits = from.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // A NaN must not become an infinity when its lower bits are lost, nor 0 when they are carried.
+        let quiet = bits >> 16 | 0x40;
+        #[allow(clippy::cast_possible_truncation, reason = "16 bits are left")]
+        let half = (if from.is_nan() { quiet } else { rounded }) as u16;
+        *to = bf16::from_bits(half);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::Element;
+
+    /// Equal to the bit, or NaN both.
+    fn same(a: f32, b: f32) -> bool {
+        a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
+    }
+
+    #[test]
+    fn bfloat16_is_widened_exactly() {
+        let all: Vec<_> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let mut widened = vec![0.0; all.len()];
+        bf16::widen(&all, &mut widened);
+        assert!(all.iter().zip(&widened).all(|(narrow, &wide)| same(narrow.to_f32(), wide)));
+    }
+
+    /// Every number of 16 bits, the neighbours of the middle between it and the next one, and what lies there in between.
+    #[test]
+    fn bfloat16_is_rounded_to_nearest_even() {
+        for low in [0, 1, 0x40, 0x7ffe, 0x7fff, 0x8000, 0x8001, 0xc000, 0xfffe, 0xffff] {
+            let all: Vec<_> = (0..=u32::from(u16::MAX)).map(|high| f32::from_bits(high << 16 | low)).collect();
+            let mut narrowed = vec![bf16::ZERO; all.len()];
+            bf16::narrow(&all, &mut narrowed);
+            for (&wide, narrow) in all.iter().zip(narrowed) {
+                assert!(same(bf16::from_f32(wide).to_f32(), narrow.to_f32()), "{wide:e} ({:x}): {narrow:e}", wide.to_bits());
+            }
+        }
+    }
+}

@@ -3,10 +3,11 @@
 #
 #   tests/emulated/avx512.sh <bochs> <bochs' bios folder> <kernel> <test binary> [arguments of the test binary]
 #
-# CONTRIBUTING.md says where to get these. Wants xorriso, isolinux, syslinux-common, busybox-static and cpio (names of Debian).
+# CPU in the environment is the model and its features as Bochs takes them; MRA_ATTENTION_REQUIRE_ISA the levels that must be there.
+# CONTRIBUTING.md says where to get the rest. Wants xorriso, isolinux, syslinux-common, busybox-static and cpio (names of Debian).
 set -euo pipefail
 
-[ $# -ge 4 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 bochs=$1 bios=$(realpath "$2") kernel=$3 tests=$4
 shift 4
 limit=${LIMIT:-3600} # seconds
@@ -23,7 +24,7 @@ cat >"$work/root/init" <<EOF
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox grep -o -m 1 'avx512.*' /proc/cpuinfo
-export RUST_TEST_THREADS=1 RUST_BACKTRACE=1 MRA_ATTENTION_REQUIRE_ISA=avx2,avx512
+export RUST_TEST_THREADS=1 RUST_BACKTRACE=1 MRA_ATTENTION_REQUIRE_ISA=${MRA_ATTENTION_REQUIRE_ISA:-avx2,avx512}
 ${PROPTEST_CASES:+export PROPTEST_CASES=$PROPTEST_CASES}
 /tests $(printf '%q ' "$@")
 echo "exit status \$?"
@@ -48,9 +49,10 @@ label linux
 EOF
 xorriso -as mkisofs -quiet -o "$work/cd.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$work/cd"
 
-# Time in the guest is the number of instructions, not that of this machine. With the newer sapphire_rapids Linux 6.1 does not boot.
+# Time in the guest is the number of instructions, not that of this machine. On newer models, sapphire_rapids or
+# arrow_lake, Linux 6.1 does not boot, with or without what they have more.
 cat >"$work/bochsrc" <<EOF
-cpu: model=corei7_skylake_x, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: ${CPU:-model=corei7_skylake_x}, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
 memory: guest=1024, host=1024
 romimage: file=$bios/BIOS-bochs-latest, options=fastboot
 vgaromimage: file=$bios/VGABIOS-lgpl/VGABIOS-lgpl-latest.bin

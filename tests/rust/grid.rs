@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use mra_attention::{Budget, Mode};
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels};
+use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels_for};
 
 /// All pairs of lengths around `block_size`, with everything else varied along.
 fn cases(block_size: usize) -> Vec<Case> {
@@ -50,7 +50,7 @@ fn check_all<E: Number>(cases: &[Case]) {
     for (index, case) in cases.iter().enumerate() {
         let data = case.data::<E>();
         let expected = Expected::new::<E>(case, &data);
-        for level in levels() {
+        for level in levels_for::<E>() {
             let layout = if index % 2 == 0 { Layout::Contiguous } else { Layout::TokensFirst };
             check::<E>(case, &data, &expected, Setup { layout, ..Setup::new(level) });
         }

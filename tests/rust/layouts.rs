@@ -3,14 +3,14 @@
 use mra_attention::{Mode, Tensor};
 use ndarray::Array4;
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, compute, levels};
+use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, compute, levels_for};
 
 /// Layouts other than the contiguous one give the same bits.
 fn check_layout<E: Number>(case: &Case, layout: Layout) {
     let data = case.data::<E>();
     let expected = Expected::new::<E>(case, &data);
     let bits = |array: &Array4<E>| array.mapv(|x| x.exact().to_bits());
-    for level in levels() {
+    for level in levels_for::<E>() {
         let setup = Setup { layout, ..Setup::new(level) };
         check::<E>(case, &data, &expected, setup);
         let contiguous = compute::<E>(case, &data, &expected, Setup { layout: Layout::Contiguous, ..setup });

@@ -5,7 +5,8 @@ use mra_attention::{Budget, CausalBudget, Mode};
 use proptest::prelude::*;
 
 use crate::support::{
-    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels, select,
+    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels, levels_for,
+    select,
 };
 
 /// `PROPTEST_CASES` in the environment, or few enough for every day.
@@ -114,7 +115,7 @@ fn check_causal_type<E: Number>(case: &CausalCase, threads: usize, layout: Layou
 fn check_type<E: Number>(case: &Case, threads: usize, layout: Layout) {
     let data = case.data::<E>();
     let expected = Expected::new::<E>(case, &data);
-    for level in levels() {
+    for level in levels_for::<E>() {
         check::<E>(case, &data, &expected, Setup { level, threads, layout });
     }
 }

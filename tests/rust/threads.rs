@@ -2,7 +2,7 @@
 
 use mra_attention::{Budget, Mode};
 
-use crate::support::{Case, Expected, Number, Outcome, Padding, Pairs, Rounded, Setup, compute, levels, select};
+use crate::support::{Case, Expected, Number, Outcome, Padding, Pairs, Rounded, Setup, compute, levels_for, select};
 
 /// Few heads (backward by rows and by columns) and many (by heads), blocks large enough that the exact level is worth several
 /// threads and small enough that the coarse one is.
@@ -42,7 +42,7 @@ fn bits<E: Number>(outcome: &Outcome<E>) -> [Vec<u64>; 5] {
 fn same_bits<E: Number>() {
     for case in cases() {
         let data = case.data::<E>();
-        for level in levels() {
+        for level in levels_for::<E>() {
             let setup = |threads| Setup { threads, ..Setup::new(level) };
             let selected = select::<E>(&case, &data, setup(1));
             // Any finite out and lse will do: every number of threads starts from the same.
@@ -76,4 +76,9 @@ fn float32() {
 #[test]
 fn float64() {
     same_bits::<f64>();
+}
+
+#[test]
+fn bfloat16() {
+    same_bits::<half::bf16>();
 }

@@ -5,13 +5,13 @@ use half::bf16;
 use mra_attention::{Budget, CausalBudget, Mode};
 
 use crate::support::{
-    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels, select,
+    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels_for, select,
 };
 
 /// One thread; two of them, and rows with gaps between them.
-fn setups() -> impl Iterator<Item = Setup> {
+fn setups<E: Number>() -> impl Iterator<Item = Setup> {
     let ways = [(1, Layout::Contiguous), (2, Layout::TokensFirst)];
-    levels().into_iter().flat_map(move |level| ways.map(|(threads, layout)| Setup { level, threads, layout }))
+    levels_for::<E>().into_iter().flat_map(move |level| ways.map(|(threads, layout)| Setup { level, threads, layout }))
 }
 
 fn check_two_levels<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
@@ -30,7 +30,7 @@ fn check_two_levels<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
     };
     let data = case.data::<E>();
     let expected = Expected::new::<E>(&case, &data);
-    for setup in setups() {
+    for setup in setups::<E>() {
         check::<E>(&case, &data, &expected, setup);
         assert_eq!(select::<E>(&case, &data, setup), expected.plan, "{setup:?}, {case:?}");
     }
@@ -42,6 +42,7 @@ fn two_levels() {
     check_two_levels::<f64>(Mode::Sparse, Padding::Holes, Pairs::All);
     check_two_levels::<f64>(Mode::Full, Padding::Holes, Pairs::Window);
     check_two_levels::<bf16>(Mode::Full, Padding::None, Pairs::Documents);
+    check_two_levels::<bf16>(Mode::Full, Padding::Holes, Pairs::All);
 }
 
 fn check_tiny_causal<E: Number>(mode: Mode, offset: i64, key_length: usize) {
@@ -59,7 +60,7 @@ fn check_tiny_causal<E: Number>(mode: Mode, offset: i64, key_length: usize) {
     };
     let data = case.data::<E>();
     let expected = CausalExpected::new::<E>(&case, &data);
-    setups().for_each(|setup| check_causal::<E>(&case, &data, &expected, setup));
+    setups::<E>().for_each(|setup| check_causal::<E>(&case, &data, &expected, setup));
 }
 
 #[test]

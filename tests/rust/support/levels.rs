@@ -2,6 +2,8 @@
 
 use mra_attention::Level;
 
+use super::Rounded;
+
 /// The environment variable that names levels that must not be missing, separated by commas.
 const REQUIRED: &str = "MRA_ATTENTION_REQUIRE_ISA";
 
@@ -11,6 +13,23 @@ const REQUIRED: &str = "MRA_ATTENTION_REQUIRE_ISA";
 /// If a level that the environment requires is missing.
 pub(crate) fn levels() -> Vec<Level> {
     levels_required(std::env::var(REQUIRED).ok().as_deref())
+}
+
+/// The level that computes, slowly and on any machine, what levels that multiply bfloat16 as it is compute.
+const PORTABLE_BF16: &str = "portable-bf16";
+
+/// Every level of this CPU at which tensors of `E` are computed in a way of their own.
+pub(crate) fn levels_for<E: Rounded>() -> Vec<Level> {
+    let mut levels = levels();
+    if E::NAME == "bf16" {
+        levels.push(Level::from_name(PORTABLE_BF16).expect("a level of any machine"));
+    }
+    levels
+}
+
+/// Whether weights are rounded to `E` at this level before the values are multiplied by them.
+pub(crate) fn rounds_weights<E: Rounded>(level: Level) -> bool {
+    E::NAME == "bf16" && [PORTABLE_BF16, "avx512bf16"].contains(&level.name())
 }
 
 /// As [`levels`], with these names required.

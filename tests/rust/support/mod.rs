@@ -14,6 +14,6 @@ pub(crate) use causal::{
     CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
 };
 pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
-pub(crate) use levels::{levels, levels_required};
+pub(crate) use levels::{levels, levels_for, levels_required, rounds_weights};
 pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};
