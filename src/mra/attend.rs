@@ -62,15 +62,15 @@ impl<T: Scalar> Attend<T> {
         }
     }
 
-    /// As [`Self::new`], for tensors of `E` alone, which may be bfloat16 that is multiplied as it is. The plain products are the ones that
-    /// `guard` guards.
+    /// As [`Self::new`], for tensors of `E` alone, which may be bfloat16 that is multiplied as it is.
     pub(crate) fn for_tensors<E: Element<Compute = T>>(
         problem: &Problem<'_>,
         columns: usize,
         value_dim: usize,
         guard: bool,
     ) -> Self {
-        let bf16 = if guard { None } else { Bf16Products::new::<E>(problem, columns, value_dim) };
+        // Only the float32 products can be guarded, and whether a mask hides a NaN must not decide which ones are used.
+        let bf16 = if problem.pairs.is_some() { None } else { Bf16Products::new::<E>(problem, columns, value_dim) };
         Self { bf16, ..Self::new(problem, columns, value_dim, guard) }
     }
 
