@@ -194,13 +194,14 @@ unsafe fn transpose_8(rows: [*const f32; SQUARE], factor: f32, to: *mut f32, str
     }
 }
 
-// AVX2 has 16 registers. 6 rows x 2 vectors of sums would fit, but 4 divide the usual 32 queries or keys of a block: 2 to 8 %
-// faster than 6 6 5 5 5 5. 8 sums are just enough for 2 multiplications a cycle that take 4.
+// AVX2 has 16 registers: 6 rows x 2 vectors of sums, 2 vectors of one operand and 1 broadcast of the other. 4 rows, which divide
+// the usual 32 queries or keys of a block, are up to 8 % faster on a core of one's own and 10 % slower on one that is shared, where
+// every further instruction counts.
 operations!(
     Avx2,
     f32,
     __m256,
-    4,
+    6,
     exp = exp,
     _mm256_set1_ps,
     _mm256_loadu_ps,
@@ -218,7 +219,7 @@ operations!(
     Avx2,
     f64,
     __m256d,
-    4,
+    6,
     exp = exp_by_lane,
     _mm256_set1_pd,
     _mm256_loadu_pd,
