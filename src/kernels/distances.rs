@@ -130,11 +130,11 @@ mod tests {
                 let (bound, mut found) = (3.0, Vec::new());
                 f32::run(level, FindNear { numbers: matrix, best: &maxima, bound, first_column: 100, found: &mut found });
                 let mut expected = Vec::new();
-                for row in 0..rows {
-                    for (c, maximum) in maxima.iter().enumerate() {
-                        let distance = maximum - matrix.row(row)[c];
+                for (row, index) in (0..rows).zip(0..) {
+                    for ((maximum, x), column) in maxima.iter().zip(matrix.row(row)).zip(100..) {
+                        let distance = maximum - x;
                         if distance <= bound {
-                            expected.push(Candidate { distance, column: 100 + c as u32, row: row as u32 });
+                            expected.push(Candidate { distance, column, row: index });
                         }
                     }
                 }
