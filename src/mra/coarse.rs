@@ -248,9 +248,13 @@ pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, 
         return;
     }
     for (row, block) in logits.chunks_exact_mut(columns).zip(blocks) {
-        let weight = weight(keys.count(block));
-        for logit in row {
-            *logit += weight;
+        match keys.count(block) {
+            // Its mean is 0, and 0 times a query that is no number is none.
+            0 => row.fill(T::NEG_INFINITY),
+            count => {
+                let weight = weight(count);
+                row.iter_mut().for_each(|logit| *logit += weight);
+            }
         }
     }
 }

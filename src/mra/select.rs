@@ -9,7 +9,8 @@
 //!
 //! The smallest are found in linear time: a sample of the distances gives a bound that very likely has a few more than
 //! the wanted number below it, one pass collects those, and only they are partitioned. The scores are what grows with the
-//! square of the length, so they are written once and read once, and no distance is stored but those of the candidates.
+//! square of the length, so they are computed once, for the coarse level too, and no distance is stored but those of the
+//! candidates.
 
 use super::bias::{HeadPairs, Kind};
 use super::blocks::Blocks;

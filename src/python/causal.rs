@@ -116,10 +116,11 @@ pub(super) fn causal_forward(
                 };
                 check_plan("plan", plan_in, &query, None)?;
                 let plan = plan_in.contiguous::<i32>("plan")?;
-                if let (Some(plan_out), Some(numbers)) = (&plan_out, numbers) {
-                    Problem::expect("plan_out", plan_out.shape("plan_out")?, plan_in.shape("plan")?)?;
-                    numbers.copy_from_slice(plan);
-                }
+                let (Some(plan_out), Some(numbers)) = (&plan_out, numbers) else {
+                    return Err(Error::new("plan_out: None, expected room for a copy of the given plan"));
+                };
+                Problem::expect("plan_out", plan_out.shape("plan_out")?, plan_in.shape("plan")?)?;
+                numbers.copy_from_slice(plan);
                 forward(&problem, &inputs, pooled.as_ref(), plan, &mut out, &mut lse)
             }
         })

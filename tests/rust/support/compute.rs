@@ -2,7 +2,8 @@
 
 use mra_attention::reference::{Gradients as Expect, Saved as SavedExactly};
 use mra_attention::{
-    Bias, BiasData, Gradients, Inputs, Level, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, select_blocks,
+    Bias, BiasData, Gradients, Inputs, Level, Mask, Mode, Options, Plan, Problem, Saved, backward, forward, forward_selecting,
+    select_blocks,
 };
 use ndarray::{Array2, Array3, Array4, ArrayView4, Axis};
 
@@ -184,6 +185,25 @@ pub(crate) fn select<E: Number>(case: &Case, data: &Data, setup: Setup) -> Array
         assert_eq!(plan_bits(selected.view()), bits, "bits beyond the last block");
         selected
     })
+}
+
+/// Selection and forward of the crate in one call: the bits of the plan, out and lse.
+pub(crate) fn select_and_forward<E: Number>(
+    case: &Case,
+    data: &Data,
+    setup: Setup,
+) -> (Vec<u8>, Array4<E>, Array4<E::Compute>) {
+    let [query, key, value] = [&data.query, &data.key, &data.value].map(|array| Stored::<E>::new(array.view(), setup.layout));
+    let inputs = Inputs { query: query.tensor("query"), key: key.tensor("key"), value: value.tensor("value") };
+    let mut out = Stored::<E>::unset(data.grad_out.dim(), setup.layout);
+    let mut lse = Stored::<E::Compute>::unset((case.batch, case.heads(), case.query_len, 1), setup.layout);
+    let bits = with_problem(case, data, setup, |problem| {
+        let mut bits = vec![0xff; Plan::bytes(problem)];
+        let (mut out, mut lse) = (out.tensor_mut("out"), lse.tensor_mut("lse"));
+        forward_selecting(problem, &inputs, &case.budget, &mut bits, &mut out, &mut lse).expect("a valid case");
+        bits
+    });
+    (bits, out.read(), lse.read())
 }
 
 /// Forward and backward of the crate; backward starts from what `expected` says.

@@ -13,7 +13,7 @@ pub(crate) use case::{Case, Data, Padding, Pairs};
 pub(crate) use causal::{
     CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
 };
-pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select};
+pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select, select_and_forward};
 pub(crate) use levels::{levels, levels_for, levels_required, rounds_weights};
 pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};
