@@ -253,7 +253,9 @@ pub(crate) fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, 
             0 => row.fill(T::NEG_INFINITY),
             count => {
                 let weight = weight(count);
-                row.iter_mut().for_each(|logit| *logit += weight);
+                for logit in row {
+                    *logit += weight;
+                }
             }
         }
     }
