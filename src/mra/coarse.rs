@@ -18,7 +18,7 @@ use super::scores::Scores;
 use super::scratch::Buffer;
 use super::select::{select_blocks_from, select_then};
 use super::strip::{KeySource, Strip};
-use super::tile::{TILE_QUERIES, coarse_tile_columns};
+use super::tile::{TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::error::Result;
 use crate::kernels::Stream;
 use crate::simd::Scalar;
@@ -64,7 +64,8 @@ impl<T: Scalar> Coarse<T> {
         coarse
     }
 
-    /// Selects blocks, which it writes to `bits` as [`select_blocks`](super::select_blocks) does, and attends to the others.
+    /// Selects blocks, which it writes to `bits` as [`select_blocks`](super::select_blocks) does, and attends to the others. Returns the
+    /// plan as well.
     ///
     /// # Errors
     /// As `select_blocks`.
@@ -75,11 +76,12 @@ impl<T: Scalar> Coarse<T> {
         guard: bool,
         budget: &Budget,
         bits: &mut [u8],
-    ) -> Result<Self> {
+    ) -> Result<(Self, Plan)> {
         if problem.all_heads() < problem.threads || bits.is_empty() {
             // A head is selected by one thread, but its coarse level can be shared: worth more than to keep its scores.
             select_blocks_from(problem, pyramid, budget, bits)?;
-            return Ok(Self::new(problem, &Plan::from_bits(problem, bits)?, pyramid, values, guard));
+            let plan = Plan::from_bits(problem, bits)?;
+            return Ok((Self::new(problem, &plan, pyramid, values, guard), plan));
         }
         let mut coarse = Self::zeros(problem, values);
         let level = CoarseLevel::new(problem, pyramid, values, guard, &mut coarse);
@@ -97,7 +99,7 @@ impl<T: Scalar> Coarse<T> {
             }
         };
         select_then(problem, pyramid, budget, bits, || level.buffers(), then)?;
-        Ok(coarse)
+        Ok((coarse, Plan::from_bits(problem, bits)?))
     }
 
     fn zeros(problem: &Problem<'_>, values: &Pooled<T>) -> Self {
@@ -161,7 +163,7 @@ impl<'a, T: Scalar> CoarseLevel<'a, T> {
         let (problem, kv) = (self.problem, self.problem.kv_row(head));
         let source = KeySource::new(problem, self.pyramid.keys.head(kv), self.values.head(kv), &self.all);
         let nq = problem.query_blocks();
-        let rows = tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(nq);
+        let rows = nth_tile(tile, nq);
         let pooled = self.pyramid.queries.head(head);
         attend.start(rows.clone().map(|i| &pooled.row(i)[..problem.head_dim]), None);
         attend.number_queries(Stream::Coarse, head, rows.clone());

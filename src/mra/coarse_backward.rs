@@ -25,7 +25,7 @@ use super::problem::Problem;
 use super::pyramid::Pooled;
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
-use super::tile::{TILE_QUERIES, coarse_tile_columns, tiles};
+use super::tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tiles};
 use crate::kernels::Stream;
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
@@ -155,7 +155,7 @@ impl<T: Scalar> Pass<'_, T> {
             || self.buffers(),
             |(tile, strip), task| {
                 let (head, index) = (task / tiles_of_head, task % tiles_of_head);
-                let rows = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nq);
+                let rows = nth_tile(index, nq);
                 self.start(head, rows.clone(), tile);
                 for_strips(self.problem.key_blocks(), Strip::<T>::capacity(self.problem), |blocks| {
                     self.strip(head, rows.clone(), blocks, tile, strip, true, None);
@@ -177,7 +177,7 @@ impl<T: Scalar> Pass<'_, T> {
             || (self.buffers(), Buffer::scratch(TILE_QUERIES * key_width), Buffer::scratch(TILE_QUERIES * value_width));
         threads::for_each(threads, problem.batch * problem.kv_heads * strips, scratch, |((tile, strip), dk, dv), task| {
             let (group, index) = (task / strips, task % strips);
-            let blocks = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nk);
+            let blocks = nth_tile(index, nk);
             dk.fill(T::ZERO);
             dv.fill(T::ZERO);
             for head in group * heads..(group + 1) * heads {

@@ -147,11 +147,11 @@ impl<E: Element> BlockRow<'_, E> {
                 }
             }
         }
+        self.prefetch_queries_after();
         let coarse = self.coarse.map(|coarse| coarse.state(self.head, self.i));
         for tile in tiles(blocks.start(self.i)..blocks.start(self.i + 1)) {
             attend.start(tile.clone().map(|number| queries.row(blocks.token(number))), coarse.as_ref());
             attend.number_queries(Stream::Exact, self.head, tile.clone().map(|number| blocks.token(number)));
-            self.prefetch_queries_after();
             self.attend_to_selected(attend, strip, bias, &tile);
             for (query, number) in tile.enumerate() {
                 let token = blocks.token(number);
@@ -225,13 +225,13 @@ pub fn forward_selecting<E: Element>(
     inputs.validate(problem)?;
     let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
     let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
-    let coarse = if problem.mode == Mode::Full {
+    let (coarse, plan) = if problem.mode == Mode::Full {
         let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
-        Some(Coarse::selecting(problem, &pyramid, &values, guard, budget, bits)?)
+        let (coarse, plan) = Coarse::selecting(problem, &pyramid, &values, guard, budget, bits)?;
+        (Some(coarse), plan)
     } else {
         select_blocks_from(problem, &pyramid, budget, bits)?;
-        None
+        (None, Plan::from_bits(problem, bits)?)
     };
-    let plan = Plan::from_bits(problem, bits)?;
     exact(problem, inputs, &plan, coarse.as_ref(), guard, out, lse)
 }

@@ -6,7 +6,7 @@ use super::coarse::add_bias;
 use super::forward::Pyramid;
 use super::problem::Problem;
 use super::scratch::Buffer;
-use super::tile::{TILE_QUERIES, coarse_tile_columns};
+use super::tile::{TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::error::{Error, Result};
 use crate::kernels::{ColumnMaxima, Gemm, Init, Matrix, MatrixMut, pack_transposed};
 use crate::simd::{SQUARE, Scalar};
@@ -93,7 +93,7 @@ impl<T: Scalar> Scores<T> {
 
     /// The blocks of queries of a tile.
     pub(crate) fn rows_of(&self, tile: usize) -> Range<usize> {
-        tile * TILE_QUERIES..((tile + 1) * TILE_QUERIES).min(self.rows)
+        nth_tile(tile, self.rows)
     }
 
     fn columns_of(&self, tile: usize) -> usize {

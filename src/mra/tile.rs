@@ -18,6 +18,11 @@ pub(crate) fn coarse_tile_columns<T: Scalar>(problem: &Problem) -> usize {
     problem.padded::<T>(TILE_QUERIES)
 }
 
+/// Tile `index` of `0..len`.
+pub(crate) fn nth_tile(index: usize, len: usize) -> Range<usize> {
+    index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(len)
+}
+
 /// Cuts a range into tiles.
 pub(crate) fn tiles(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;

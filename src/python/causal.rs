@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::borrow::{Descriptor, Dtype, check_disjoint};
-use super::{named, rows_of_own};
+use super::{lse_or_own, named};
 use crate::{
     CausalBudget, CausalOptions, CausalProblem, Error, Gradients, Inputs, Level, Mode, PooledInputs, Problem, Saved,
     causal_backward as backward, causal_forward as forward, causal_forward_selecting as forward_selecting,
@@ -97,10 +97,7 @@ pub(super) fn causal_forward(
                 // What the caller does not want is computed all the same, in memory of our own.
                 let (mut own_numbers, mut own_lse) = (Vec::new(), Vec::new());
                 let mut out = out.tensor_mut::<E>("out")?;
-                let mut lse = match &lse {
-                    Some(lse) => lse.rows_mut("lse")?,
-                    None => rows_of_own(&mut own_lse, out.shape())?,
-                };
+                let mut lse = lse_or_own(lse.as_ref(), &mut own_lse, out.shape())?;
                 let numbers = plan_out.as_ref().map(|plan| plan.contiguous_mut::<i32>("plan_out")).transpose()?;
                 let Some(plan_in) = &plan_in else {
                     let width = problem.plan_width(&budget);

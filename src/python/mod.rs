@@ -22,7 +22,7 @@ use crate::{
     forward_selecting,
 };
 
-use borrow::{Descriptor, Dtype, Named, check_disjoint};
+use borrow::{Descriptor, Dtype, Named, Stored, check_disjoint};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -118,8 +118,19 @@ fn select_blocks(
     .map_err(PyErr::from)
 }
 
-/// A tensor `(B, H, L, 1)` for an output of this shape.
-fn rows_of_own<T: Scalar>(memory: &mut Vec<T>, [batch, heads, length, _]: [usize; 4]) -> crate::Result<TensorMut<'_, T>> {
+/// The lse `(B, H, L, 1)` of an output of this shape, in memory of our own if the caller does not want it.
+///
+/// # Safety
+/// - As [`Descriptor::rows_mut`].
+unsafe fn lse_or_own<'a, T: Scalar + Stored>(
+    lse: Option<&Descriptor>,
+    memory: &'a mut Vec<T>,
+    [batch, heads, length, _]: [usize; 4],
+) -> crate::Result<TensorMut<'a, T>> {
+    if let Some(lse) = lse {
+        // SAFETY: the caller's.
+        return unsafe { lse.rows_mut("lse") };
+    }
     memory.resize(batch * heads * length, T::ZERO);
     TensorMut::new("lse", memory, [batch, heads, length, 1], [heads * length, length, 1, 1])
 }
@@ -179,10 +190,7 @@ fn forward_py(
                     &mut own_bits
                 };
                 let mut out = out.tensor_mut::<E>("out")?;
-                let mut lse = match &lse {
-                    Some(lse) => lse.rows_mut("lse")?,
-                    None => rows_of_own(&mut own_lse, out.shape())?,
-                };
+                let mut lse = lse_or_own(lse.as_ref(), &mut own_lse, out.shape())?;
                 let Some(plan_in) = plan_in else {
                     return forward_selecting(&problem, &inputs, &budget, bits, &mut out, &mut lse);
                 };
