@@ -18,11 +18,11 @@ use std::ops::Range;
 use super::backward::one_pass;
 use super::blocks::Blocks;
 use super::coarse::{adjust, for_strips};
-use super::forward::{Inputs, Pyramid};
+use super::forward::Inputs;
 use super::gradient_tile::{GradientTile, KeySums, QueryTerms};
 use super::plan::Plan;
 use super::problem::Problem;
-use super::pyramid::Pooled;
+use super::pyramid::{Pooled, Pyramid};
 use super::scratch::Buffer;
 use super::strip::{KeySource, Strip};
 use super::tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tiles};
@@ -69,16 +69,15 @@ pub(crate) fn coarse_backward<E: Element>(
     plan: &Plan,
     guard: bool,
 ) -> CoarseGradients<E::Compute> {
-    let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
-    let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+    let (pyramid, values) = Pyramid::with_values(problem, inputs);
     let sums = BlockSums::new(problem, grad_out, terms, plan);
     let (nq, nk) = (problem.query_blocks(), problem.key_blocks());
     let groups = problem.batch * problem.kv_heads;
     let (key_width, value_width) = (pyramid.keys.width, values.width);
     let mut gradients = CoarseGradients {
-        dq: Buffer::zeros(problem.all_heads() * nq * key_width),
-        dk: Buffer::zeros(groups * nk * key_width),
-        dv: Buffer::zeros(groups * nk * value_width),
+        dq: Buffer::scratch(problem.all_heads() * nq * key_width),
+        dk: Buffer::scratch(groups * nk * key_width),
+        dv: Buffer::scratch(groups * nk * value_width),
         query_blocks: nq,
         key_blocks: nk,
         key_width,
@@ -128,6 +127,8 @@ impl<T: Scalar> Pass<'_, T> {
             |(tile, strip), group| {
                 // SAFETY: each task has its own group of heads.
                 let (dq, dk, dv) = unsafe { (dq.get_mut(group), dk.get_mut(group), dv.get_mut(group)) };
+                dk.fill(T::ZERO);
+                dv.fill(T::ZERO);
                 let size = self.problem.query_blocks() * tile.key_width;
                 for index in 0..heads {
                     for rows in tiles(0..self.problem.query_blocks()) {
@@ -249,7 +250,7 @@ impl<T: Scalar> BlockSums<T> {
         let live_keys: Vec<usize> = (0..problem.batch).map(|batch| problem.keys(batch).live()).collect();
         let (value_dim, nq) = (grad_out.shape()[3], problem.query_blocks());
         let width = problem.padded::<T>(value_dim);
-        let mut grads = Buffer::zeros(problem.all_heads() * nq * width);
+        let mut grads = Buffer::scratch(problem.all_heads() * nq * width);
         let mut sums = vec![QueryTerms { lse: T::INFINITY, delta: T::ZERO }; problem.all_heads() * nq];
         let (grad_rows, sum_rows) = (Chunks::new(&mut grads, width), Chunks::new(&mut sums, 1));
         let threads = problem.threads_for(problem.all_heads() * problem.query_len * value_dim);
@@ -260,6 +261,9 @@ impl<T: Scalar> BlockSums<T> {
             |line, task| {
                 let (head, i) = (task / nq, task % nq);
                 let batch = head / problem.heads;
+                // SAFETY: each task has its own block.
+                let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
+                sum.fill(T::ZERO);
                 if plan.row(head, i).len() == live_keys[batch] {
                     return;
                 }
@@ -270,8 +274,6 @@ impl<T: Scalar> BlockSums<T> {
                 let lse = tokens()
                     .map(|token| terms[token].lse)
                     .fold(T::INFINITY, |least, lse| if lse < least { lse } else { least });
-                // SAFETY: each task has its own block.
-                let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
                 total.lse = lse;
                 for token in tokens().filter(|&token| terms[token].lse != T::INFINITY) {
                     let weight = (lse - terms[token].lse).exp();

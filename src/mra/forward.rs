@@ -9,8 +9,8 @@ use super::coarse::Coarse;
 use super::finite::needs_guard;
 use super::plan::Plan;
 use super::problem::{Mode, Problem};
-use super::pyramid::Pooled;
-use super::select::select_blocks_from;
+use super::pyramid::Pyramid;
+use super::select::select_blocks;
 use super::strip::{KeySource, Strip};
 use super::tile::{tile_columns, tiles};
 use crate::error::Result;
@@ -42,21 +42,6 @@ impl<E: Element> Inputs<'_, E> {
     }
 }
 
-/// The pooled queries and keys, for the selection and the coarse level.
-pub(crate) struct Pyramid<T> {
-    pub(crate) queries: Pooled<T>,
-    pub(crate) keys: Pooled<T>,
-}
-
-impl<T: Scalar> Pyramid<T> {
-    pub(crate) fn new<E: Element<Compute = T>>(problem: &Problem, query: &Tensor<'_, E>, key: &Tensor<'_, E>) -> Self {
-        Self {
-            queries: Pooled::new(problem, query, |batch| problem.queries(batch)),
-            keys: Pooled::new(problem, key, |batch| problem.keys(batch)),
-        }
-    }
-}
-
 /// Computes `out` `(B, H, Lq, Dv)` and `lse` `(B, H, Lq, 1)`, the natural logarithm of the sum of exponentials.
 ///
 /// Logits, sums and lse are in the compute type: float64 for float64, float32 for all others. A query that sees no key
@@ -75,8 +60,7 @@ pub fn forward<E: Element>(
     plan.validate(problem)?;
     let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
     let coarse = (problem.mode == Mode::Full).then(|| {
-        let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
-        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+        let (pyramid, values) = Pyramid::with_values(problem, inputs);
         Coarse::new(problem, plan, &pyramid, &values, guard)
     });
     exact(problem, inputs, plan, coarse.as_ref(), guard, out, lse)
@@ -103,12 +87,16 @@ fn exact<E: Element>(
         let strip = Strip::new(problem, problem.head_dim, value_dim);
         (Attend::for_tensors::<E>(problem, columns, value_dim, guard), strip, BiasTile::new(problem, columns))
     };
-    let threads = problem.threads_for(multiplications);
-    threads::for_each(threads, problem.all_heads() * nq, scratch, |(attend, strip, bias), task| {
-        let row = BlockRow { problem, inputs, plan, coarse, head: task / nq, i: task % nq, threads };
-        // SAFETY: each task has its own block of queries, and writes only its rows.
-        unsafe { row.compute(attend, strip, bias, out, lse) };
-    });
+    threads::for_each(
+        problem.threads_for(multiplications),
+        problem.all_heads() * nq,
+        scratch,
+        |(attend, strip, bias), task| {
+            let row = BlockRow { problem, inputs, plan, coarse, head: task / nq, i: task % nq };
+            // SAFETY: each task has its own block of queries, and writes only its rows.
+            unsafe { row.compute(attend, strip, bias, out, lse) };
+        },
+    );
     Ok(())
 }
 
@@ -120,8 +108,6 @@ struct BlockRow<'a, E: Element> {
     coarse: Option<&'a Coarse<E::Compute>>,
     head: usize,
     i: usize,
-    /// As many block rows further on is probably the next one of this thread.
-    threads: usize,
 }
 
 impl<E: Element> BlockRow<'_, E> {
@@ -161,13 +147,12 @@ impl<E: Element> BlockRow<'_, E> {
         }
     }
 
-    /// Brings the queries nearer that this thread probably has next.
+    /// Brings the queries of the next block nearer, which this thread probably has next.
     fn prefetch_queries_after(&self) {
         let (batch, head) = (self.head / self.problem.heads, self.head % self.problem.heads);
         let (blocks, queries) = (self.problem.queries(batch), self.inputs.query.head(batch, head));
-        let next = self.i + self.threads;
-        if next < blocks.len() {
-            blocks.range(next).for_each(|token| prefetch_far(queries.row(token)));
+        if self.i + 1 < blocks.len() {
+            blocks.range(self.i + 1).for_each(|token| prefetch_far(queries.row(token)));
         }
     }
 
@@ -183,11 +168,7 @@ impl<E: Element> BlockRow<'_, E> {
         let source = attend.source(KeySource::new(self.problem, keys, values, self.problem.keys(batch)));
         let blocks = self.plan.row(self.head, self.i);
         let blocks_of_a_strip = (Strip::<E::Compute>::capacity(self.problem) / self.problem.block_size).max(1);
-        let after = if self.i + self.threads < self.problem.query_blocks() {
-            self.plan.row(self.head, self.i + self.threads)
-        } else {
-            &[]
-        };
+        let after = if self.i + 1 < self.problem.query_blocks() { self.plan.row(self.head, self.i + 1) } else { &[] };
         let mut step = |strip: &Strip<E::Compute>, next: &[u32]| {
             let (columns, next) = (attend.columns, &next[..next.len().min(blocks_of_a_strip)]);
             attend.strip(strip, &source, next, None, |logits| {
@@ -223,14 +204,13 @@ pub fn forward_selecting<E: Element>(
     lse: &mut TensorMut<'_, E::Compute>,
 ) -> Result<()> {
     inputs.validate(problem)?;
-    let pyramid = Pyramid::new(problem, &inputs.query, &inputs.key);
     let guard = needs_guard(problem, &inputs.value, |batch| problem.keys(batch));
     let (coarse, plan) = if problem.mode == Mode::Full {
-        let values = Pooled::new(problem, &inputs.value, |batch| problem.keys(batch));
+        let (pyramid, values) = Pyramid::with_values(problem, inputs);
         let (coarse, plan) = Coarse::selecting(problem, &pyramid, &values, guard, budget, bits)?;
         (Some(coarse), plan)
     } else {
-        select_blocks_from(problem, &pyramid, budget, bits)?;
+        select_blocks(problem, &inputs.query, &inputs.key, budget, bits)?;
         (None, Plan::from_bits(problem, bits)?)
     };
     exact(problem, inputs, &plan, coarse.as_ref(), guard, out, lse)

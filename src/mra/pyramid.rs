@@ -1,6 +1,7 @@
 //! Means over the valid tokens of each block: the coarse level of queries, keys and values.
 
 use super::blocks::Blocks;
+use super::forward::Inputs;
 use super::problem::Problem;
 use super::scratch::Buffer;
 use crate::kernels::{AddRows, Matrix};
@@ -17,32 +18,48 @@ pub(crate) struct Pooled<T> {
     pub(crate) width: usize,
 }
 
+/// A tensor to be pooled, and how the sequences of each batch item are cut.
+pub(crate) type Cut<'a, 'b, E> = (&'a Tensor<'a, E>, &'a (dyn Fn(usize) -> &'b Blocks + Sync));
+
 impl<T: Scalar> Pooled<T> {
-    /// Pools a tensor whose sequences are cut as `blocks_of(batch)` says.
-    pub(crate) fn new<'b, E: Element<Compute = T>>(
+    /// Pools tensors, all in one go: to hand over work to other threads takes as long as to pool a short sequence.
+    pub(crate) fn each<'b, E: Element<Compute = T>, const N: usize>(
         problem: &Problem,
-        tensor: &Tensor<'_, E>,
-        blocks_of: impl Fn(usize) -> &'b Blocks + Sync,
-    ) -> Self {
-        let [batch, heads, length, channels] = tensor.shape();
-        let width = problem.padded::<T>(channels);
-        let blocks = length.div_ceil(problem.block_size);
-        let mut means = Buffer::zeros(batch * heads * blocks * width);
-        let rows = Chunks::new(&mut means, width);
+        tensors: [Cut<'_, 'b, E>; N],
+    ) -> [Self; N] {
+        let mut pooled = tensors.map(|(tensor, _)| Self::scratch(problem, tensor.shape()));
+        let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
+        let rows = pooled.each_mut().map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
+        let tasks =
+            tensors.map(|(tensor, _)| tensor.shape()[0] * tensor.shape()[1] * tensor.shape()[2].div_ceil(problem.block_size));
+        let elements: usize = tensors.iter().map(|(tensor, _)| tensor.shape().iter().product::<usize>()).sum();
         // An element is read for a single addition, and to read it takes as long as several multiplications.
-        let threads = problem.threads_for((batch * heads * length * channels).saturating_mul(8));
+        let threads = problem.threads_for(elements.saturating_mul(8));
         threads::for_each(
             threads,
-            batch * heads * blocks,
+            tasks.iter().sum(),
             || Buffer::scratch(width),
-            |line, task| {
+            |line, mut task| {
+                let mut which = 0;
+                while task >= tasks[which] {
+                    task -= tasks[which];
+                    which += 1;
+                }
+                let (tensor, blocks_of) = tensors[which];
+                let [_, heads, length, _] = tensor.shape();
+                let blocks = length.div_ceil(problem.block_size);
                 let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
                 // SAFETY: each task has its own row.
-                let mean = unsafe { rows.get_mut(task) };
+                let mean = unsafe { rows[which].get_mut(task) };
                 average(problem.level, &tensor.head(item, head), blocks_of(item), block, line, mean);
             },
         );
-        Self { means, blocks, width }
+        pooled
+    }
+
+    fn scratch(problem: &Problem, [batch, heads, length, channels]: [usize; 4]) -> Self {
+        let (blocks, width) = (length.div_ceil(problem.block_size), problem.padded::<T>(channels));
+        Self { means: Buffer::scratch(batch * heads * blocks * width), blocks, width }
     }
 
     /// Copies means that the caller has pooled, `(B, H, blocks, D)`.
@@ -66,7 +83,30 @@ impl<T: Scalar> Pooled<T> {
     }
 }
 
-/// Adds the mean of the valid tokens of a block to zeros. `line` is scratch for a row of tokens.
+/// The pooled queries and keys, for the selection and the coarse level.
+pub(crate) struct Pyramid<T> {
+    pub(crate) queries: Pooled<T>,
+    pub(crate) keys: Pooled<T>,
+}
+
+impl<T: Scalar> Pyramid<T> {
+    pub(crate) fn new<E: Element<Compute = T>>(problem: &Problem, query: &Tensor<'_, E>, key: &Tensor<'_, E>) -> Self {
+        let [queries, keys] =
+            Pooled::each(problem, [(query, &|item| problem.queries(item)), (key, &|item| problem.keys(item))]);
+        Self { queries, keys }
+    }
+
+    /// With the pooled values.
+    pub(crate) fn with_values<E: Element<Compute = T>>(problem: &Problem, inputs: &Inputs<'_, E>) -> (Self, Pooled<T>) {
+        let keys_of = |item: usize| problem.keys(item);
+        let tensors: [Cut<'_, '_, E>; 3] =
+            [(&inputs.query, &|item| problem.queries(item)), (&inputs.key, &keys_of), (&inputs.value, &keys_of)];
+        let [queries, keys, values] = Pooled::each(problem, tensors);
+        (Self { queries, keys }, values)
+    }
+}
+
+/// Writes the mean of the valid tokens of a block, and zeros behind its channels. `line` is scratch for a row of tokens.
 pub(crate) fn average<E: Element>(
     level: Level,
     tokens: &Rows<'_, E>,
@@ -76,6 +116,8 @@ pub(crate) fn average<E: Element>(
     mean: &mut [E::Compute],
 ) {
     let (numbers, channels) = (blocks.start(block)..blocks.start(block + 1), tokens.cols());
+    // In fresh memory, to read before the first write would cost a second page fault, one that stops the other threads as well.
+    mean.fill(E::Compute::ZERO);
     if numbers.is_empty() {
         return;
     }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::coarse::add_bias;
-use super::forward::Pyramid;
 use super::problem::Problem;
+use super::pyramid::Pyramid;
 use super::scratch::Buffer;
 use super::tile::{TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::error::{Error, Result};

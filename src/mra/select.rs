@@ -15,9 +15,9 @@
 use super::bias::{HeadPairs, Kind};
 use super::blocks::Blocks;
 use super::budget::Budget;
-use super::forward::Pyramid;
 use super::plan::Plan;
 use super::problem::Problem;
+use super::pyramid::Pyramid;
 use super::scores::Scores;
 use crate::error::{Error, Result};
 use crate::kernels::{Candidate, FindNear};
@@ -74,7 +74,8 @@ pub(crate) fn select_then<T: Scalar, S>(
     if bits.is_empty() {
         return Ok(());
     }
-    let threads = problem.threads_for(problem.all_heads() * nq * nk * problem.head_dim);
+    // To rank a block takes as long as several hundred multiplications.
+    let threads = problem.threads_for((problem.all_heads() * nq * nk).saturating_mul(problem.head_dim + 512));
     Scores::<T>::check_memory(problem, threads)?;
     let bits = Chunks::new(bits, nq * Plan::row_bytes(nk));
     threads::for_each(

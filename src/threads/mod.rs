@@ -10,9 +10,13 @@ pub(crate) use torch::{ParallelFor, use_torch};
 
 /// Runs `body(scratch, task)` for every task in `0..tasks`, on at most `threads` threads.
 ///
-/// Tasks are claimed in order, one at a time, so long ones balance by themselves. Each thread makes its own scratch.
+/// Each thread has a part of the tasks of its own, does them in order, one at a time, and then takes from what is left of the
+/// parts of others, so long ones balance by themselves. Each thread makes its own scratch.
 /// What a task computes must not depend on the thread or on other tasks: results are then the same bits for any
 /// number of threads. With one thread everything runs inline. A panic in a task reaches the caller.
+///
+/// Why parts: neighbours in memory are first touched by one thread. Two that take turns wait for each other in the page
+/// faults of a long output, a tenth of the time at 65536 tokens.
 pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S + Sync, body: impl Fn(&mut S, usize) + Sync) {
     let threads = threads.min(tasks);
     if threads <= 1 {
@@ -20,17 +24,20 @@ pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S 
         (0..tasks).for_each(|task| body(&mut scratch, task));
         return;
     }
-    let next = AtomicUsize::new(0);
+    let start = |part| tasks / threads * part + (tasks % threads).min(part);
+    let next: Vec<AtomicUsize> = (0..threads).map(|part| AtomicUsize::new(start(part))).collect();
+    let arrived = AtomicUsize::new(0);
+    let claim = |part: usize| {
+        let task = next[part].fetch_add(1, Ordering::Relaxed);
+        (task < start(part + 1)).then_some(task)
+    };
     let work = || {
-        let mut task = next.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
-            return;
-        }
+        let own = arrived.fetch_add(1, Ordering::Relaxed);
+        let parts = (0..threads).map(|other| (own + other) % threads);
+        let mut tasks = parts.flat_map(|part| std::iter::from_fn(move || claim(part)));
+        let Some(first) = tasks.next() else { return };
         let mut scratch = scratch();
-        while task < tasks {
-            body(&mut scratch, task);
-            task = next.fetch_add(1, Ordering::Relaxed);
-        }
+        std::iter::once(first).chain(tasks).for_each(|task| body(&mut scratch, task));
     };
     // Any number of calls of `work`, one after the other or at once, does all tasks.
     if !torch::call_on_threads(threads, &work) {

@@ -5,7 +5,7 @@ use crate::mra::blocks::Blocks;
 use crate::mra::problem::Problem;
 use crate::mra::pyramid::average;
 use crate::mra::scratch::Buffer;
-use crate::simd::{Element, Level, Scalar};
+use crate::simd::{Element, Level};
 use crate::tensor::{Rows, Tensor};
 use crate::threads;
 use crate::tiles::TensorMut;
@@ -63,7 +63,6 @@ pub fn append<E: Element>(
             if to == start + block_size {
                 // SAFETY: each task has its own block.
                 let mean = unsafe { means.row_mut(item, head, block) };
-                mean.fill(E::Compute::ZERO);
                 average(problem.level, &Rows::new(tokens, block_size, channels, channels), &whole, 0, line, mean);
             }
         },

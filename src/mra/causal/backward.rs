@@ -174,7 +174,7 @@ impl<E: Element> Pass<'_, '_, E> {
         let inner = &self.problem.inner;
         let (nk, groups, (key_width, value_width)) = (inner.key_blocks(), inner.batch * inner.kv_heads, self.widths());
         let (mut all_dk, mut all_dv) =
-            (Buffer::<E::Compute>::zeros(groups * nk * key_width), Buffer::<E::Compute>::zeros(groups * nk * value_width));
+            (Buffer::<E::Compute>::scratch(groups * nk * key_width), Buffer::<E::Compute>::scratch(groups * nk * value_width));
         let (to_dk, to_dv) = (Chunks::new(&mut all_dk, key_width), Chunks::new(&mut all_dv, value_width));
         let strips = nk.div_ceil(TILE_QUERIES);
         let scratch = || {

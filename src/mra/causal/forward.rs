@@ -18,7 +18,7 @@ use crate::tiles::{Chunks, TensorMut};
 /// Queries of a range, at most: enough that many of them meet each block, so that its keys and values are read from far away
 /// once for all of them. What is kept of 4096 queries no longer fits into a second-level cache; ranges of 1024 that do were
 /// slower by a sixth.
-pub(crate) const RANGE_QUERIES: usize = 4096;
+pub(crate) const RANGE_QUERIES: usize = 2048;
 
 /// Queries of a range where results do not depend on it: fewer if otherwise there were too few ranges for the threads.
 pub(crate) fn range_for_threads(problem: &CausalProblem, threads: usize) -> usize {
@@ -109,7 +109,7 @@ fn compute<E: Element>(
         || Scratch::new(&pass, size.min(inner.query_len)),
         |scratch, task| {
             // The last ranges see most: they come first, so that no thread starts with one when the others are done.
-            let (index, head) = (ranges - 1 - task / inner.all_heads(), task % inner.all_heads());
+            let (head, index) = (task / ranges, ranges - 1 - task % ranges);
             let range = index * size..((index + 1) * size).min(inner.query_len);
             // SAFETY: each task has its own queries.
             unsafe { pass.range(head, range, scratch) };

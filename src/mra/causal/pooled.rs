@@ -49,8 +49,15 @@ impl<'a, T: Scalar> Means<'a, T> {
     ) -> Result<Self> {
         let Some(given) = given else {
             let blocks = past_blocks(problem);
-            let pooled = |tensor| Source::Own(Pooled::new(&problem.inner, tensor, |batch| &blocks[batch]));
-            return Ok(Self { keys: pooled(&inputs.key), values: with_values.then(|| pooled(&inputs.value)) });
+            let (inner, past) = (&problem.inner, |item: usize| &blocks[item]);
+            let (keys, values): (_, Option<Pooled<T>>) = if with_values {
+                let [keys, values] = Pooled::each(inner, [(&inputs.key, &past), (&inputs.value, &past)]);
+                (keys, Some(values))
+            } else {
+                let [keys] = Pooled::each(inner, [(&inputs.key, &past)]);
+                (keys, None)
+            };
+            return Ok(Self { keys: Source::Own(keys), values: values.map(Source::Own) });
         };
         let value_dim = inputs.value.shape()[3];
         check(problem, "pooled_key", given.key.shape(), problem.inner.head_dim)?;
