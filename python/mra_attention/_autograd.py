@@ -186,11 +186,12 @@ def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
     if _modes_active() or _profiling():
         return True
     for arg in args:
-        if isinstance(arg, Tensor):
-            if torch._C._dispatch_keys(arg).raw_repr() != _PLAIN_KEYS:
-                return True
-        elif arg is not None:
+        if arg is None:
+            continue
+        if not isinstance(arg, Tensor):
             return False  # the tensors of an operator come first
+        if torch._C._dispatch_keys(arg).raw_repr() != _PLAIN_KEYS:
+            return True
     return False
 
 

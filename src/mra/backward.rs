@@ -124,7 +124,8 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -
     let mut terms = vec![unset; problem.all_heads() * length];
     let value_dim = saved.out.shape()[3];
     let chunks = Chunks::new(&mut terms, length);
-    let threads = problem.threads_for(problem.all_heads() * length * value_dim);
+    // To read an element takes as long as several multiplications.
+    let threads = problem.threads_for((problem.all_heads() * length * value_dim).saturating_mul(8));
     let heads = if length == 0 { 0 } else { problem.all_heads() };
     let scratch = || (Buffer::scratch(value_dim), Buffer::scratch(value_dim));
     threads::for_each(threads, heads, scratch, |(grad_line, out_line), task| {
@@ -138,7 +139,7 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -
             let token = blocks.token(number);
             E::widen(grads.row(token), grad_line);
             E::widen(outs.row(token), out_line);
-            let product = grad_line.iter().zip(out_line.iter()).fold(E::Compute::ZERO, |sum, (&g, &o)| sum + g * o);
+            let product = dot(grad_line, out_line);
             let lse = lses.row(token)[0];
             terms[token] = QueryTerms {
                 // A query that saw no key has weights exp(x - inf) = 0.
@@ -148,6 +149,18 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -
         }
     });
     terms
+}
+
+/// A sum of products. Several chains, since each addition waits for the one before.
+fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
+    const CHAINS: usize = 16;
+    let mut sums = [T::ZERO; CHAINS];
+    for (x, y) in x.chunks(CHAINS).zip(y.chunks(CHAINS)) {
+        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+    sums.into_iter().fold(T::ZERO, |total, sum| total + sum)
 }
 
 /// What a thread computes a block in.

@@ -23,10 +23,7 @@ pub(crate) type Cut<'a, 'b, E> = (&'a Tensor<'a, E>, &'a (dyn Fn(usize) -> &'b B
 
 impl<T: Scalar> Pooled<T> {
     /// Pools tensors, all in one go: to hand over work to other threads takes as long as to pool a short sequence.
-    pub(crate) fn each<'b, E: Element<Compute = T>, const N: usize>(
-        problem: &Problem,
-        tensors: [Cut<'_, 'b, E>; N],
-    ) -> [Self; N] {
+    pub(crate) fn each<E: Element<Compute = T>, const N: usize>(problem: &Problem, tensors: [Cut<'_, '_, E>; N]) -> [Self; N] {
         let mut pooled = tensors.map(|(tensor, _)| Self::scratch(problem, tensor.shape()));
         let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
         let rows = pooled.each_mut().map(|pooled| Chunks::new(&mut pooled.means, pooled.width));

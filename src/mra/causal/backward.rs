@@ -122,7 +122,7 @@ impl<E: Element> Pass<'_, '_, E> {
             heads * ranges.len(),
             || self.scratch(),
             |scratch, task| {
-                let (index, head) = (ranges.len() - 1 - task / heads, task % heads);
+                let (head, index) = (task / ranges.len(), ranges.len() - 1 - task % ranges.len());
                 // SAFETY: each task has its own queries.
                 unsafe { self.range(head, ranges[index].clone(), scratch, None) };
             },

@@ -16,14 +16,14 @@ use crate::threads;
 use crate::tiles::{Chunks, TensorMut};
 
 /// Queries of a range, at most: enough that many of them meet each block, so that its keys and values are read from far away
-/// once for all of them. What is kept of 4096 queries no longer fits into a second-level cache; ranges of 1024 that do were
-/// slower by a sixth.
+/// once for all of them, and few enough that what is kept of them is not far away itself. At 8192 tokens ranges of 1024 and
+/// of 4096 queries took a tenth longer.
 pub(crate) const RANGE_QUERIES: usize = 2048;
 
 /// Queries of a range where results do not depend on it: fewer if otherwise there were too few ranges for the threads.
 pub(crate) fn range_for_threads(problem: &CausalProblem, threads: usize) -> usize {
     let queries = problem.inner.all_heads() * problem.inner.query_len;
-    queries.div_ceil(4 * threads).next_multiple_of(TILE_QUERIES).clamp(RANGE_QUERIES / 8, RANGE_QUERIES)
+    queries.div_ceil(4 * threads).next_multiple_of(TILE_QUERIES).clamp(RANGE_QUERIES / 4, RANGE_QUERIES)
 }
 
 /// Computes `out` `(B, H, Lq, Dv)` and `lse` `(B, H, Lq, 1)` for a given plan: `width` numbers for each query, its exact blocks.
@@ -108,7 +108,7 @@ fn compute<E: Element>(
         inner.all_heads() * ranges,
         || Scratch::new(&pass, size.min(inner.query_len)),
         |scratch, task| {
-            // The last ranges see most: they come first, so that no thread starts with one when the others are done.
+            // The last ranges of a head see most: they come first, so that no thread starts with one when the others are done.
             let (head, index) = (task / ranges, ranges - 1 - task % ranges);
             let range = index * size..((index + 1) * size).min(inner.query_len);
             // SAFETY: each task has its own queries.
