@@ -44,3 +44,28 @@ pub(crate) fn for_each<S>(threads: usize, tasks: usize, scratch: impl Fn() -> S 
         pool::call_on_threads(threads, &work);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once() {
+        for (threads, tasks) in [(1, 3), (2, 1), (2, 2), (2, 7), (3, 8), (4, 3), (5, 64), (8, 0)] {
+            let done: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            for_each(
+                threads,
+                tasks,
+                || (),
+                |(), task| {
+                    // One long task: others must take what is left of that thread's part.
+                    if task == 0 {
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                    }
+                    done[task].fetch_add(1, Ordering::Relaxed);
+                },
+            );
+            assert!(done.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{threads} threads, {tasks} tasks: {done:?}");
+        }
+    }
+}
