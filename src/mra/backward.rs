@@ -124,8 +124,7 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem, saved: &Saved<'_, E>) -
     let mut terms = vec![unset; problem.all_heads() * length];
     let value_dim = saved.out.shape()[3];
     let chunks = Chunks::new(&mut terms, length);
-    // To read an element takes as long as several multiplications.
-    let threads = problem.threads_for((problem.all_heads() * length * value_dim).saturating_mul(8));
+    let threads = problem.threads_to_read(problem.all_heads() * length * value_dim);
     let heads = if length == 0 { 0 } else { problem.all_heads() };
     let scratch = || (Buffer::scratch(value_dim), Buffer::scratch(value_dim));
     threads::for_each(threads, heads, scratch, |(grad_line, out_line), task| {

@@ -253,8 +253,7 @@ impl<T: Scalar> BlockSums<T> {
         let mut grads = Buffer::scratch(problem.all_heads() * nq * width);
         let mut sums = vec![QueryTerms { lse: T::INFINITY, delta: T::ZERO }; problem.all_heads() * nq];
         let (grad_rows, sum_rows) = (Chunks::new(&mut grads, width), Chunks::new(&mut sums, 1));
-        // To read an element takes as long as several multiplications.
-        let threads = problem.threads_for((problem.all_heads() * problem.query_len * value_dim).saturating_mul(8));
+        let threads = problem.threads_to_read(problem.all_heads() * problem.query_len * value_dim);
         threads::for_each(
             threads,
             problem.all_heads() * nq,

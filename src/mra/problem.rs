@@ -216,6 +216,11 @@ impl<'a> Problem<'a> {
         self.threads.min(multiplications / WORTH_A_THREAD + 1)
     }
 
+    /// Threads worth starting to read `elements` for a single operation each, as long as several multiplications.
+    pub(crate) fn threads_to_read(&self, elements: usize) -> usize {
+        self.threads_for(elements.saturating_mul(8))
+    }
+
     /// Checks that a tensor has this shape.
     pub(crate) fn expect(name: &str, shape: [usize; 4], expected: [usize; 4]) -> Result<()> {
         if shape == expected { Ok(()) } else { Err(Error::new(format!("{name}: shape {shape:?}, expected {expected:?}"))) }

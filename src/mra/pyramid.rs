@@ -26,14 +26,15 @@ impl<T: Scalar> Pooled<T> {
     pub(crate) fn each<E: Element<Compute = T>, const N: usize>(problem: &Problem, tensors: [Cut<'_, '_, E>; N]) -> [Self; N] {
         let mut pooled = tensors.map(|(tensor, _)| Self::scratch(problem, tensor.shape()));
         let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
+        let blocks = pooled.each_ref().map(|pooled| pooled.blocks);
+        let tasks: [usize; N] = std::array::from_fn(|which| {
+            let [batch, heads, ..] = tensors[which].0.shape();
+            batch * heads * blocks[which]
+        });
         let rows = pooled.each_mut().map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
-        let tasks =
-            tensors.map(|(tensor, _)| tensor.shape()[0] * tensor.shape()[1] * tensor.shape()[2].div_ceil(problem.block_size));
         let elements: usize = tensors.iter().map(|(tensor, _)| tensor.shape().iter().product::<usize>()).sum();
-        // An element is read for a single addition, and to read it takes as long as several multiplications.
-        let threads = problem.threads_for(elements.saturating_mul(8));
         threads::for_each(
-            threads,
+            problem.threads_to_read(elements),
             tasks.iter().sum(),
             || Buffer::scratch(width),
             |line, mut task| {
@@ -43,8 +44,7 @@ impl<T: Scalar> Pooled<T> {
                     which += 1;
                 }
                 let (tensor, blocks_of) = tensors[which];
-                let [_, heads, length, _] = tensor.shape();
-                let blocks = length.div_ceil(problem.block_size);
+                let (heads, blocks) = (tensor.shape()[1], blocks[which]);
                 let (item, head, block) = (task / blocks / heads, task / blocks % heads, task % blocks);
                 // SAFETY: each task has its own row.
                 let mean = unsafe { rows[which].get_mut(task) };
