@@ -86,12 +86,19 @@ impl<T: Scalar> Largest<'_, T> {
         }
         // SAFETY: room for a vector, asserted above.
         let bounds = unsafe { simd.load(bound.as_ptr()) };
-        for row in 0..height {
-            // SAFETY: as above.
-            let mut hits = simd.at_least(unsafe { simd.load(first.add(row * stride)) }, bounds);
+        // Hits of several rows at a time: how many one row has is hard to foresee, and a wrong guess costs more than its hits.
+        let rows_of_word = u64::BITS as usize / S::LANES;
+        for start in (0..height).step_by(rows_of_word) {
+            let mut hits = 0;
+            for row in start..height.min(start + rows_of_word) {
+                // SAFETY: as above.
+                let row_hits = simd.at_least(unsafe { simd.load(first.add(row * stride)) }, bounds);
+                hits |= u64::from(row_hits) << ((row - start) * S::LANES);
+            }
             while hits != 0 {
-                let lane = hits.trailing_zeros() as usize;
+                let bit = hits.trailing_zeros() as usize;
                 hits &= hits - 1;
+                let (row, lane) = (start + bit / S::LANES, bit % S::LANES);
                 // SAFETY: a lane of that vector.
                 let tie = unsafe { *first.add(row * stride + lane) } == bound[lane];
                 if !tie || ties[lane] > 0 {
