@@ -22,7 +22,7 @@ pub(crate) fn needs_guard<'b, E: Element>(
     }
     let [batch, heads, length, channels] = tensor.shape();
     let found = AtomicBool::new(false);
-    let threads = problem.threads_for(batch * heads * length * channels);
+    let threads = problem.threads_to_read(batch * heads * length * channels);
     let scratch = || Buffer::<E::Compute>::scratch(channels);
     threads::for_each(threads, batch * heads, scratch, |line, task| {
         let (item, head) = (task / heads, task % heads);

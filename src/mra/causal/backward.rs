@@ -15,7 +15,6 @@
 use std::ops::Range;
 
 use super::backward_range::{GroupSums, Scratch};
-use super::coarse::TILE_QUERIES;
 use super::forward::{RANGE_QUERIES, plan_width, range_for_threads};
 use super::lists::BlockLists;
 use super::pooled::Means;
@@ -27,6 +26,7 @@ use crate::mra::gradient_tile::KeySums;
 use crate::mra::problem::Mode;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::KeySource;
+use crate::mra::tile::{TILE_QUERIES, nth_tile};
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 use crate::threads;
@@ -183,7 +183,7 @@ impl<E: Element> Pass<'_, '_, E> {
         };
         threads::for_each(threads, groups * strips, scratch, |(scratch, dk, dv), task| {
             let (group, index) = (task % groups, task / groups);
-            let blocks = index * TILE_QUERIES..((index + 1) * TILE_QUERIES).min(nk);
+            let blocks = nth_tile(index, nk);
             dk.fill(E::Compute::ZERO);
             dv.fill(E::Compute::ZERO);
             for head in self.heads_of(group) {

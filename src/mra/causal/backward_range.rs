@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::backward::Pass;
-use super::coarse::{STRIP_BLOCKS, TILE_QUERIES, blank, exclude, matrix, split};
+use super::coarse::{STRIP_BLOCKS, blank, exclude, matrix, split};
 use super::exact::{Meeting, for_meetings};
 use super::forward::RANGE_QUERIES;
 use super::gradient::{GradientTile, RangeRows};
@@ -14,6 +14,7 @@ use crate::mra::coarse::{for_strips, weigh};
 use crate::mra::gradient_tile::KeySums;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, Strip};
+use crate::mra::tile::TILE_QUERIES;
 use crate::simd::{Element, Scalar};
 
 /// A range of queries of a head, with what they see and what they have chosen.

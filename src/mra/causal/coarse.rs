@@ -11,11 +11,9 @@ use crate::mra::coarse::{for_strips, weigh};
 use crate::mra::dropped::Dropped;
 use crate::mra::problem::Mode;
 use crate::mra::scratch::Buffer;
+use crate::mra::tile::TILE_QUERIES;
 use crate::simd::{Element, SQUARE, Scalar};
 use crate::tensor::Rows;
-
-/// Queries of a tile, at most.
-pub(crate) const TILE_QUERIES: usize = 32;
 
 /// Blocks of one step of the softmax: its logits fit into a first-level cache. Steps start at multiples of this, so that
 /// the order of a query's sums does not depend on its tile.

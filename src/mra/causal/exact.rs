@@ -1,12 +1,13 @@
 //! The exact blocks of a range of queries: block by block, the queries that have it in their plan together.
 
-use super::coarse::{State, TILE_QUERIES};
+use super::coarse::State;
 use super::lists::BlockLists;
 use super::problem::{CausalProblem, Sight};
 use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed};
 use crate::mra::dropped::Dropped;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, PartView, Strip};
+use crate::mra::tile::TILE_QUERIES;
 use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
 
 /// Queries that meet a block together.

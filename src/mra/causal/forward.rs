@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::coarse::{CoarseSource, CoarseTile, State, TILE_QUERIES};
+use super::coarse::{CoarseSource, CoarseTile, State};
 use super::exact::ExactTile;
 use super::lists::BlockLists;
 use super::pooled::{Means, PooledInputs};
@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::mra::forward::Inputs;
 use crate::mra::problem::{Mode, Problem};
 use crate::mra::strip::{KeySource, Strip};
+use crate::mra::tile::TILE_QUERIES;
 use crate::simd::{Element, Scalar};
 use crate::threads;
 use crate::tiles::{Chunks, TensorMut};

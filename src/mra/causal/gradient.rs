@@ -14,9 +14,9 @@ use crate::mra::backward::QueryTerms;
 use crate::mra::dropped::Dropped;
 use crate::mra::gradient_tile::KeySums;
 use crate::mra::scratch::Buffer;
+use crate::mra::tile::TILE_QUERIES;
 use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
 
-use super::coarse::TILE_QUERIES;
 use super::problem::CausalProblem;
 
 /// The queries of a range, in the type that is computed with, in rows of whole vectors.
