@@ -124,6 +124,29 @@ impl<T: Scalar> Kernel<T> for DropWeights<'_, T> {
     }
 }
 
+/// The decisions of some queries about the same keys.
+#[derive(Clone, Copy)]
+pub(crate) struct Decisions<'a> {
+    /// The numbers of the keys; the low 32 bits count.
+    pub(crate) keys: &'a [u32],
+    /// The row of each query.
+    pub(crate) rows: &'a DropoutRows,
+    /// The rate. The seed is in the rows.
+    pub(crate) dropout: Dropout,
+}
+
+impl Decisions<'_> {
+    /// Drops weights of one of the queries, and divides the others by the probability to be kept.
+    #[inline(always)]
+    pub(super) fn drop_row<T: Scalar>(&self, query: usize, weights: &mut [T]) {
+        let (low, high) = (self.rows.low[query], self.rows.high[query]);
+        let (threshold, factor) = (self.dropout.threshold, T::from_f64(self.dropout.factor));
+        for (weight, &key) in weights.iter_mut().zip(self.keys) {
+            *weight = if hash(low, high, key) >= threshold { *weight * factor } else { T::ZERO };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -33,17 +33,15 @@ pub(crate) enum Init<'a, T> {
     ScaleRows(&'a [T]),
     /// Row r of the product is added to the row of C that the r-th number names.
     KeepAt(&'a [u32]),
-    /// The row of C that the r-th number names is multiplied by the r-th factor, then row r of the product is added to it.
-    ScaleRowsAt(&'a [T], &'a [u32]),
 }
 
 impl<T> Init<'_, T> {
     /// Checks that it says something about each of `rows` rows of the product, and none beyond the rows of C.
     pub(super) fn check(&self, rows: usize, rows_of_c: usize) {
-        if let Self::ScaleRows(factors) | Self::ScaleRowsAt(factors, _) = self {
+        if let Self::ScaleRows(factors) = self {
             assert!(factors.len() >= rows, "a factor for each row");
         }
-        if let Self::KeepAt(places) | Self::ScaleRowsAt(_, places) = self {
+        if let Self::KeepAt(places) = self {
             assert_eq!(places.len(), rows, "a row of C for each row");
             assert!(places.iter().all(|&place| (place as usize) < rows_of_c), "rows of C");
         } else {
@@ -54,7 +52,7 @@ impl<T> Init<'_, T> {
     /// The row of C that a row of the product goes to.
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> usize {
-        if let Self::KeepAt(places) | Self::ScaleRowsAt(_, places) = self { places[row] as usize } else { row }
+        if let Self::KeepAt(places) = self { places[row] as usize } else { row }
     }
 }
 
@@ -285,7 +283,7 @@ impl<T: Scalar> Operands<'_, T> {
         unsafe {
             let mut sums = [[simd.splat(T::ZERO); VECTORS]; ROWS];
             let (step, across) = if TRANSPOSED { (self.a_stride, 1) } else { (1, self.a_stride) };
-            if let Init::KeepAt(places) | Init::ScaleRowsAt(_, places) = self.init {
+            if let Init::KeepAt(places) = self.init {
                 // Nothing else says which rows of C come next.
                 for r in 0..ROWS {
                     let c = self.c.add(*places.get_unchecked(row + r) as usize * self.c_stride + column);
@@ -307,7 +305,7 @@ impl<T: Scalar> Operands<'_, T> {
             }
             for r in 0..ROWS {
                 let row_of_c = match self.init {
-                    Init::KeepAt(places) | Init::ScaleRowsAt(_, places) => *places.get_unchecked(row + r) as usize,
+                    Init::KeepAt(places) => *places.get_unchecked(row + r) as usize,
                     _ => row + r,
                 };
                 let c = self.c.add(row_of_c * self.c_stride + column);
@@ -316,7 +314,7 @@ impl<T: Scalar> Operands<'_, T> {
                     let sum = match self.init {
                         Init::Zero => sums[r][v],
                         Init::Keep | Init::KeepAt(_) => simd.add(simd.load(place), sums[r][v]),
-                        Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
+                        Init::ScaleRows(factors) => {
                             simd.mul_add(simd.load(place), simd.splat(*factors.get_unchecked(row + r)), sums[r][v])
                         }
                     };

@@ -40,9 +40,7 @@ impl<T: Scalar> Kernel<T> for Guarded<'_, '_, T> {
                     let after = match init {
                         Init::Zero => sum,
                         Init::Keep | Init::KeepAt(_) => simd.add(before, sum),
-                        Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => {
-                            simd.mul_add(before, simd.splat(factors[row]), sum)
-                        }
+                        Init::ScaleRows(factors) => simd.mul_add(before, simd.splat(factors[row]), sum),
                     };
                     simd.store(place.as_mut_ptr(), after);
                 }

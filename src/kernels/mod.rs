@@ -1,10 +1,11 @@
 //! Computations on one tile, generic over the vector type: no threads, no allocation, no idea of a plan.
 //!
-//! Logits are kept transposed, one row per key and one lane per query. Then the running maximum, the exponentials and
+//! Logits are kept transposed (but for [`AttendRows`], which says why), one row per key and one lane per query. Then the running maximum, the exponentials and
 //! the sums of the softmax are plain operations on whole vectors, with no reduction across lanes, and the transposed
 //! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
 //! are packed transposed once per tile; keys and values are read where they lie.
 
+mod attend_rows;
 mod bf16;
 mod bf16_pack;
 mod bias;
@@ -18,11 +19,12 @@ mod pack;
 mod pool;
 mod softmax;
 
+pub(crate) use attend_rows::{AttendRows, MOST_QUERIES};
 pub(crate) use bf16::{AddValues, KeyDots};
 pub(crate) use bf16_pack::{RoundRows, ZipRows, pack_channel_pairs};
 pub(crate) use bias::{AddBias, Extend, ExtendMask};
 pub(crate) use distances::{Candidate, ColumnMaxima, FindNear};
-pub(crate) use dropout::{DropWeights, Dropout, DropoutRows, Stream};
+pub(crate) use dropout::{Decisions, DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};
 pub(crate) use guarded::product;
 pub(crate) use largest::{AllFinite, Largest};

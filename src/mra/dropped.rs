@@ -1,7 +1,7 @@
 //! The decisions of dropout for a tile of queries on a strip of keys.
 
 use super::strip::{KeySource, Strip};
-use crate::kernels::{DropWeights, Dropout, DropoutRows, MatrixMut, Stream};
+use crate::kernels::{Decisions, DropWeights, Dropout, DropoutRows, MatrixMut, Stream};
 use crate::simd::{Element, Level, Scalar};
 
 /// The queries of a tile and the keys of a strip, as dropout numbers them.
@@ -31,6 +31,11 @@ impl Dropped {
         self.keys.clear();
         #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
         self.keys.extend((first..first + count).map(|key| key as u32));
+    }
+
+    /// The decisions, for a kernel that has one row for each query.
+    pub(crate) fn decisions(&self) -> Decisions<'_> {
+        Decisions { keys: &self.keys, rows: &self.rows, dropout: self.dropout }
     }
 
     /// Drops weights, one row of `columns` for each key.

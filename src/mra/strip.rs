@@ -60,6 +60,16 @@ impl<'a, E: Element> KeySource<'a, E> {
         self.far.then_some(rows)
     }
 
+    /// As [`Self::ahead`], the keys and values of a block.
+    pub(crate) fn block_ahead(&self, block: usize) -> Option<[Matrix<'a, E::Compute>; 2]> {
+        let numbers = self.numbers(block);
+        if !self.far || numbers.is_empty() || !self.reads_in_place(numbers.clone()) {
+            return None;
+        }
+        let token = self.blocks.token(numbers.start);
+        Some([&self.keys, &self.values].map(|rows| in_place(rows, token, numbers.len())))
+    }
+
     /// Which token has this number.
     pub(crate) fn token(&self, number: usize) -> usize {
         self.blocks.token(number)

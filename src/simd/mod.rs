@@ -68,6 +68,37 @@ pub trait Simd<T>: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
     fn at_least(self, a: Self::V, b: Self::V) -> u32;
+    /// The largest lane; any lane where some are NaN.
+    #[inline(always)]
+    fn max_across(self, v: Self::V) -> T
+    where
+        T: Scalar,
+    {
+        let (mut lanes, mut width) = (lanes_of(self, v), Self::LANES);
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                let other = lanes[lane + width];
+                lanes[lane] = if other > lanes[lane] { other } else { lanes[lane] };
+            }
+        }
+        lanes[0]
+    }
+    /// The sum of all lanes: the upper half added to the lower half, until one is left.
+    #[inline(always)]
+    fn sum_across(self, v: Self::V) -> T
+    where
+        T: Scalar,
+    {
+        let (mut lanes, mut width) = (lanes_of(self, v), Self::LANES);
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
+    }
     /// Writes `factor` times a square of [`SQUARE`] rows as columns: element `c` of row `r` to `to[c * stride + r]`.
     ///
     /// # Safety
@@ -92,6 +123,19 @@ pub trait Simd<T>: Copy {
     fn exp(self, x: Self::V) -> Self::V;
 }
 
+/// Lanes of the widest vector, AVX-512's of float32.
+const MOST_LANES: usize = 16;
+
+/// The lanes of a vector, then zeros.
+#[inline(always)]
+fn lanes_of<T: Scalar, S: Simd<T>>(simd: S, v: S::V) -> [T; MOST_LANES] {
+    let mut lanes = [T::ZERO; MOST_LANES];
+    assert!(S::LANES <= lanes.len());
+    // SAFETY: there is room for a vector, asserted above.
+    unsafe { simd.store(lanes.as_mut_ptr(), v) };
+    lanes
+}
+
 /// A computation on one tile, written once for all instruction sets.
 ///
 /// `run` must be `#[inline(always)]`: it is compiled anew inside a function that enables the instruction set.
@@ -104,10 +148,7 @@ pub trait Kernel<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Kernel, Level, SQUARE, Scalar, Simd};
-
-    /// Lanes of the widest vector, AVX-512's of float32.
-    const MOST_LANES: usize = 16;
+    use super::{Kernel, Level, MOST_LANES, SQUARE, Scalar, Simd};
 
     /// What each operation makes of three vectors, as the trait says.
     struct Operations;
@@ -138,6 +179,7 @@ mod tests {
                 assert_eq!(simd.at_least(va, vb), expected, "at_least: {a:?} and {b:?}");
             }
             check_transpose(simd);
+            check_across(simd);
         }
     }
 
@@ -173,6 +215,20 @@ mod tests {
             let (c, r) = (i / STRIDE, i % STRIDE);
             let expected = if r < SQUARE { number(r, c) * T::from_f64(2.0) } else { T::LOWEST };
             assert!(x.total_cmp(&expected).is_eq(), "column {c} of row {r}: {x:?} instead of {expected:?}");
+        }
+    }
+
+    /// The largest number and the sum of lanes, of which each is the largest once; powers of two add up exactly.
+    #[inline(always)]
+    fn check_across<T: Scalar, S: Simd<T>>(simd: S) {
+        for largest in 0..S::LANES {
+            let lanes: [T; MOST_LANES] =
+                std::array::from_fn(|lane| T::from_f64(if lane == largest { 64.0 } else { -f64::from(1 << (lane % 4)) }));
+            // SAFETY: the array holds a vector of any level.
+            let v = unsafe { simd.load(lanes.as_ptr()) };
+            assert!(simd.max_across(v) == lanes[largest], "the largest of {lanes:?}");
+            let sum = lanes[..S::LANES].iter().fold(T::ZERO, |sum, &lane| sum + lane);
+            assert!(simd.sum_across(v) == sum, "the sum of {lanes:?}");
         }
     }
 

@@ -39,13 +39,12 @@ fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roun
     let factors: Vec<T> = (0..m).map(|_| T::from_f64(rng.random_range(-1.0..1.0))).collect();
     let backwards = |count: usize| (0..u32::try_from(count).expect("a small size")).rev().collect::<Vec<_>>();
     let (places, b_rows) = (backwards(m), backwards(k));
-    let inits =
-        [Init::Zero, Init::Keep, Init::ScaleRows(&factors), Init::KeepAt(&places), Init::ScaleRowsAt(&factors, &places)];
+    let inits = [Init::Zero, Init::Keep, Init::ScaleRows(&factors), Init::KeepAt(&places)];
     for (a_transposed, init) in [false, true].into_iter().flat_map(|t| inits.map(|init| (t, init))) {
         // Rows of B and C in reverse order stand for any other order.
         let gather = !a_transposed && matches!(init, Init::Keep | Init::KeepAt(_));
         let row_of_b = |p: usize| if gather { k - 1 - p } else { p };
-        let row_of_c = |r: usize| if matches!(init, Init::KeepAt(_) | Init::ScaleRowsAt(..)) { m - 1 - r } else { r };
+        let row_of_c = |r: usize| if matches!(init, Init::KeepAt(_)) { m - 1 - r } else { r };
         let mut number = || rng.random_range(-1.0..1.0);
         let (rows, cols) = if a_transposed { (k, m) } else { (m, k) };
         let a = Padded::<T>::new(rows, cols, &mut number);
@@ -61,7 +60,7 @@ fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roun
             let start = match init {
                 Init::Zero => 0.0,
                 Init::Keep | Init::KeepAt(_) => before.at(row_of_c(row), col),
-                Init::ScaleRows(factors) | Init::ScaleRowsAt(factors, _) => factors[row].into() * before.at(row_of_c(row), col),
+                Init::ScaleRows(factors) => factors[row].into() * before.at(row_of_c(row), col),
             };
             let of_a = |p| if a_transposed { a.at(p, row) } else { a.at(row, p) };
             let product = |p| of_a(p) * b.at(row_of_b(p), col);

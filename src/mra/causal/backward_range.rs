@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::backward::Pass;
 use super::coarse::{STRIP_BLOCKS, blank, exclude, matrix, split};
-use super::exact::{Meeting, for_meetings};
 use super::forward::RANGE_QUERIES;
 use super::gradient::{GradientTile, RangeRows};
 use super::lists::BlockLists;
+use super::meeting::{Meeting, for_meetings};
 use super::problem::Sight;
 use crate::kernels::{AllFinite, Matrix, Stream};
 use crate::mra::coarse::{for_strips, weigh};

@@ -1,218 +1,192 @@
 //! The exact blocks of a range of queries: block by block, the queries that have it in their plan together.
 
+use std::ops::Range;
+
 use super::coarse::State;
 use super::lists::BlockLists;
 use super::problem::{CausalProblem, Sight};
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed};
+use crate::kernels::{AllFinite, AttendRows, MOST_QUERIES, Matrix, MatrixMut, Stream, pack_rows, pack_transposed};
 use crate::mra::dropped::Dropped;
 use crate::mra::scratch::Buffer;
 use crate::mra::strip::{KeySource, PartView, Strip};
-use crate::mra::tile::TILE_QUERIES;
-use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
+use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::tensor::Rows;
 
-/// Queries that meet a block together.
-pub(crate) struct Meeting<'a> {
-    /// The queries, numbered from the start of the range.
-    pub(crate) queries: &'a [u32],
-    /// How many keys of the block the last of them sees; none of them sees more.
-    pub(crate) keys: usize,
-    /// Whether some of them see fewer.
-    pub(crate) partly: bool,
-    /// The queries of the tile after this one: time to bring their rows nearer, since nothing else says which come next.
-    pub(crate) next: &'a [u32],
+/// What a range of queries shares.
+pub(crate) struct RangeOfHead<'a, E> {
+    /// The rows of the head.
+    pub(crate) rows: &'a Rows<'a, E>,
+    /// Heads of all batch items are numbered through.
+    pub(crate) head: usize,
+    /// The queries.
+    pub(crate) tokens: Range<usize>,
+    /// What each of them sees.
+    pub(crate) sights: &'a [Sight],
+    /// Which of them have which blocks in their plan.
+    pub(crate) lists: &'a BlockLists,
 }
 
-impl Meeting<'_> {
-    /// Sets the logits of keys behind each query to `-inf`. The keys of the block start at `start`.
-    pub(crate) fn hide<T: Scalar>(&self, logits: &mut [T], columns: usize, sights: &[Sight], start: usize) {
-        if !self.partly {
-            return;
-        }
-        for (lane, &query) in self.queries.iter().enumerate() {
-            for key in sights[query as usize].keys - start..self.keys {
-                logits[key * columns + lane] = T::NEG_INFINITY;
-            }
-        }
-    }
-
-    /// Calls `body` with each query alone and the keys that it sees.
-    pub(crate) fn one_by_one(&self, sights: &[Sight], start: usize, mut body: impl FnMut(Meeting<'_>)) {
-        for queries in self.queries.chunks(1) {
-            body(Meeting { queries, keys: sights[queries[0] as usize].keys - start, partly: false, next: &[] });
-        }
-    }
-
-    /// The rows of the block that some of the queries do not see.
-    pub(crate) fn hidden_from_some(&self, sights: &[Sight], start: usize) -> std::ops::Range<usize> {
-        sights[self.queries[0] as usize].keys - start..self.keys
-    }
-}
-
-/// Calls `body` with the tiles of the queries that have a block in their plan: first those of the block itself, which see
-/// its keys up to their own, then later ones, which see them all. `start` and `count` are those of the block's keys.
-pub(crate) fn for_meetings(
-    lists: &BlockLists,
-    block: usize,
-    sights: &[Sight],
-    start: usize,
-    count: usize,
-    mut body: impl FnMut(Meeting<'_>),
-) {
-    let queries = lists.of(block);
-    let (own, later) = queries.split_at(queries.partition_point(|&query| sights[query as usize].past <= block));
-    let next = |done: usize| {
-        let behind = lists.behind(block, done);
-        &behind[..behind.len().min(TILE_QUERIES)]
-    };
-    let mut done = 0;
-    for queries in own.chunks(TILE_QUERIES) {
-        let seen = |query: u32| (sights[query as usize].keys - start).min(count);
-        let keys = seen(queries[queries.len() - 1]);
-        done += queries.len();
-        body(Meeting { queries, keys, partly: seen(queries[0]) < keys, next: next(done) });
-    }
-    for queries in later.chunks(TILE_QUERIES) {
-        done += queries.len();
-        body(Meeting { queries, keys: count, partly: false, next: next(done) });
-    }
-}
-
-/// The buffers of a tile of queries that meets a block.
-pub(crate) struct ExactTile<T> {
+/// The buffers of a block and the queries that meet it.
+pub(crate) struct ExactBlock<T> {
     level: Level,
     scale: T,
     channels: usize,
+    /// Keys, one column for each.
     packed: Buffer<T>,
     lines: Buffer<T>,
     logits: Buffer<T>,
-    maximum: Buffer<T>,
-    sum: Buffer<T>,
-    rescale: Buffer<T>,
+    /// Queries of the range, if they are not of the compute type.
+    queries: Buffer<T>,
+    /// How many keys of the block its own queries see.
+    seen: Vec<u32>,
     dropped: Option<Dropped>,
 }
 
-impl<T: Scalar> ExactTile<T> {
-    pub(crate) fn new(problem: &CausalProblem, queries: usize) -> Self {
+impl<T: Scalar> ExactBlock<T> {
+    pub(crate) fn new(problem: &CausalProblem) -> Self {
         let inner = &problem.inner;
-        let columns = inner.padded::<T>(queries.min(TILE_QUERIES));
+        let columns = inner.padded::<T>(inner.block_size);
         Self {
             level: inner.level,
             scale: T::from_f64(inner.scale),
             channels: inner.head_dim,
             packed: Buffer::scratch(inner.head_dim * columns),
             lines: Buffer::scratch(SQUARE * inner.head_dim),
-            logits: Buffer::scratch(inner.block_size * columns),
-            maximum: Buffer::scratch(columns),
-            sum: Buffer::scratch(columns),
-            rescale: Buffer::scratch(columns),
+            logits: Buffer::scratch(MOST_QUERIES * columns),
+            queries: Buffer::scratch(0),
+            seen: Vec::new(),
             dropped: inner.dropout.map(Dropped::new),
         }
     }
 
-    /// Continues the softmax of the queries of a range over all blocks of their plans, in ascending order. `place` is the head,
-    /// numbered through all batch items, and the first token of the range; `row` gives a query by its number within the range.
-    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and where the result goes")]
-    pub(crate) fn blocks<'q, E: Element<Compute = T>>(
+    /// Continues the softmax of the queries of a range over all blocks of their plans, in ascending order.
+    pub(crate) fn attend<E: Element<Compute = T>>(
         &mut self,
-        place: (usize, usize),
-        lists: &BlockLists,
-        sights: &[Sight],
-        row: impl Fn(usize) -> &'q [E] + Copy,
+        range: &RangeOfHead<'_, E>,
         source: &KeySource<'_, E>,
         strip: &mut Strip<T>,
         state: &mut State<T>,
     ) {
-        for &block in lists.present() {
-            let numbers = source.numbers(block);
+        let mut widened = std::mem::replace(&mut self.queries, Buffer::scratch(0));
+        let queries = self.compute_type(range, &mut widened);
+        let present = range.lists.present();
+        for (index, &block) in present.iter().enumerate() {
+            let (numbers, listed) = (source.numbers(block), range.lists.of(block));
             // No key behind the last query that meets the block is read.
-            let last = lists.of(block).last().map_or(0, |&query| sights[query as usize].keys);
+            let last = listed.last().map_or(0, |&query| range.sights[query as usize].keys);
             strip.clear();
             assert!(strip.push(source, numbers.start..numbers.end.min(last)), "an empty strip has room for a block");
             let Some(part) = strip.parts(source).next() else { continue };
-            for_meetings(lists, block, sights, numbers.start, numbers.len(), |meeting| {
-                let hidden = meeting.hidden_from_some(sights, numbers.start);
-                if meeting.partly && !T::run(self.level, AllFinite(part.values.row_range(hidden))) {
-                    // Weight 0 times a value that is no number is no number.
-                    meeting.one_by_one(sights, numbers.start, |alone| {
-                        self.meet(place, &alone, sights, row, &part, numbers.start, state);
-                    });
-                } else {
-                    self.meet(place, &meeting, sights, row, &part, numbers.start, state);
-                }
-            });
+            self.pack(&part);
+            let ahead = present.get(index + 1).and_then(|&next| source.block_ahead(next));
+            // First the queries of the block itself, which see its keys up to their own, then later ones, which see them all.
+            let own = listed.partition_point(|&query| range.sights[query as usize].past <= block);
+            self.own_queries(range, &queries, &part, block, own, state);
+            self.seen.clear();
+            self.step(range, &queries, &part, (block, own..listed.len()), ahead, state);
         }
+        self.queries = widened;
     }
 
-    /// One step of the softmax.
-    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and where the result goes")]
-    fn meet<'q, E: Element<Compute = T>>(
+    /// The queries of the range in the compute type: where they lie, or else copied.
+    fn compute_type<'q, E: Element<Compute = T>>(
+        &self,
+        range: &RangeOfHead<'q, E>,
+        widened: &'q mut Buffer<T>,
+    ) -> Matrix<'q, T> {
+        let (count, channels) = (range.tokens.len(), self.channels);
+        let (data, stride) = range.rows.tail(range.tokens.start);
+        if let Some(data) = E::as_compute(data) {
+            return Matrix::new(data, count, channels, stride);
+        }
+        if widened.len() < count * channels {
+            *widened = Buffer::scratch(count * channels);
+        }
+        let rows = range.tokens.clone().map(|token| range.rows.row(token));
+        pack_rows(rows, &mut MatrixMut::new(widened, count, channels, channels));
+        Matrix::new(widened, count, channels, channels)
+    }
+
+    fn columns(&self, keys: usize) -> usize {
+        keys.next_multiple_of(T::lanes(self.level))
+    }
+
+    fn pack(&mut self, part: &PartView<'_, T>) {
+        let columns = self.columns(part.keys.rows);
+        let keys = (0..part.keys.rows).map(|key| &part.keys.row(key)[..self.channels]);
+        let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
+        pack_transposed(self.level, keys, self.scale, &mut self.lines, &mut packed);
+    }
+
+    /// A step for the first `own` queries of a block, those that it holds.
+    fn own_queries<E: Element<Compute = T>>(
         &mut self,
-        place: (usize, usize),
-        meeting: &Meeting<'_>,
-        sights: &[Sight],
-        row: impl Fn(usize) -> &'q [E],
+        range: &RangeOfHead<'_, E>,
+        queries: &Matrix<'_, T>,
         part: &PartView<'_, T>,
-        start: usize,
+        block: usize,
+        own: usize,
         state: &mut State<T>,
     ) {
-        let (count, width) = (meeting.queries.len(), state.width);
-        for &query in meeting.next {
-            prefetch_far(row(query as usize));
-            prefetch_far(&state.values[query as usize * width..][..width]);
+        let seen = |query: u32| (range.sights[query as usize].keys - part.first).min(part.keys.rows);
+        let listed = &range.lists.of(block)[..own];
+        let Some(&first) = listed.first() else { return };
+        self.seen.clear();
+        self.seen.extend(listed.iter().map(|&query| u32::try_from(seen(query)).expect("keys of a block")));
+        let hidden = part.values.row_range(seen(first)..part.values.rows);
+        if T::run(self.level, AllFinite(hidden)) {
+            self.step(range, queries, part, (block, 0..own), None, state);
+            return;
         }
-        let columns = count.next_multiple_of(T::lanes(self.level));
-        let rows = meeting.queries.iter().map(|&query| row(query as usize));
-        let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(self.level, rows, self.scale, &mut self.lines, &mut packed);
-        T::run(
-            self.level,
-            Gemm {
-                a: part.keys.columns(self.channels).row_range(0..meeting.keys),
-                a_transposed: false,
-                b: Matrix::new(&self.packed, self.channels, columns, columns),
-                b_rows: None,
-                c: MatrixMut::new(&mut self.logits, meeting.keys, columns, columns),
-                init: Init::Zero,
-                ahead: None,
-            },
-        );
-        meeting.hide(&mut self.logits, columns, sights, start);
-        self.maximum[..columns].fill(T::NEG_INFINITY);
-        self.sum[..columns].fill(T::ZERO);
-        for (lane, &query) in meeting.queries.iter().enumerate() {
-            self.maximum[lane] = state.maximum[query as usize];
-            self.sum[lane] = state.sum[query as usize];
+        // Weight 0 times a value that is no number is no number.
+        for (index, seen) in std::mem::take(&mut self.seen).into_iter().enumerate() {
+            let seen = seen as usize;
+            let alone = PartView {
+                keys: part.keys.row_range(0..seen),
+                values: part.values.row_range(0..seen),
+                rows: part.rows.start..part.rows.start + seen,
+                first: part.first,
+            };
+            self.pack(&alone);
+            self.step(range, queries, &alone, (block, index..index + 1), None, state);
         }
-        T::run(
-            self.level,
-            OnlineSoftmax {
-                logits: MatrixMut::new(&mut self.logits, meeting.keys, columns, columns),
-                maximum: &mut self.maximum,
-                sum: &mut self.sum,
-                rescale: &mut self.rescale,
-            },
-        );
+        self.pack(part);
+    }
+
+    /// A step of the softmax for some of the queries that have a block in their plan, over its packed keys.
+    fn step<E: Element<Compute = T>>(
+        &mut self,
+        range: &RangeOfHead<'_, E>,
+        queries: &Matrix<'_, T>,
+        part: &PartView<'_, T>,
+        (block, places): (usize, Range<usize>),
+        ahead: Option<[Matrix<'_, T>; 2]>,
+        state: &mut State<T>,
+    ) {
+        let (numbers, next) = (&range.lists.of(block)[places.clone()], range.lists.behind(block, places.end));
         if let Some(dropped) = &mut self.dropped {
-            let tokens = meeting.queries.iter().map(|&query| place.1 + query as usize);
-            dropped.start(Stream::Exact, place.0, tokens, columns);
-            dropped.set_keys(start, meeting.keys);
-            dropped.drop_weights(self.level, &mut self.logits, columns);
+            let tokens = numbers.iter().map(|&query| range.tokens.start + query as usize);
+            dropped.start(Stream::Exact, range.head, tokens, numbers.len());
+            dropped.set_keys(part.first, part.keys.rows);
         }
+        let columns = self.columns(part.keys.rows);
+        let (count, width) = (range.tokens.len(), state.width);
         T::run(
             self.level,
-            Gemm {
-                a: Matrix::new(&self.logits, meeting.keys, count, columns),
-                a_transposed: true,
-                b: part.values.row_range(0..meeting.keys),
-                b_rows: None,
-                c: MatrixMut::new(&mut state.values, sights.len(), width, width),
-                init: Init::ScaleRowsAt(&self.rescale, meeting.queries),
-                ahead: None,
+            AttendRows {
+                queries: *queries,
+                keys: Matrix::new(&self.packed, self.channels, columns, columns),
+                values: part.values,
+                numbers,
+                seen: &self.seen,
+                decisions: self.dropped.as_ref().map(Dropped::decisions),
+                maximum: &mut state.maximum,
+                sum: &mut state.sum,
+                sums: MatrixMut::new(&mut state.values, count, width, width),
+                logits: &mut self.logits,
+                next: &next[..next.len().min(MOST_QUERIES)],
+                ahead,
             },
         );
-        for (lane, &query) in meeting.queries.iter().enumerate() {
-            state.maximum[query as usize] = self.maximum[lane];
-            state.sum[query as usize] = self.sum[lane];
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::coarse::{CoarseSource, CoarseTile, State};
-use super::exact::ExactTile;
+use super::exact::{ExactBlock, RangeOfHead};
 use super::lists::BlockLists;
 use super::pooled::{Means, PooledInputs};
 use super::problem::{CausalBudget, CausalProblem, Sight};
@@ -136,7 +136,7 @@ struct Scratch<T> {
     plan: Vec<i32>,
     lists: BlockLists,
     coarse: CoarseTile<T>,
-    exact: ExactTile<T>,
+    exact: ExactBlock<T>,
     strip: Strip<T>,
     state: State<T>,
 }
@@ -150,7 +150,7 @@ impl<T: Scalar> Scratch<T> {
             plan: Vec::with_capacity(queries * pass.width),
             lists: BlockLists::default(),
             coarse: CoarseTile::new(problem, queries),
-            exact: ExactTile::new(problem, queries),
+            exact: ExactBlock::new(problem),
             strip: Strip::new(inner, inner.head_dim, pass.value_dim),
             state: State::new(queries, width),
         }
@@ -210,7 +210,8 @@ impl<E: Element> Pass<'_, '_, E> {
         let kv_head = inner.kv_head(head_of_item);
         let (keys, values) = (self.inputs.key.head(batch, kv_head), self.inputs.value.head(batch, kv_head));
         let source = KeySource::new(inner, keys, values, inner.keys(batch));
-        exact.blocks((head, range.start), lists, sights, |query| rows.row(range.start + query), &source, strip, state);
+        let queries = RangeOfHead { rows: &rows, head, tokens: range.clone(), sights, lists };
+        exact.attend(&queries, &source, strip, state);
         for (query, token) in range.enumerate() {
             // SAFETY: the caller's.
             let (out, lse) =

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! - No query is pooled, so the work is that of each token's own choice; sorting by blocks makes it dense products again. The
-//!   rows of queries and sums are gathered and scattered by the products themselves.
+//!   rows of queries and sums are gathered and scattered by the kernels themselves.
 //! - A token's sums are in one order: pooled blocks in strips from block 0 on, then exact blocks ascending. What other queries
 //!   do in the same tile adds terms of weight 0, which change no bit. Only a weight 0 times a NaN or an infinity would: where
 //!   rows that some query of a tile must not see hold one, the tile is split until all of its queries see the same rows.
@@ -31,6 +31,7 @@ mod exact;
 mod forward;
 mod gradient;
 mod lists;
+mod meeting;
 mod pooled;
 mod problem;
 mod select;

@@ -1,0 +1,177 @@
+//! Steps of the softmax against sums in float64, and a query alone against the same one among others.
+
+#![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
+
+use proptest::prelude::RngExt;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+
+use super::*;
+use crate::kernels::{Dropout, DropoutRows, Stream};
+use crate::simd::{Level, MAX_ULPS};
+
+const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+const GAP: usize = 3;
+
+/// Queries with a state, the packed keys and the values of a block.
+struct Step {
+    level: Level,
+    channels: usize,
+    keys: usize,
+    width: usize,
+    queries: Vec<f32>,
+    packed: Vec<f32>,
+    values: Vec<f32>,
+    maximum: Vec<f32>,
+    sum: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl Step {
+    /// Random numbers, with NaN between rows and where there is no key. Every third query has seen nothing yet.
+    fn new(level: Level, queries: usize, channels: usize, keys: usize, vectors: usize) -> Self {
+        let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[13; 32]);
+        let (width, columns) = (vectors * f32::lanes(level), keys.next_multiple_of(f32::lanes(level)));
+        let mut number = |scale: f32| scale * rng.random_range(-1.0f32..1.0);
+        let mut rows = |rows: usize, used: usize, stride: usize| -> Vec<f32> {
+            let index = 0..rows * stride;
+            index.map(|index| if index % stride < used { number(1.0) } else { f32::NAN }).collect()
+        };
+        let (of_queries, packed) = (rows(queries, channels, channels + GAP), rows(channels, keys, columns));
+        let (values, mut sums) = (rows(keys, width, width + GAP), rows(queries, width, width + GAP));
+        let fresh = |query: usize| query.is_multiple_of(3);
+        for row in sums.chunks_exact_mut(width + GAP).step_by(3) {
+            row[..width].fill(0.0);
+        }
+        let maximum = (0..queries).map(|query| if fresh(query) { f32::NEG_INFINITY } else { number(2.0) }).collect();
+        let sum = (0..queries).map(|query| if fresh(query) { 0.0 } else { 2.0 + number(1.0) }).collect();
+        Self { level, channels, keys, width, queries: of_queries, packed, values, maximum, sum, sums }
+    }
+
+    fn run(&mut self, numbers: &[u32], seen: &[u32], decisions: Option<Decisions<'_>>) {
+        let (count, columns) = (self.maximum.len(), self.keys.next_multiple_of(f32::lanes(self.level)));
+        let mut logits = vec![f32::NAN; MOST_QUERIES * columns];
+        let values = Matrix::new(&self.values, self.keys, self.width, self.width + GAP);
+        let step = AttendRows {
+            queries: Matrix::new(&self.queries, count, self.channels, self.channels + GAP),
+            keys: Matrix::new(&self.packed, self.channels, columns, columns),
+            values,
+            numbers,
+            seen,
+            decisions,
+            maximum: &mut self.maximum,
+            sum: &mut self.sum,
+            sums: MatrixMut::new(&mut self.sums, count, self.width, self.width + GAP),
+            logits: &mut logits,
+            next: &numbers[..1],
+            ahead: Some([values; 2]),
+        };
+        f32::run(self.level, step);
+    }
+
+    fn row(&self, query: usize) -> (f32, f32, &[f32]) {
+        (self.maximum[query], self.sum[query], &self.sums[query * (self.width + GAP)..][..self.width])
+    }
+
+    fn logit(&self, query: usize, key: usize) -> f64 {
+        let (row, columns) = (&self.queries[query * (self.channels + GAP)..], self.packed.len() / self.channels);
+        (0..self.channels).map(|c| f64::from(row[c]) * f64::from(self.packed[c * columns + key])).sum()
+    }
+
+    /// The state of one query after a step, in float64, from the state before it.
+    fn assert_step(&self, before: &Self, query: usize, seen: usize, kept: impl Fn(usize) -> f64) {
+        let logits: Vec<f64> = (0..seen).map(|key| before.logit(query, key)).collect();
+        let (old_maximum, old_sum, old_sums) = before.row(query);
+        let (maximum, sum, sums) = self.row(query);
+        let highest = logits.iter().copied().fold(f64::from(old_maximum), f64::max);
+        // Logits are at most `channels`, so is the rounding of one in parts of a roundoff for each of its channels.
+        let of_logit = 2.0 * (self.channels as f64).powi(2) * ROUNDOFF;
+        assert!((f64::from(maximum) - highest).abs() <= of_logit, "{maximum} for {highest}");
+        let weight = |logit: f64| (logit - highest).exp();
+        let relative = 3.0 * of_logit + (MAX_ULPS * 2.0 + (seen + 8) as f64) * ROUNDOFF;
+        let rescaled = f64::from(old_sum) * weight(f64::from(old_maximum));
+        let total = rescaled + logits.iter().map(|&logit| weight(logit)).sum::<f64>();
+        assert!((f64::from(sum) - total).abs() <= relative * total, "{sum} for {total}");
+        for channel in 0..self.width {
+            let value = |key: usize| f64::from(before.values[key * (self.width + GAP) + channel]);
+            let start = f64::from(old_sums[channel]) * weight(f64::from(old_maximum));
+            let terms = || (0..seen).map(|key| kept(key) * weight(logits[key]) * value(key));
+            let (exact, magnitude) = (start + terms().sum::<f64>(), start.abs() + terms().map(f64::abs).sum::<f64>());
+            let error = (f64::from(sums[channel]) - exact).abs();
+            assert!(error <= relative * magnitude, "{}: query {query}, channel {channel}: off by {error:e}", self.level.name());
+        }
+    }
+}
+
+fn numbers(count: usize) -> Vec<u32> {
+    (0..u32::try_from(count).expect("a small number")).collect()
+}
+
+/// Every number of queries, so every height of tiles; every second query is left alone.
+#[test]
+fn a_step_is_the_softmax() {
+    for level in Level::available() {
+        for (channels, keys, vectors) in
+            [(1, 1, 1), (5, 7, 2), (8, 8, 3), (7, 16, 1), (9, 31, 2), (6, 32, 4), (3, 64, 1), (4, 70, 2)]
+        {
+            for listed in (1..=19).chain([33]) {
+                let before = Step::new(level, 2 * listed, channels, keys, vectors);
+                let mut after = Step::new(level, 2 * listed, channels, keys, vectors);
+                let odd: Vec<u32> = numbers(listed).iter().map(|number| 2 * number + 1).collect();
+                let seen: Vec<u32> = numbers(listed).iter().map(|number| 1 + number % u32::try_from(keys).unwrap()).collect();
+                for partly in [false, true] {
+                    after.maximum.clone_from(&before.maximum);
+                    after.sum.clone_from(&before.sum);
+                    after.sums.clone_from(&before.sums);
+                    after.run(&odd, if partly { &seen } else { &[] }, None);
+                    for index in 0..listed {
+                        let (alone, other) = (odd[index] as usize, odd[index] as usize - 1);
+                        after.assert_step(&before, alone, if partly { seen[index] as usize } else { keys }, |_| 1.0);
+                        assert_eq!(after.row(other), before.row(other), "a query that is not listed");
+                    }
+                    let gaps = after.sums.chunks_exact(after.width + GAP).flat_map(|row| &row[after.width..]);
+                    assert!(gaps.into_iter().all(|x| x.is_nan()), "{} wrote between rows", level.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_query_has_the_same_bits_alone_and_behind_its_keys() {
+    for level in Level::available() {
+        for keys in [5, 32, 33, 64] {
+            let mut together = Step::new(level, 20, 6, keys, 2);
+            let seen: Vec<u32> = numbers(20).iter().map(|number| 1 + number % u32::try_from(keys).unwrap()).collect();
+            together.run(&numbers(20), &seen, None);
+            for query in 0..20 {
+                let mut alone = Step::new(level, 20, 6, keys, 2);
+                // As if there were no other keys.
+                let (columns, count) = (alone.packed.len() / 6, seen[query] as usize);
+                let shorter = count.next_multiple_of(f32::lanes(level));
+                alone.packed = alone.packed.chunks_exact(columns).flat_map(|row| row[..shorter].to_vec()).collect();
+                alone.keys = count;
+                alone.run(&numbers(20)[query..=query], &[], None);
+                assert_eq!(alone.row(query), together.row(query), "{}: query {query} of {keys} keys", level.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn dropped_weights_add_nothing_and_count_in_the_sum() {
+    let dropout = Dropout::new(0.4, 7).expect("a rate");
+    for level in Level::available() {
+        let (before, mut after) = (Step::new(level, 9, 5, 12, 2), Step::new(level, 9, 5, 12, 2));
+        let mut rows = DropoutRows::default();
+        rows.start(9, (0..9).map(|query| dropout.row(Stream::Exact, 3, query)));
+        let keys: Vec<u32> = (100..112).collect();
+        let decisions = Decisions { keys: &keys, rows: &rows, dropout };
+        after.run(&numbers(9), &[], Some(decisions));
+        for query in 0..9 {
+            let mut kept = [1.0f32; 12];
+            decisions.drop_row(query, &mut kept);
+            assert!(kept.contains(&0.0) && kept.iter().any(|&factor| factor > 1.0), "some of both");
+            after.assert_step(&before, query, 12, |key| f64::from(kept[key]));
+        }
+    }
+}
