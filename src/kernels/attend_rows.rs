@@ -14,8 +14,8 @@
 //! The queries are those that some list names, each with a state of its own, anywhere in memory. Taking them by rows needs no
 //! copy of them and leaves no lane empty, whatever their number; in return keys must be packed transposed, once for all
 //! of them. A few queries at a time go through all steps, so that their rows are in the first-level cache only once.
-//! Each sum is in the order of the keys, and keys that a query does not see add terms of weight 0 at its end: so its bits
-//! depend neither on the other queries of the list nor on keys behind its own.
+//! Sums run over the keys in their order (that of weights lane by lane), and keys that a query does not see add terms of weight 0
+//! at the end: so its bits depend neither on the other queries of the list nor on keys behind its own.
 
 use super::dropout::Decisions;
 use super::gemm::{for_column_tiles, for_row_tiles};
@@ -35,7 +35,7 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) values: Matrix<'a, T>,
     /// Which queries; no one twice.
     pub(crate) numbers: &'a [u32],
-    /// How many keys each of them sees; empty if they see all.
+    /// How many keys each of them sees; empty if they see all. Values behind must be finite: they are multiplied by 0.
     pub(crate) seen: &'a [u32],
     /// Which weights are dropped, one row of decisions for each of `numbers`.
     pub(crate) decisions: Option<Decisions<'a>>,
@@ -47,8 +47,9 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) sums: MatrixMut<'a, T>,
     /// Scratch for [`MOST_QUERIES`] rows, as long as those of `keys`.
     pub(crate) logits: &'a mut [T],
-    /// The queries whose turn it is after these, to be brought nearer meanwhile; and what is read then.
+    /// The queries whose turn it is after these, to be brought nearer meanwhile.
     pub(crate) next: &'a [u32],
+    /// Keys and values that are read then.
     pub(crate) ahead: Option<[Matrix<'a, T>; 2]>,
 }
 
@@ -61,6 +62,7 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
         assert_eq!(self.queries.cols, self.keys.rows, "channels");
         assert!(columns.is_multiple_of(S::LANES) && columns >= self.values.rows, "whole vectors of keys");
         assert!(self.values.cols.is_multiple_of(S::LANES) && self.values.cols == self.sums.cols, "whole vectors of values");
+        assert!(MOST_QUERIES.is_multiple_of(S::LANES), "whole vectors of queries");
         assert!(2 * S::TILE_ROWS <= MOST_QUERIES && MOST_QUERIES * columns <= self.logits.len(), "room for logits");
         assert!(self.seen.is_empty() || self.seen.len() == count, "keys seen by each query");
         assert!(self.seen.iter().all(|&seen| seen as usize <= self.values.rows), "keys that there are");
@@ -123,7 +125,7 @@ impl<T: Scalar> AttendRows<'_, T> {
                 // SAFETY: whole vectors of columns of the keys, and rows of the scratch as long.
                 unsafe {
                     let keys = self.keys.as_ptr().wrapping_add(column);
-                    let tile = product::<T, S, ROWS, VECTORS>(simd, &queries, keys, self.keys.stride, channels);
+                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, &queries, keys, self.keys.stride, channels);
                     for r in 0..ROWS {
                         for v in 0..VECTORS {
                             simd.store(logits.add((row + r) * columns + column + v * S::LANES), tile[r][v]);
@@ -174,7 +176,7 @@ impl<T: Scalar> AttendRows<'_, T> {
             }
         }
         for r in (0..rows).step_by(S::LANES) {
-            // SAFETY: vectors divide the arrays.
+            // SAFETY: vectors divide the arrays, asserted in `run`.
             unsafe {
                 // -inf - -inf is NaN; the lowest finite number in its place leaves the weights 0.
                 let finite = simd.max(simd.splat(T::LOWEST), simd.load(maxima.as_ptr().add(r)));
@@ -192,6 +194,7 @@ impl<T: Scalar> AttendRows<'_, T> {
         }
     }
 
+    /// Drops weights, after they have been summed.
     #[inline(always)]
     fn drop_weights(&mut self, first: usize, rows: usize) {
         if let Some(decisions) = &self.decisions {
@@ -218,7 +221,7 @@ impl<T: Scalar> AttendRows<'_, T> {
                 // SAFETY: whole vectors of columns of the values, as many rows as a row has weights, and rows of sums as long.
                 unsafe {
                     let values = self.values.as_ptr().wrapping_add(column);
-                    let tile = product::<T, S, ROWS, VECTORS>(simd, &weights, values, self.values.stride, keys);
+                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, &weights, values, self.values.stride, keys);
                     for r in 0..ROWS {
                         let factor = simd.splat(rescale[row + r]);
                         let sums = sums.add(self.number(first + row + r) * stride + column);
@@ -305,7 +308,7 @@ unsafe fn row_exponentials<T: Scalar, S: Simd<T>, const N: usize>(simd: S, row: 
 /// # Safety
 /// - `count` numbers are readable from each of `a`, and `VECTORS` vectors from `count` places from `b` on, `stride` apart.
 #[inline(always)]
-unsafe fn product<T: Scalar, S: Simd<T>, const ROWS: usize, const VECTORS: usize>(
+unsafe fn dot_tile<T: Scalar, S: Simd<T>, const ROWS: usize, const VECTORS: usize>(
     simd: S,
     a: &[*const T; ROWS],
     b: *const T,

@@ -139,6 +139,7 @@ impl Decisions<'_> {
     /// Drops weights of one of the queries, and divides the others by the probability to be kept.
     #[inline(always)]
     pub(super) fn drop_row<T: Scalar>(&self, query: usize, weights: &mut [T]) {
+        assert_eq!(self.keys.len(), weights.len(), "a number for each key");
         let (low, high) = (self.rows.low[query], self.rows.high[query]);
         let (threshold, factor) = (self.dropout.threshold, T::from_f64(self.dropout.factor));
         for (weight, &key) in weights.iter_mut().zip(self.keys) {

@@ -1,9 +1,10 @@
 //! Computations on one tile, generic over the vector type: no threads, no allocation, no idea of a plan.
 //!
-//! Logits are kept transposed (but for [`AttendRows`], which says why), one row per key and one lane per query. Then the running maximum, the exponentials and
+//! Logits are kept transposed, one row per key and one lane per query. Then the running maximum, the exponentials and
 //! the sums of the softmax are plain operations on whole vectors, with no reduction across lanes, and the transposed
 //! weights are just the operand order in which the next product reads them. Queries (and the gradient of the output)
-//! are packed transposed once per tile; keys and values are read where they lie.
+//! are packed transposed once per tile; keys and values are read where they lie. [`AttendRows`] does it the other way round, for
+//! queries that do not lie together.
 
 mod attend_rows;
 mod bf16;

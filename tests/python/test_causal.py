@@ -375,6 +375,16 @@ def test_equal_scores_are_decided_by_position():
     assert chosen.blocks[0, 0, -1].tolist() == [0, 1, 9]
 
 
+@pytest.mark.parametrize(("dim", "scale"), [(12, None), (64, None), (128, None), (64, 0.3), (16, 2.0)])
+def test_backward_has_the_logits_of_forward(dim, scale):
+    """A token that sees one key weighs it 1, in backward too; of huge logits, any difference would show."""
+    query, key, value, grad, _ = random_inputs((64, 4, 1, 1, dim), dtype=torch.float32)
+    query, key, value = query * 1e3, key * 1e3, value.requires_grad_()
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, blocks_per_row=4)
+    assert torch.equal(out, value)
+    assert torch.equal(torch.autograd.grad(out, value, grad)[0], grad)
+
+
 def test_a_query_that_sees_nothing():
     query, key, value, grad_out, grad_lse = random_inputs((1, 2, 40, 30, 8))
     settings = CausalSettings(block_size=8, blocks=2)

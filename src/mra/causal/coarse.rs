@@ -33,8 +33,12 @@ pub(crate) struct State<T> {
 
 impl<T: Scalar> State<T> {
     pub(crate) fn new(queries: usize, width: usize) -> Self {
-        let padded = queries.next_multiple_of(TILE_QUERIES);
-        Self { maximum: Buffer::scratch(padded), sum: Buffer::scratch(padded), values: Buffer::scratch(queries * width), width }
+        Self {
+            maximum: Buffer::scratch(queries),
+            sum: Buffer::scratch(queries),
+            values: Buffer::scratch(queries * width),
+            width,
+        }
     }
 }
 

@@ -26,35 +26,39 @@ pub(crate) struct RangeOfHead<'a, E> {
     pub(crate) lists: &'a BlockLists,
 }
 
+/// The queries of a range, and what keys are to be multiplied by so that the products are logits.
+struct Scaled<'a, T> {
+    rows: Matrix<'a, T>,
+    key_factor: T,
+}
+
 /// The buffers of a block and the queries that meet it.
 pub(crate) struct ExactBlock<T> {
     level: Level,
-    scale: T,
+    scale: f64,
     channels: usize,
     /// Keys, one column for each.
     packed: Buffer<T>,
     lines: Buffer<T>,
     logits: Buffer<T>,
-    /// Queries of the range, if they are not of the compute type.
+    /// Queries of the range, if they cannot be read where they lie.
     queries: Buffer<T>,
-    /// How many keys of the block its own queries see.
-    seen: Vec<u32>,
     dropped: Option<Dropped>,
 }
 
 impl<T: Scalar> ExactBlock<T> {
+    /// Buffers for blocks of this problem.
     pub(crate) fn new(problem: &CausalProblem) -> Self {
         let inner = &problem.inner;
         let columns = inner.padded::<T>(inner.block_size);
         Self {
             level: inner.level,
-            scale: T::from_f64(inner.scale),
+            scale: inner.scale,
             channels: inner.head_dim,
             packed: Buffer::scratch(inner.head_dim * columns),
             lines: Buffer::scratch(SQUARE * inner.head_dim),
             logits: Buffer::scratch(MOST_QUERIES * columns),
             queries: Buffer::scratch(0),
-            seen: Vec::new(),
             dropped: inner.dropout.map(Dropped::new),
         }
     }
@@ -68,7 +72,7 @@ impl<T: Scalar> ExactBlock<T> {
         state: &mut State<T>,
     ) {
         let mut widened = std::mem::replace(&mut self.queries, Buffer::scratch(0));
-        let queries = self.compute_type(range, &mut widened);
+        let queries = self.scaled(range, &mut widened);
         let present = range.lists.present();
         for (index, &block) in present.iter().enumerate() {
             let (numbers, listed) = (source.numbers(block), range.lists.of(block));
@@ -77,52 +81,55 @@ impl<T: Scalar> ExactBlock<T> {
             strip.clear();
             assert!(strip.push(source, numbers.start..numbers.end.min(last)), "an empty strip has room for a block");
             let Some(part) = strip.parts(source).next() else { continue };
-            self.pack(&part);
+            self.pack(&part, queries.key_factor);
             let ahead = present.get(index + 1).and_then(|&next| source.block_ahead(next));
             // First the queries of the block itself, which see its keys up to their own, then later ones, which see them all.
             let own = listed.partition_point(|&query| range.sights[query as usize].past <= block);
             self.own_queries(range, &queries, &part, block, own, state);
-            self.seen.clear();
-            self.step(range, &queries, &part, (block, own..listed.len()), ahead, state);
+            self.step(range, &queries, &part, (block, own..listed.len()), &[], ahead, state);
         }
         self.queries = widened;
     }
 
     /// The queries of the range in the compute type: where they lie, or else copied.
-    fn compute_type<'q, E: Element<Compute = T>>(
-        &self,
-        range: &RangeOfHead<'q, E>,
-        widened: &'q mut Buffer<T>,
-    ) -> Matrix<'q, T> {
+    ///
+    /// Backward multiplies queries by the scale, and its logits must be rounded as these are: an lse that fits other logits makes
+    /// wrong weights of large ones. So keys take the scale only if that makes no difference, as with 64 channels: it is a power
+    /// of two, and not one that could make them infinite.
+    fn scaled<'q, E: Element<Compute = T>>(&self, range: &RangeOfHead<'q, E>, copy: &'q mut Buffer<T>) -> Scaled<'q, T> {
         let (count, channels) = (range.tokens.len(), self.channels);
         let (data, stride) = range.rows.tail(range.tokens.start);
-        if let Some(data) = E::as_compute(data) {
-            return Matrix::new(data, count, channels, stride);
+        let scale = T::from_f64(self.scale);
+        if let Some(data) = E::as_compute(data).filter(|_| is_shrinking_power_of_two(self.scale)) {
+            return Scaled { rows: Matrix::new(data, count, channels, stride), key_factor: scale };
         }
-        if widened.len() < count * channels {
-            *widened = Buffer::scratch(count * channels);
+        if copy.len() < count * channels {
+            *copy = Buffer::scratch(count * channels);
         }
         let rows = range.tokens.clone().map(|token| range.rows.row(token));
-        pack_rows(rows, &mut MatrixMut::new(widened, count, channels, channels));
-        Matrix::new(widened, count, channels, channels)
+        pack_rows(rows, &mut MatrixMut::new(copy, count, channels, channels));
+        copy[..count * channels].iter_mut().for_each(|x| *x = *x * scale);
+        Scaled { rows: Matrix::new(copy, count, channels, channels), key_factor: T::from_f64(1.0) }
     }
 
+    /// Columns of so many packed keys.
     fn columns(&self, keys: usize) -> usize {
         keys.next_multiple_of(T::lanes(self.level))
     }
 
-    fn pack(&mut self, part: &PartView<'_, T>) {
+    /// Packs the keys, times a factor.
+    fn pack(&mut self, part: &PartView<'_, T>, factor: T) {
         let columns = self.columns(part.keys.rows);
         let keys = (0..part.keys.rows).map(|key| &part.keys.row(key)[..self.channels]);
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(self.level, keys, self.scale, &mut self.lines, &mut packed);
+        pack_transposed(self.level, keys, factor, &mut self.lines, &mut packed);
     }
 
     /// A step for the first `own` queries of a block, those that it holds.
     fn own_queries<E: Element<Compute = T>>(
         &mut self,
         range: &RangeOfHead<'_, E>,
-        queries: &Matrix<'_, T>,
+        queries: &Scaled<'_, T>,
         part: &PartView<'_, T>,
         block: usize,
         own: usize,
@@ -131,15 +138,14 @@ impl<T: Scalar> ExactBlock<T> {
         let seen = |query: u32| (range.sights[query as usize].keys - part.first).min(part.keys.rows);
         let listed = &range.lists.of(block)[..own];
         let Some(&first) = listed.first() else { return };
-        self.seen.clear();
-        self.seen.extend(listed.iter().map(|&query| u32::try_from(seen(query)).expect("keys of a block")));
+        let all_seen: Vec<u32> = listed.iter().map(|&query| u32::try_from(seen(query)).expect("keys of a block")).collect();
         let hidden = part.values.row_range(seen(first)..part.values.rows);
         if T::run(self.level, AllFinite(hidden)) {
-            self.step(range, queries, part, (block, 0..own), None, state);
+            self.step(range, queries, part, (block, 0..own), &all_seen, None, state);
             return;
         }
         // Weight 0 times a value that is no number is no number.
-        for (index, seen) in std::mem::take(&mut self.seen).into_iter().enumerate() {
+        for (index, seen) in all_seen.into_iter().enumerate() {
             let seen = seen as usize;
             let alone = PartView {
                 keys: part.keys.row_range(0..seen),
@@ -147,19 +153,21 @@ impl<T: Scalar> ExactBlock<T> {
                 rows: part.rows.start..part.rows.start + seen,
                 first: part.first,
             };
-            self.pack(&alone);
-            self.step(range, queries, &alone, (block, index..index + 1), None, state);
+            self.pack(&alone, queries.key_factor);
+            self.step(range, queries, &alone, (block, index..index + 1), &[], None, state);
         }
-        self.pack(part);
+        self.pack(part, queries.key_factor);
     }
 
     /// A step of the softmax for some of the queries that have a block in their plan, over its packed keys.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, who sees which, and where the result goes")]
     fn step<E: Element<Compute = T>>(
         &mut self,
         range: &RangeOfHead<'_, E>,
-        queries: &Matrix<'_, T>,
+        queries: &Scaled<'_, T>,
         part: &PartView<'_, T>,
         (block, places): (usize, Range<usize>),
+        seen: &[u32],
         ahead: Option<[Matrix<'_, T>; 2]>,
         state: &mut State<T>,
     ) {
@@ -174,11 +182,11 @@ impl<T: Scalar> ExactBlock<T> {
         T::run(
             self.level,
             AttendRows {
-                queries: *queries,
+                queries: queries.rows,
                 keys: Matrix::new(&self.packed, self.channels, columns, columns),
                 values: part.values,
                 numbers,
-                seen: &self.seen,
+                seen,
                 decisions: self.dropped.as_ref().map(Dropped::decisions),
                 maximum: &mut state.maximum,
                 sum: &mut state.sum,
@@ -189,4 +197,9 @@ impl<T: Scalar> ExactBlock<T> {
             },
         );
     }
+}
+
+/// Whether a product with it is a shift of the exponent, downwards or not at all.
+fn is_shrinking_power_of_two(scale: f64) -> bool {
+    scale.is_normal() && scale > 0.0 && scale <= 1.0 && scale.to_bits().trailing_zeros() >= f64::MANTISSA_DIGITS - 1
 }

@@ -1,4 +1,4 @@
-//! The queries of a range that meet a block, cut into tiles.
+//! The queries of a range that meet a block, cut into tiles: what backward goes through.
 
 use super::lists::BlockLists;
 use super::problem::Sight;

@@ -8,7 +8,7 @@
 //!         plan_t = local and first blocks, and those with the largest c_tj
 //!         state_t = softmax over the c_tj that are not in plan_t, + ln count_j            full mode
 //!     sort the plans by block                                                            lists
-//!     for each block j, ascending:  for each tile of the queries that have j in their plan:   exact
+//!     for each block j, ascending, for the queries that have it in their plan:            exact
 //!         state_t continues over the keys of j, for queries of block j up to their own
 //!     out_t, lse_t = state_t
 //! backward                                                backward, backward_range, gradient
