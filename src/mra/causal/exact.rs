@@ -71,8 +71,8 @@ impl<T: Scalar> ExactBlock<T> {
         strip: &mut Strip<T>,
         state: &mut State<T>,
     ) {
-        let mut widened = std::mem::replace(&mut self.queries, Buffer::scratch(0));
-        let queries = self.scaled(range, &mut widened);
+        let mut copied = std::mem::replace(&mut self.queries, Buffer::scratch(0));
+        let queries = self.scaled(range, &mut copied);
         let present = range.lists.present();
         for (index, &block) in present.iter().enumerate() {
             let (numbers, listed) = (source.numbers(block), range.lists.of(block));
@@ -88,7 +88,7 @@ impl<T: Scalar> ExactBlock<T> {
             self.own_queries(range, &queries, &part, block, own, state);
             self.step(range, &queries, &part, (block, own..listed.len()), &[], ahead, state);
         }
-        self.queries = widened;
+        self.queries = copied;
     }
 
     /// The queries of the range in the compute type: where they lie, or else copied.
