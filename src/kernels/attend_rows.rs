@@ -167,7 +167,8 @@ impl<T: Scalar> AttendRows<'_, T> {
             // SAFETY: the caller's.
             unsafe {
                 let largest = row_maximum::<T, S, N>(simd, logits.add(r * columns), columns);
-                let maximum = self.maximum.get_unchecked_mut(*self.numbers.get_unchecked(first + r) as usize);
+                let number = self.number(first + r);
+                let maximum = self.maximum.get_unchecked_mut(number);
                 before[r] = *maximum;
                 if largest > *maximum {
                     *maximum = largest;
@@ -188,7 +189,8 @@ impl<T: Scalar> AttendRows<'_, T> {
             // SAFETY: the caller's.
             unsafe {
                 let total = row_exponentials::<T, S, N>(simd, logits.add(r * columns), columns, maxima[r]);
-                let sum = self.sum.get_unchecked_mut(*self.numbers.get_unchecked(first + r) as usize);
+                let number = self.number(first + r);
+                let sum = self.sum.get_unchecked_mut(number);
                 *sum = *sum * rescale[r] + total;
             }
         }

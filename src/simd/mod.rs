@@ -74,15 +74,7 @@ pub trait Simd<T>: Copy {
     where
         T: Scalar,
     {
-        let (mut lanes, mut width) = (lanes_of(self, v), Self::LANES);
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                let other = lanes[lane + width];
-                lanes[lane] = if other > lanes[lane] { other } else { lanes[lane] };
-            }
-        }
-        lanes[0]
+        fold_lanes(self, v, |a, b| if b > a { b } else { a })
     }
     /// The sum of all lanes: the upper half added to the lower half, until one is left.
     #[inline(always)]
@@ -90,14 +82,7 @@ pub trait Simd<T>: Copy {
     where
         T: Scalar,
     {
-        let (mut lanes, mut width) = (lanes_of(self, v), Self::LANES);
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
-            }
-        }
-        lanes[0]
+        fold_lanes(self, v, |a, b| a + b)
     }
     /// Writes `factor` times a square of [`SQUARE`] rows as columns: element `c` of row `r` to `to[c * stride + r]`.
     ///
@@ -126,14 +111,22 @@ pub trait Simd<T>: Copy {
 /// Lanes of the widest vector, AVX-512's of float32.
 const MOST_LANES: usize = 16;
 
-/// The lanes of a vector, then zeros.
+/// Combines the lower half of the lanes with the upper half, until one is left. `both` is of scalars: a closure is compiled without
+/// the instructions of `simd`.
 #[inline(always)]
-fn lanes_of<T: Scalar, S: Simd<T>>(simd: S, v: S::V) -> [T; MOST_LANES] {
+fn fold_lanes<T: Scalar, S: Simd<T>>(simd: S, v: S::V, both: impl Fn(T, T) -> T) -> T {
     let mut lanes = [T::ZERO; MOST_LANES];
     assert!(S::LANES <= lanes.len());
     // SAFETY: there is room for a vector, asserted above.
     unsafe { simd.store(lanes.as_mut_ptr(), v) };
-    lanes
+    let mut width = S::LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            lanes[lane] = both(lanes[lane], lanes[lane + width]);
+        }
+    }
+    lanes[0]
 }
 
 /// A computation on one tile, written once for all instruction sets.

@@ -84,9 +84,9 @@ impl<T: Scalar> ExactBlock<T> {
             self.pack(&part, queries.key_factor);
             let ahead = present.get(index + 1).and_then(|&next| source.block_ahead(next));
             // First the queries of the block itself, which see its keys up to their own, then later ones, which see them all.
-            let own = listed.partition_point(|&query| range.sights[query as usize].past <= block);
+            let own = range.lists.own(block, range.sights);
             self.own_queries(range, &queries, &part, block, own, state);
-            self.step(range, &queries, &part, (block, own..listed.len()), &[], ahead, state);
+            self.step(range, &queries, &part, part.values, (block, own..listed.len()), &[], ahead, state);
         }
         self.queries = copied;
     }
@@ -141,31 +141,25 @@ impl<T: Scalar> ExactBlock<T> {
         let all_seen: Vec<u32> = listed.iter().map(|&query| u32::try_from(seen(query)).expect("keys of a block")).collect();
         let hidden = part.values.row_range(seen(first)..part.values.rows);
         if T::run(self.level, AllFinite(hidden)) {
-            self.step(range, queries, part, (block, 0..own), &all_seen, None, state);
+            self.step(range, queries, part, part.values, (block, 0..own), &all_seen, None, state);
             return;
         }
         // Weight 0 times a value that is no number is no number.
         for (index, seen) in all_seen.into_iter().enumerate() {
-            let seen = seen as usize;
-            let alone = PartView {
-                keys: part.keys.row_range(0..seen),
-                values: part.values.row_range(0..seen),
-                rows: part.rows.start..part.rows.start + seen,
-                first: part.first,
-            };
-            self.pack(&alone, queries.key_factor);
-            self.step(range, queries, &alone, (block, index..index + 1), &[], None, state);
+            let values = part.values.row_range(0..seen as usize);
+            self.step(range, queries, part, values, (block, index..index + 1), &[], None, state);
         }
-        self.pack(part, queries.key_factor);
     }
 
-    /// A step of the softmax for some of the queries that have a block in their plan, over its packed keys.
+    /// A step of the softmax for some of the queries that have a block in their plan, over as many of its packed keys as there are
+    /// `values`.
     #[allow(clippy::too_many_arguments, reason = "queries, keys, who sees which, and where the result goes")]
     fn step<E: Element<Compute = T>>(
         &mut self,
         range: &RangeOfHead<'_, E>,
         queries: &Scaled<'_, T>,
         part: &PartView<'_, T>,
+        values: Matrix<'_, T>,
         (block, places): (usize, Range<usize>),
         seen: &[u32],
         ahead: Option<[Matrix<'_, T>; 2]>,
@@ -175,7 +169,7 @@ impl<T: Scalar> ExactBlock<T> {
         if let Some(dropped) = &mut self.dropped {
             let tokens = numbers.iter().map(|&query| range.tokens.start + query as usize);
             dropped.start(Stream::Exact, range.head, tokens, numbers.len());
-            dropped.set_keys(part.first, part.keys.rows);
+            dropped.set_keys(part.first, values.rows);
         }
         let columns = self.columns(part.keys.rows);
         let (count, width) = (range.tokens.len(), state.width);
@@ -184,7 +178,7 @@ impl<T: Scalar> ExactBlock<T> {
             AttendRows {
                 queries: queries.rows,
                 keys: Matrix::new(&self.packed, self.channels, columns, columns),
-                values: part.values,
+                values,
                 numbers,
                 seen,
                 decisions: self.dropped.as_ref().map(Dropped::decisions),

@@ -51,6 +51,11 @@ impl BlockLists {
         &self.queries[self.starts[block] as usize + done..]
     }
 
+    /// How many of the queries of a block lie in it: the first ones, which see its keys up to their own. Later ones see all.
+    pub(crate) fn own(&self, block: usize, sights: &[Sight]) -> usize {
+        self.of(block).partition_point(|&query| sights[query as usize].past <= block)
+    }
+
     /// The queries of a block, numbered from the start of the range.
     pub(crate) fn of(&self, block: usize) -> &[u32] {
         &self.queries[self.starts[block] as usize..self.starts[block + 1] as usize]

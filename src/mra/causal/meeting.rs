@@ -53,8 +53,7 @@ pub(crate) fn for_meetings(
     count: usize,
     mut body: impl FnMut(Meeting<'_>),
 ) {
-    let queries = lists.of(block);
-    let (own, later) = queries.split_at(queries.partition_point(|&query| sights[query as usize].past <= block));
+    let (own, later) = lists.of(block).split_at(lists.own(block, sights));
     let next = |done: usize| {
         let behind = lists.behind(block, done);
         &behind[..behind.len().min(TILE_QUERIES)]
