@@ -17,10 +17,12 @@
 //! Sums run over the keys in their order (that of weights lane by lane), and keys that a query does not see add terms of weight 0
 //! at the end: so its bits depend neither on the other queries of the list nor on keys behind its own.
 
+use std::ops::Range;
+
 use super::dropout::Decisions;
 use super::gemm::{for_column_tiles, for_row_tiles};
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_far, prefetch_near};
+use crate::simd::{Kernel, Scalar, Simd, prefetch_far};
 
 /// Queries that go through all steps together, at most: two register tiles of the widest kind.
 pub(crate) const MOST_QUERIES: usize = 16;
@@ -45,11 +47,9 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) sum: &'a mut [T],
     /// The sum of weighted values of every query so far.
     pub(crate) sums: MatrixMut<'a, T>,
-    /// Scratch for [`MOST_QUERIES`] rows, as long as those of `keys`.
+    /// Scratch for [`MOST_QUERIES`] rows, as long as those of `keys`, and as much for the other halves of exponentials.
     pub(crate) logits: &'a mut [T],
-    /// The queries whose turn it is after these, to be brought nearer meanwhile.
-    pub(crate) next: &'a [u32],
-    /// Keys and values that are read then.
+    /// Keys and values that are read next, to be brought nearer meanwhile. The same for queries and sums gained nothing.
     pub(crate) ahead: Option<[Matrix<'a, T>; 2]>,
 }
 
@@ -63,69 +63,92 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
         assert!(columns.is_multiple_of(S::LANES) && columns >= self.values.rows, "whole vectors of keys");
         assert!(self.values.cols.is_multiple_of(S::LANES) && self.values.cols == self.sums.cols, "whole vectors of values");
         assert!(MOST_QUERIES.is_multiple_of(S::LANES), "whole vectors of queries");
-        assert!(2 * S::TILE_ROWS <= MOST_QUERIES && MOST_QUERIES * columns <= self.logits.len(), "room for logits");
+        assert!(2 * S::TILE_ROWS <= MOST_QUERIES && 2 * MOST_QUERIES * columns <= self.logits.len(), "room for logits");
         assert!(self.seen.is_empty() || self.seen.len() == count, "keys seen by each query");
         assert!(self.seen.iter().all(|&seen| seen as usize <= self.values.rows), "keys that there are");
+        assert!(self.decisions.is_none_or(|decisions| decisions.keys.len() == self.values.rows), "a number for each key");
         let rows = self.queries.rows.min(self.sums.rows).min(self.maximum.len()).min(self.sum.len());
-        assert!(self.numbers.iter().all(|&number| (number as usize) < rows), "numbers of queries");
-        if columns == 0 {
-            return;
-        }
+        let largest = self.numbers.iter().fold(0, |largest, &number| largest.max(number));
+        assert!(count == 0 || (largest as usize) < rows, "numbers of queries");
         let chunks = count.div_ceil(2 * S::TILE_ROWS);
         let mut first = 0;
-        for chunk in 0..chunks {
+        for index in 0..chunks {
             // Of nearly equal size, as the tiles of a product.
-            let rows = count / chunks + usize::from(chunk < count % chunks);
-            self.prefetch(first, rows);
+            let rows = count / chunks + usize::from(index < count % chunks);
+            let chunk = self.chunk(first..first + rows, S::LANES);
+            first += rows;
+            if chunk.keys == 0 {
+                continue;
+            }
+            self.prefetch_ahead(index, chunks);
             // SAFETY: by the assertions above these are listed queries, whose rows are in bounds, as is the scratch for them.
             unsafe {
-                self.multiply_keys(simd, first, rows);
-                self.hide(first, rows);
-                let mut rescale = [T::ZERO; MOST_QUERIES];
-                match columns / S::LANES {
-                    2 => self.softmax::<S, 2>(simd, first, rows, &mut rescale),
-                    4 => self.softmax::<S, 4>(simd, first, rows, &mut rescale),
-                    8 => self.softmax::<S, 8>(simd, first, rows, &mut rescale),
-                    _ => self.softmax::<S, 1>(simd, first, rows, &mut rescale),
+                self.multiply_keys(simd, &chunk);
+                self.hide(&chunk);
+                let mut rescale = [T::from_f64(1.0); MOST_QUERIES];
+                match chunk.columns / S::LANES {
+                    2 => self.softmax::<S, 2>(simd, &chunk, &mut rescale),
+                    3 => self.softmax::<S, 3>(simd, &chunk, &mut rescale),
+                    4 => self.softmax::<S, 4>(simd, &chunk, &mut rescale),
+                    8 => self.softmax::<S, 8>(simd, &chunk, &mut rescale),
+                    _ => self.softmax::<S, 1>(simd, &chunk, &mut rescale),
                 }
-                self.drop_weights(first, rows);
-                self.add_values(simd, first, rows, &rescale);
+                self.drop_weights(&chunk);
+                self.add_values(simd, &chunk, &rescale);
             }
-            first += rows;
         }
     }
 }
 
-impl<T: Scalar> AttendRows<'_, T> {
-    /// The place of a listed query among all.
-    ///
-    /// # Safety
-    /// - There are more than `index` listed queries.
+/// A few listed queries that go through all steps together.
+struct Chunk<'a, T> {
+    /// Where they start in the list.
+    first: usize,
+    numbers: &'a [u32],
+    /// Their rows: of queries, and of sums.
+    queries: [*const T; MOST_QUERIES],
+    sums: [*mut T; MOST_QUERIES],
+    /// Keys that at least one of them sees: all of them, or some first ones.
+    keys: usize,
+    /// These keys rounded up to whole vectors, the length of a row of logits.
+    columns: usize,
+}
+
+impl<'a, T: Scalar> AttendRows<'a, T> {
+    /// The chunk of these places in the list.
     #[inline(always)]
-    unsafe fn number(&self, index: usize) -> usize {
-        // SAFETY: the caller's.
-        unsafe { *self.numbers.get_unchecked(index) as usize }
+    fn chunk(&mut self, places: Range<usize>, lanes: usize) -> Chunk<'a, T> {
+        let (first, numbers) = (places.start, &self.numbers[places.clone()]);
+        assert!(numbers.len() <= MOST_QUERIES, "room for a chunk");
+        let (mut queries, mut sums) = ([std::ptr::null(); MOST_QUERIES], [std::ptr::null_mut(); MOST_QUERIES]);
+        // Taken once: a pointer that is taken from `self.sums` later ends those before it.
+        let (first_query, first_sum) = (self.queries.as_ptr(), self.sums.as_mut_ptr());
+        for (r, &number) in numbers.iter().enumerate() {
+            // Without channels there is no row to point into, and none is read.
+            queries[r] = first_query.wrapping_add(number as usize * self.queries.stride);
+            sums[r] = first_sum.wrapping_add(number as usize * self.sums.stride);
+        }
+        let keys = match self.seen {
+            [] => self.values.rows,
+            seen => seen[places].iter().fold(0, |most, &seen| most.max(seen as usize)),
+        };
+        Chunk { first, numbers, queries, sums, keys, columns: keys.next_multiple_of(lanes) }
     }
 
-    /// The logits of `rows` listed queries from `first` on.
+    /// The logits of a chunk.
     ///
     /// # Safety
-    /// - These are listed queries, and so many rows of logits fit into the scratch.
+    /// - Its queries are listed ones, and their logits fit into the scratch.
     #[inline(always)]
-    unsafe fn multiply_keys<S: Simd<T>>(&mut self, simd: S, first: usize, rows: usize) {
-        let (columns, channels, logits) = (self.keys.cols, self.keys.rows, self.logits.as_mut_ptr());
-        for_row_tiles!(rows, S::TILE_ROWS, |row, ROWS| {
-            let mut queries = [std::ptr::null(); ROWS];
-            for r in 0..ROWS {
-                // SAFETY: a listed query. Without channels there is no row to point into, and none is read.
-                let number = unsafe { self.number(first + row + r) };
-                queries[r] = self.queries.as_ptr().wrapping_add(number * self.queries.stride);
-            }
+    unsafe fn multiply_keys<S: Simd<T>>(&mut self, simd: S, chunk: &Chunk<'_, T>) {
+        let (columns, channels, logits) = (chunk.columns, self.keys.rows, self.logits.as_mut_ptr());
+        for_row_tiles!(chunk.numbers.len(), S::TILE_ROWS, |row, ROWS| {
+            let queries = rows_from::<_, ROWS>(&chunk.queries, row);
             for_column_tiles!(columns, S::LANES, |column, VECTORS| {
                 // SAFETY: whole vectors of columns of the keys, and rows of the scratch as long.
                 unsafe {
                     let keys = self.keys.as_ptr().wrapping_add(column);
-                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, &queries, keys, self.keys.stride, channels);
+                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, queries, keys, self.keys.stride, channels);
                     for r in 0..ROWS {
                         for v in 0..VECTORS {
                             simd.store(logits.add((row + r) * columns + column + v * S::LANES), tile[r][v]);
@@ -138,12 +161,12 @@ impl<T: Scalar> AttendRows<'_, T> {
 
     /// Sets the logits of keys that a query does not see, and of columns without a key, to `-inf`.
     #[inline(always)]
-    fn hide(&mut self, first: usize, rows: usize) {
-        let (columns, keys) = (self.keys.cols, self.values.rows);
+    fn hide(&mut self, chunk: &Chunk<'_, T>) {
+        let &Chunk { first, numbers, keys, columns, .. } = chunk;
         if self.seen.is_empty() && keys == columns {
             return;
         }
-        for r in 0..rows {
+        for r in 0..numbers.len() {
             let seen = self.seen.get(first + r).map_or(keys, |&seen| seen as usize);
             self.logits[r * columns + seen..(r + 1) * columns].fill(T::NEG_INFINITY);
         }
@@ -154,29 +177,59 @@ impl<T: Scalar> AttendRows<'_, T> {
     /// # Safety
     /// - As [`Self::multiply_keys`], and rows are multiples of `N` vectors.
     #[inline(always)]
-    unsafe fn softmax<S: Simd<T>, const N: usize>(
-        &mut self,
-        simd: S,
-        first: usize,
-        rows: usize,
-        rescale: &mut [T; MOST_QUERIES],
-    ) {
-        let (columns, logits) = (self.keys.cols, self.logits.as_mut_ptr());
-        let (mut before, mut maxima) = ([T::ZERO; MOST_QUERIES], [T::ZERO; MOST_QUERIES]);
-        for r in 0..rows {
+    unsafe fn softmax<S: Simd<T>, const N: usize>(&mut self, simd: S, chunk: &Chunk<'_, T>, rescale: &mut [T; MOST_QUERIES]) {
+        let &Chunk { numbers, columns, .. } = chunk;
+        let logits = self.logits.as_ptr();
+        let (mut maxima, mut largest) = ([T::ZERO; MOST_QUERIES], [simd.splat(T::ZERO); MOST_QUERIES]);
+        let mut reached = 0;
+        for (r, &number) in numbers.iter().enumerate() {
             // SAFETY: the caller's.
             unsafe {
-                let largest = row_maximum::<T, S, N>(simd, logits.add(r * columns), columns);
-                let number = self.number(first + r);
-                let maximum = self.maximum.get_unchecked_mut(number);
-                before[r] = *maximum;
-                if largest > *maximum {
-                    *maximum = largest;
-                }
-                maxima[r] = *maximum;
+                maxima[r] = *self.maximum.get_unchecked(number as usize);
+                largest[r] = row_maxima::<T, S, N>(simd, logits.add(r * columns), columns);
             }
+            // Reached, not exceeded: a query that has seen nothing yet must not keep its -inf for the exponentials.
+            reached |= simd.at_least(largest[r], simd.splat(maxima[r]));
         }
-        for r in (0..rows).step_by(S::LANES) {
+        if reached != 0 {
+            // SAFETY: the caller's.
+            unsafe { self.raise_maxima(simd, numbers, &largest, &mut maxima, rescale) };
+        }
+        // SAFETY: the caller's.
+        let totals = unsafe { self.exponentials::<S, N>(simd, chunk, &maxima) };
+        // Only now the sums across lanes, which each exponential would have to wait for.
+        for (r, &number) in numbers.iter().enumerate() {
+            let total = simd.sum_across(totals[r]);
+            // SAFETY: the caller's.
+            let sum = unsafe { self.sum.get_unchecked_mut(number as usize) };
+            *sum = *sum * rescale[r] + total;
+        }
+    }
+
+    /// Raises the maxima of some queries to the largest numbers of their rows, of which `largest` has that of each lane. `rescale`
+    /// becomes what that makes of weights so far, and `-inf` among the `maxima`, but not in the state, the lowest finite number.
+    ///
+    /// # Safety
+    /// - These are listed queries, at most [`MOST_QUERIES`].
+    #[inline(always)]
+    unsafe fn raise_maxima<S: Simd<T>>(
+        &mut self,
+        simd: S,
+        numbers: &[u32],
+        largest: &[S::V; MOST_QUERIES],
+        maxima: &mut [T; MOST_QUERIES],
+        rescale: &mut [T; MOST_QUERIES],
+    ) {
+        let before = *maxima;
+        for (r, &number) in numbers.iter().enumerate() {
+            let largest = simd.max_across(largest[r]);
+            if largest > maxima[r] {
+                maxima[r] = largest;
+            }
+            // SAFETY: the caller's.
+            unsafe { *self.maximum.get_unchecked_mut(number as usize) = maxima[r] };
+        }
+        for r in (0..numbers.len()).step_by(S::LANES) {
             // SAFETY: vectors divide the arrays, asserted in `run`.
             unsafe {
                 // -inf - -inf is NaN; the lowest finite number in its place leaves the weights 0.
@@ -185,50 +238,86 @@ impl<T: Scalar> AttendRows<'_, T> {
                 simd.store(rescale.as_mut_ptr().add(r), simd.exp(simd.sub(simd.load(before.as_ptr().add(r)), finite)));
             }
         }
-        for r in 0..rows {
-            // SAFETY: the caller's.
-            unsafe {
-                let total = row_exponentials::<T, S, N>(simd, logits.add(r * columns), columns, maxima[r]);
-                let number = self.number(first + r);
-                let sum = self.sum.get_unchecked_mut(number);
-                *sum = *sum * rescale[r] + total;
+    }
+
+    /// Replaces each `x` of a row by `exp(x - maximum)` and returns the sum of each row in each lane, in the order of the row.
+    ///
+    /// # Safety
+    /// - As [`Self::softmax`].
+    #[inline(always)]
+    unsafe fn exponentials<S: Simd<T>, const N: usize>(
+        &mut self,
+        simd: S,
+        chunk: &Chunk<'_, T>,
+        maxima: &[T; MOST_QUERIES],
+    ) -> [S::V; MOST_QUERIES] {
+        let (rows, columns) = (chunk.numbers.len(), chunk.columns);
+        let (logits, others) = self.logits.split_at_mut(MOST_QUERIES * columns);
+        let mut totals = [simd.splat(T::ZERO); MOST_QUERIES];
+        for first in (0..columns).step_by(N * S::LANES) {
+            for r in 0..rows {
+                let maximum = simd.splat(maxima[r]);
+                for v in 0..N {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let place = r * columns + first + v * S::LANES;
+                        let x = simd.sub(simd.load(logits.as_ptr().add(place)), maximum);
+                        let [half, other] = simd.start_exp(x);
+                        simd.store(logits.as_mut_ptr().add(place), half);
+                        simd.store(others.as_mut_ptr().add(place), other);
+                    }
+                }
+            }
+            for r in 0..rows {
+                for v in 0..N {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let place = r * columns + first + v * S::LANES;
+                        let logit = logits.as_mut_ptr().add(place);
+                        let weight = simd.finish_exp([simd.load(logit), simd.load(others.as_ptr().add(place))]);
+                        simd.store(logit, weight);
+                        totals[r] = simd.add(totals[r], weight);
+                    }
+                }
             }
         }
+        totals
     }
 
     /// Drops weights, after they have been summed.
     #[inline(always)]
-    fn drop_weights(&mut self, first: usize, rows: usize) {
+    fn drop_weights(&mut self, chunk: &Chunk<'_, T>) {
         if let Some(decisions) = &self.decisions {
-            for (r, weights) in self.logits.chunks_exact_mut(self.keys.cols).take(rows).enumerate() {
-                decisions.drop_row(first + r, &mut weights[..self.values.rows]);
+            for (r, weights) in self.logits.chunks_exact_mut(chunk.columns).take(chunk.numbers.len()).enumerate() {
+                decisions.drop_row(chunk.first + r, &mut weights[..chunk.keys]);
             }
         }
     }
 
-    /// Adds the weighted values of `rows` listed queries from `first` on to their sums so far.
+    /// Adds the weighted values of a chunk to the sums of its queries so far.
     ///
     /// # Safety
     /// - As [`Self::multiply_keys`].
     #[inline(always)]
-    unsafe fn add_values<S: Simd<T>>(&mut self, simd: S, first: usize, rows: usize, rescale: &[T; MOST_QUERIES]) {
-        let (columns, keys, logits) = (self.keys.cols, self.values.rows, self.logits.as_ptr());
-        let (sums, stride) = (self.sums.as_mut_ptr(), self.sums.stride);
-        for_row_tiles!(rows, S::TILE_ROWS, |row, ROWS| {
-            let mut weights = [std::ptr::null(); ROWS];
-            for r in 0..ROWS {
-                weights[r] = logits.wrapping_add((row + r) * columns);
-            }
+    unsafe fn add_values<S: Simd<T>>(&mut self, simd: S, chunk: &Chunk<'_, T>, rescale: &[T; MOST_QUERIES]) {
+        // An array, as of the queries: where the compiler sees that rows are equally far apart, it computes them from one another
+        // at every step, which takes registers that it does not have.
+        let mut weights = [std::ptr::null(); MOST_QUERIES];
+        for r in 0..chunk.numbers.len() {
+            weights[r] = self.logits.as_ptr().wrapping_add(r * chunk.columns);
+        }
+        for_row_tiles!(chunk.numbers.len(), S::TILE_ROWS, |row, ROWS| {
+            let (weights, sums) = (rows_from::<_, ROWS>(&weights, row), rows_from::<_, ROWS>(&chunk.sums, row));
             for_column_tiles!(self.values.cols, S::LANES, |column, VECTORS| {
-                // SAFETY: whole vectors of columns of the values, as many rows as a row has weights, and rows of sums as long.
+                // SAFETY: whole vectors of columns of the values, as many rows as a row has weights, rows of sums as long, and a
+                // factor for each row.
                 unsafe {
                     let values = self.values.as_ptr().wrapping_add(column);
-                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, &weights, values, self.values.stride, keys);
+                    let tile = dot_tile::<T, S, ROWS, VECTORS>(simd, weights, values, self.values.stride, chunk.keys);
                     for r in 0..ROWS {
-                        let factor = simd.splat(rescale[row + r]);
-                        let sums = sums.add(self.number(first + row + r) * stride + column);
+                        let factor = simd.splat(*rescale.get_unchecked(row + r));
                         for v in 0..VECTORS {
-                            let place = sums.add(v * S::LANES);
+                            let place = sums[r].wrapping_add(column + v * S::LANES);
                             simd.store(place, simd.mul_add(simd.load(place), factor, tile[r][v]));
                         }
                     }
@@ -237,36 +326,30 @@ impl<T: Scalar> AttendRows<'_, T> {
         });
     }
 
-    /// Brings the rows of the queries after these nearer, and a share of what is read after all of them.
+    /// Brings a share of what is read after all chunks nearer.
     #[inline(always)]
-    fn prefetch(&mut self, first: usize, rows: usize) {
-        let count = self.numbers.len();
-        let coming = self.numbers[first + rows..].iter().chain(self.next).take(rows);
-        for &number in coming {
-            let number = number as usize;
-            let query = self.queries.as_ptr().wrapping_add(number * self.queries.stride);
-            let sums = self.sums.as_mut_ptr().wrapping_add(number * self.sums.stride);
-            for channel in (0..self.queries.cols).step_by(LINE / size_of::<T>()) {
-                prefetch_near(query.wrapping_add(channel));
-            }
-            for channel in (0..self.sums.cols).step_by(LINE / size_of::<T>()) {
-                prefetch_near(sums.wrapping_add(channel));
-            }
-        }
+    fn prefetch_ahead(&self, index: usize, chunks: usize) {
         for matrix in self.ahead.iter().flatten() {
-            for row in first * matrix.rows / count..(first + rows) * matrix.rows / count {
+            let share = matrix.rows.div_ceil(chunks);
+            for row in index * share..matrix.rows.min((index + 1) * share) {
                 prefetch_far(matrix.row(row));
             }
         }
     }
 }
 
-/// The largest number of a row.
+/// Some consecutive ones of the rows of a chunk.
+#[inline(always)]
+fn rows_from<P, const ROWS: usize>(rows: &[P; MOST_QUERIES], first: usize) -> &[P; ROWS] {
+    rows[first..].first_chunk().expect("rows of a chunk")
+}
+
+/// The largest number in each lane of a row.
 ///
 /// # Safety
 /// - `len` numbers, whole runs of `N` vectors, are readable from `row` on.
 #[inline(always)]
-unsafe fn row_maximum<T: Scalar, S: Simd<T>, const N: usize>(simd: S, row: *const T, len: usize) -> T {
+unsafe fn row_maxima<T: Scalar, S: Simd<T>, const N: usize>(simd: S, row: *const T, len: usize) -> S::V {
     let mut maxima = [simd.splat(T::NEG_INFINITY); N];
     for column in (0..len).step_by(N * S::LANES) {
         for v in 0..N {
@@ -277,32 +360,7 @@ unsafe fn row_maximum<T: Scalar, S: Simd<T>, const N: usize>(simd: S, row: *cons
     for v in 1..N {
         maxima[0] = simd.max(maxima[v], maxima[0]);
     }
-    simd.max_across(maxima[0])
-}
-
-/// Replaces each `x` of a row by `exp(x - maximum)` and returns their sum: of each lane in the order of the row, whatever `N`
-/// is if that is all vectors or 1, then across lanes.
-///
-/// # Safety
-/// - `len` numbers, whole runs of `N` vectors, are writable from `row` on.
-#[inline(always)]
-unsafe fn row_exponentials<T: Scalar, S: Simd<T>, const N: usize>(simd: S, row: *mut T, len: usize, maximum: T) -> T {
-    let (maximum, mut sum) = (simd.splat(maximum), simd.splat(T::ZERO));
-    for column in (0..len).step_by(N * S::LANES) {
-        let mut weights = [sum; N];
-        for v in 0..N {
-            // SAFETY: the caller's.
-            unsafe {
-                let place = row.add(column + v * S::LANES);
-                weights[v] = simd.exp(simd.sub(simd.load(place), maximum));
-                simd.store(place, weights[v]);
-            }
-        }
-        for v in 0..N {
-            sum = simd.add(sum, weights[v]);
-        }
-    }
-    simd.sum_across(sum)
+    maxima[0]
 }
 
 /// `sums[r][v] = sum over k of a[r][k] * b[k * stride..]`, a tile of which stays in registers.

@@ -136,10 +136,10 @@ pub(crate) struct Decisions<'a> {
 }
 
 impl Decisions<'_> {
-    /// Drops weights of one of the queries, and divides the others by the probability to be kept.
+    /// Drops weights of one of the queries for the first ones of the keys, and divides the others by the probability to be kept.
     #[inline(always)]
     pub(super) fn drop_row<T: Scalar>(&self, query: usize, weights: &mut [T]) {
-        assert_eq!(self.keys.len(), weights.len(), "a number for each key");
+        assert!(weights.len() <= self.keys.len(), "a number for each key");
         let (low, high) = (self.rows.low[query], self.rows.high[query]);
         let (threshold, factor) = (self.dropout.threshold, T::from_f64(self.dropout.factor));
         for (weight, &key) in weights.iter_mut().zip(self.keys) {

@@ -76,12 +76,14 @@ impl<T: Scalar> Largest<'_, T> {
             // SAFETY: a line has room for a vector, asserted above.
             unsafe { simd.store(line.as_mut_ptr(), t) };
         }
-        let (mut bound, mut ties) = ([T::NAN; 16], [0; 16]);
+        let (mut bound, mut ties, mut tied) = ([T::NAN; 16], [0; 16], [false; 16]);
         for lane in 0..S::LANES {
             let wanted = self.wanted[column + lane];
             if wanted > 0 && sorted[wanted - 1][lane] > T::NEG_INFINITY {
                 bound[lane] = sorted[wanted - 1][lane];
                 ties[lane] = wanted - sorted.iter().filter(|line| line[lane] > bound[lane]).count();
+                // The next one is equal too, or is not known.
+                tied[lane] = sorted.get(wanted).is_none_or(|line| line[lane] == bound[lane]);
             }
         }
         // SAFETY: room for a vector, asserted above.
@@ -100,13 +102,15 @@ impl<T: Scalar> Largest<'_, T> {
                 hits &= hits - 1;
                 let (row, lane) = (start + bit / S::LANES, bit % S::LANES);
                 // SAFETY: a lane of that vector.
-                let tie = unsafe { *first.add(row * stride + lane) } == bound[lane];
-                if !tie || ties[lane] > 0 {
-                    ties[lane] -= usize::from(tie);
-                    let taken = &mut self.taken[column + lane];
-                    self.rows[(column + lane) * self.stride + *taken] = u32::try_from(row).expect("fewer than 2^32 rows");
-                    *taken += 1;
+                if tied[lane] && unsafe { *first.add(row * stride + lane) } == bound[lane] {
+                    if ties[lane] == 0 {
+                        continue;
+                    }
+                    ties[lane] -= 1;
                 }
+                let taken = &mut self.taken[column + lane];
+                self.rows[(column + lane) * self.stride + *taken] = u32::try_from(row).expect("fewer than 2^32 rows");
+                *taken += 1;
             }
         }
     }

@@ -7,7 +7,7 @@ use std::arch::aarch64::{
 };
 use std::arch::is_aarch64_feature_detected as detected;
 
-use super::exp::{Exponent, exp};
+use super::exp::{Exponent, finish_exp, start_exp, twice};
 use super::{Kernel, Simd};
 
 /// 128-bit vectors of aarch64.
@@ -36,7 +36,7 @@ impl Neon {
 }
 
 macro_rules! operations {
-    ($t:ty, $v:ty, exp = $exp:expr, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
+    ($t:ty, $v:ty, exp = ($start_exp:expr, $finish_exp:expr), $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
      $fma:ident, $greater:ident, $select:ident) => {
         impl Simd<$t> for Neon {
             type V = $v;
@@ -100,8 +100,12 @@ macro_rules! operations {
                 (0..lanes).fold(0, |bits, lane| bits | u32::from(x[lane] >= y[lane]) << lane)
             }
             #[inline(always)]
-            fn exp(self, x: Self::V) -> Self::V {
-                $exp(self, x)
+            fn start_exp(self, x: Self::V) -> [Self::V; 2] {
+                $start_exp(self, x)
+            }
+            #[inline(always)]
+            fn finish_exp(self, halfway: [Self::V; 2]) -> Self::V {
+                $finish_exp(self, halfway)
             }
         }
     };
@@ -110,7 +114,7 @@ macro_rules! operations {
 operations!(
     f32,
     float32x4_t,
-    exp = exp,
+    exp = (start_exp, finish_exp),
     vdupq_n_f32,
     vld1q_f32,
     vst1q_f32,
@@ -124,7 +128,7 @@ operations!(
 operations!(
     f64,
     float64x2_t,
-    exp = exp_by_lane,
+    exp = (twice, exp_by_lane),
     vdupq_n_f64,
     vld1q_f64,
     vst1q_f64,
@@ -138,7 +142,7 @@ operations!(
 
 /// `exp` of doubles, lane by lane: float64 is there to check with, not for speed.
 #[inline(always)]
-fn exp_by_lane(_: Neon, x: float64x2_t) -> float64x2_t {
+fn exp_by_lane(_: Neon, [x, _]: [float64x2_t; 2]) -> float64x2_t {
     // SAFETY: the token proves that the CPU has the instructions.
     unsafe {
         let x = vsetq_lane_f64::<0>(vgetq_lane_f64::<0>(x).exp(), x);

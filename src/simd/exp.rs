@@ -17,7 +17,7 @@ const COEFFICIENTS: [f32; 6] = [1.381_459_9e-3, 8.368_717e-3, 4.166_839e-2, 1.66
 const LN_2: f32 = 0.693_145_75;
 const LN_2_REST: f32 = 1.428_606_8e-6;
 
-/// The largest error of [`exp`] in units in the last place, where the result is a normal number.
+/// The largest error of [`Simd::exp`] in units in the last place, where the result is a normal number.
 #[cfg(test)]
 pub(crate) const MAX_ULPS: f64 = 1.5;
 
@@ -25,20 +25,32 @@ pub(crate) const MAX_ULPS: f64 = 1.5;
 /// the lowest 8 bits of the sum are the exponent of `2^n`.
 const ROUND_AND_BIAS: f32 = 12_582_912.0 + 127.0;
 
-/// What [`exp`] needs beyond the operations of the kernels.
+/// What the exponential needs beyond the operations of the kernels.
 pub(crate) trait Exponent: Simd<f32> {
     /// The number whose exponent is the lowest 8 bits of each lane; the sign is the bit above them.
     fn low_bits_as_exponent(self, x: Self::V) -> Self::V;
 }
 
-/// `e^x`. Results below `2^-126.5` are 0, those above `2^127.5` infinite, up to the rounding of `x / ln 2`.
+/// The first half of an exponential that is computed in one go, in the second: the number itself, and nothing else to say.
 #[inline(always)]
-pub(crate) fn exp<S: Exponent>(simd: S, x: S::V) -> S::V {
+pub(crate) fn twice<S, V: Copy>(_: S, x: V) -> [V; 2] {
+    [x, x]
+}
+
+/// The first half of `e^x`: `f`, and `n` as [`ROUND_AND_BIAS`] has it. Results below `2^-126.5` are 0, those above `2^127.5`
+/// infinite, up to the rounding of `x / ln 2`.
+#[inline(always)]
+pub(crate) fn start_exp<S: Exponent>(simd: S, x: S::V) -> [S::V; 2] {
     // Beyond these bounds the result is 0 or infinite. The operand order lets a NaN through both.
     let x = simd.min(simd.splat(88.73), simd.max(simd.splat(-88.1), x));
     let biased = simd.mul_add(x, simd.splat(std::f32::consts::LOG2_E), simd.splat(ROUND_AND_BIAS));
     let minus_n = simd.sub(simd.splat(ROUND_AND_BIAS), biased);
-    let f = simd.mul_add(minus_n, simd.splat(LN_2_REST), simd.mul_add(minus_n, simd.splat(LN_2), x));
+    [simd.mul_add(minus_n, simd.splat(LN_2_REST), simd.mul_add(minus_n, simd.splat(LN_2), x)), biased]
+}
+
+/// The second half: `2^n p(f)`.
+#[inline(always)]
+pub(crate) fn finish_exp<S: Exponent>(simd: S, [f, biased]: [S::V; 2]) -> S::V {
     let mut p = simd.splat(COEFFICIENTS[0]);
     for c in &COEFFICIENTS[1..] {
         p = simd.mul_add(p, f, simd.splat(*c));

@@ -105,7 +105,17 @@ pub trait Simd<T>: Copy {
         }
     }
     /// `e` to the power `x`; 0 for `-inf`, NaN for NaN. Relative error: see [`exp`](self::exp).
-    fn exp(self, x: Self::V) -> Self::V;
+    #[inline(always)]
+    fn exp(self, x: Self::V) -> Self::V {
+        self.finish_exp(self.start_exp(x))
+    }
+    /// The first half of [`Self::exp`]: what the second one needs.
+    ///
+    /// One exponential is a long chain of operations, each of which waits for the one before it, and the few that a CPU keeps
+    /// waiting are those of a few exponentials only. Of many, all first halves and then all second ones take less time.
+    fn start_exp(self, x: Self::V) -> [Self::V; 2];
+    /// The second half of [`Self::exp`].
+    fn finish_exp(self, halfway: [Self::V; 2]) -> Self::V;
 }
 
 /// Lanes of the widest vector, AVX-512's of float32.

@@ -1,7 +1,7 @@
 //! The fallback: plain loops over short arrays, which the compiler vectorises with whatever the target has by default.
 
 use super::Simd;
-use super::exp::{Exponent, exp};
+use super::exp::{Exponent, finish_exp, start_exp, twice};
 
 /// The token of the fallback; every CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub struct Portable;
 const LANES: usize = 4;
 
 macro_rules! portable {
-    ($t:ty, exp = $exp:expr) => {
+    ($t:ty, exp = ($start_exp:expr, $finish_exp:expr)) => {
         impl Simd<$t> for Portable {
             type V = [$t; LANES];
             const LANES: usize = LANES;
@@ -60,15 +60,19 @@ macro_rules! portable {
                 (0..LANES).fold(0, |bits, l| bits | u32::from(a[l] >= b[l]) << l)
             }
             #[inline(always)]
-            fn exp(self, x: Self::V) -> Self::V {
-                $exp(self, x)
+            fn start_exp(self, x: Self::V) -> [Self::V; 2] {
+                $start_exp(self, x)
+            }
+            #[inline(always)]
+            fn finish_exp(self, halfway: [Self::V; 2]) -> Self::V {
+                $finish_exp(self, halfway)
             }
         }
     };
 }
 
-portable!(f32, exp = exp);
-portable!(f64, exp = |_, x: [f64; LANES]| x.map(f64::exp));
+portable!(f32, exp = (start_exp, finish_exp));
+portable!(f64, exp = (twice, |_, [x, _]: [[f64; LANES]; 2]| x.map(f64::exp)));
 
 impl Exponent for Portable {
     #[inline(always)]

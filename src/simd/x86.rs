@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 };
 use std::is_x86_feature_detected as detected;
 
-use super::exp::{Exponent, exp};
+use super::exp::{Exponent, finish_exp, start_exp, twice};
 use super::{Kernel, SQUARE, Simd};
 
 macro_rules! token {
@@ -50,7 +50,7 @@ token!(Avx2, "256-bit vectors with fused multiply-add.", "avx2,fma", ["avx2", "f
 token!(Avx512, "512-bit vectors.", "avx512f,avx2,fma", ["avx512f", "avx2", "fma"]);
 
 macro_rules! operations {
-    ($token:ident, $t:ty, $v:ty, $rows:literal, exp = $exp:expr,
+    ($token:ident, $t:ty, $v:ty, $rows:literal, exp = ($start_exp:expr, $finish_exp:expr),
      $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident $(, $transpose:ident)?) => {
         impl Simd<$t> for $token {
             type V = $v;
@@ -108,8 +108,12 @@ macro_rules! operations {
                 unsafe { $at_least(a, b) }
             }
             #[inline(always)]
-            fn exp(self, x: Self::V) -> Self::V {
-                $exp(self, x)
+            fn start_exp(self, x: Self::V) -> [Self::V; 2] {
+                $start_exp(self, x)
+            }
+            #[inline(always)]
+            fn finish_exp(self, halfway: [Self::V; 2]) -> Self::V {
+                $finish_exp(self, halfway)
             }
             $(
                 #[inline(always)]
@@ -124,7 +128,7 @@ macro_rules! operations {
 
 /// `exp` of doubles, lane by lane: float64 is there to check with, not for speed.
 #[inline(always)]
-fn exp_by_lane<S: Simd<f64>>(simd: S, x: S::V) -> S::V {
+fn exp_by_lane<S: Simd<f64>>(simd: S, [x, _]: [S::V; 2]) -> S::V {
     let mut lanes = [0.0; 8];
     assert!(S::LANES <= lanes.len());
     // SAFETY: `lanes` has room for a whole vector, asserted above.
@@ -202,7 +206,7 @@ operations!(
     f32,
     __m256,
     6,
-    exp = exp,
+    exp = (start_exp, finish_exp),
     _mm256_set1_ps,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
@@ -220,7 +224,7 @@ operations!(
     f64,
     __m256d,
     6,
-    exp = exp_by_lane,
+    exp = (twice, exp_by_lane),
     _mm256_set1_pd,
     _mm256_loadu_pd,
     _mm256_storeu_pd,
@@ -238,7 +242,7 @@ operations!(
     f32,
     __m512,
     8,
-    exp = exp,
+    exp = (start_exp, finish_exp),
     _mm512_set1_ps,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
@@ -256,7 +260,7 @@ operations!(
     f64,
     __m512d,
     8,
-    exp = exp_by_lane,
+    exp = (twice, exp_by_lane),
     _mm512_set1_pd,
     _mm512_loadu_pd,
     _mm512_storeu_pd,

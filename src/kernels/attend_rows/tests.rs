@@ -47,9 +47,15 @@ impl Step {
         Self { level, channels, keys, width, queries: of_queries, packed, values, maximum, sum, sums }
     }
 
+    /// The same, with maxima above every logit of the step.
+    fn far_above(mut self) -> Self {
+        self.maximum.fill(self.channels as f32 + 0.5);
+        self
+    }
+
     fn run(&mut self, numbers: &[u32], seen: &[u32], decisions: Option<Decisions<'_>>) {
         let (count, columns) = (self.maximum.len(), self.keys.next_multiple_of(f32::lanes(self.level)));
-        let mut logits = vec![f32::NAN; MOST_QUERIES * columns];
+        let mut logits = vec![f32::NAN; 2 * MOST_QUERIES * columns];
         let values = Matrix::new(&self.values, self.keys, self.width, self.width + GAP);
         let step = AttendRows {
             queries: Matrix::new(&self.queries, count, self.channels, self.channels + GAP),
@@ -62,7 +68,6 @@ impl Step {
             sum: &mut self.sum,
             sums: MatrixMut::new(&mut self.sums, count, self.width, self.width + GAP),
             logits: &mut logits,
-            next: &numbers[..1],
             ahead: Some([values; 2]),
         };
         f32::run(self.level, step);
@@ -136,6 +141,22 @@ fn a_step_is_the_softmax() {
     }
 }
 
+/// No maximum of a chunk changes then, and no sum is rescaled.
+#[test]
+fn a_step_below_all_maxima_is_the_softmax() {
+    for level in Level::available() {
+        for (channels, keys, vectors) in [(1, 1, 1), (5, 7, 2), (9, 31, 2), (6, 32, 4), (3, 64, 1), (4, 70, 2)] {
+            let step = || Step::new(level, 19, channels, keys, vectors).far_above();
+            let (before, mut after) = (step(), step());
+            after.run(&numbers(19), &[], None);
+            for query in 0..19 {
+                after.assert_step(&before, query, keys, |_| 1.0);
+                assert_eq!(after.maximum[query], before.maximum[query], "{}: query {query}", level.name());
+            }
+        }
+    }
+}
+
 #[test]
 fn a_query_has_the_same_bits_alone_and_behind_its_keys() {
     for level in Level::available() {
@@ -157,21 +178,57 @@ fn a_query_has_the_same_bits_alone_and_behind_its_keys() {
     }
 }
 
+/// What some queries hold or see changes no bit of the others of their chunk.
+#[test]
+fn a_query_has_the_same_bits_among_extraordinary_ones() {
+    for level in Level::available() {
+        let step = || {
+            let mut step = Step::new(level, 9, 6, 32, 2).far_above();
+            step.maximum[1] = -0.5; // is raised
+            step.queries[2 * (6 + GAP)] = f32::NAN;
+            step.queries[3 * (6 + GAP)] = f32::INFINITY;
+            step.maximum[4] = f32::NAN;
+            step.maximum[6] = f32::NEG_INFINITY; // has seen nothing yet
+            step
+        };
+        // Queries 5 and 6 see nothing.
+        let seen = [32, 32, 32, 32, 32, 0, 0, 20, 32];
+        let (before, mut together) = (step(), step());
+        together.run(&numbers(9), &seen, None);
+        for query in [0, 1, 7, 8] {
+            let mut alone = step();
+            alone.run(&[u32::try_from(query).unwrap()], &[seen[query]], None);
+            assert_eq!(alone.row(query), together.row(query), "{}: query {query}", level.name());
+            assert!(together.row(query).2.iter().all(|x| x.is_finite()));
+        }
+        for query in [2, 3, 4] {
+            assert!(together.sum[query].is_nan() && together.row(query).2.iter().all(|x| x.is_nan()), "query {query}");
+        }
+        let mut nothing = step();
+        nothing.run(&[5, 6], &[0, 0], None);
+        for query in [5, 6] {
+            assert_eq!(together.row(query), before.row(query), "{}: query {query}, which sees nothing", level.name());
+            assert_eq!(nothing.row(query), before.row(query), "{}: query {query} without others", level.name());
+        }
+    }
+}
+
 #[test]
 fn dropped_weights_add_nothing_and_count_in_the_sum() {
     let dropout = Dropout::new(0.4, 7).expect("a rate");
-    for level in Level::available() {
+    for (level, partly) in Level::available().into_iter().flat_map(|level| [(level, false), (level, true)]) {
         let (before, mut after) = (Step::new(level, 9, 5, 12, 2), Step::new(level, 9, 5, 12, 2));
+        let seen: Vec<u32> = if partly { (1..10).collect() } else { vec![] };
         let mut rows = DropoutRows::default();
         rows.start(9, (0..9).map(|query| dropout.row(Stream::Exact, 3, query)));
         let keys: Vec<u32> = (100..112).collect();
         let decisions = Decisions { keys: &keys, rows: &rows, dropout };
-        after.run(&numbers(9), &[], Some(decisions));
+        after.run(&numbers(9), &seen, Some(decisions));
         for query in 0..9 {
             let mut kept = [1.0f32; 12];
             decisions.drop_row(query, &mut kept);
             assert!(kept.contains(&0.0) && kept.iter().any(|&factor| factor > 1.0), "some of both");
-            after.assert_step(&before, query, 12, |key| f64::from(kept[key]));
+            after.assert_step(&before, query, seen.get(query).map_or(12, |&seen| seen as usize), |key| f64::from(kept[key]));
         }
     }
 }

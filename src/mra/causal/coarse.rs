@@ -160,6 +160,7 @@ impl<T: Scalar> CoarseTile<T> {
         columns: usize,
     ) {
         let inner = &problem.inner;
+        let ahead = rows_ahead(rows, queries.end, TILE_QUERIES);
         let mut packed = MatrixMut::new(&mut self.packed, inner.head_dim, columns, columns);
         pack_transposed(inner.level, queries.map(|t| rows.row(t)), T::from_f64(inner.scale), &mut self.lines, &mut packed);
         T::run(
@@ -171,7 +172,7 @@ impl<T: Scalar> CoarseTile<T> {
                 b_rows: None,
                 c: MatrixMut::new(&mut self.logits, keys.rows, columns, columns),
                 init: Init::Zero,
-                ahead: None,
+                ahead,
             },
         );
     }
@@ -249,6 +250,13 @@ pub(crate) fn matrix<'a, T: Scalar>(rows: &Rows<'a, T>, range: Range<usize>) -> 
     }
     let (data, stride) = rows.tail(range.start);
     Matrix::new(data, range.len(), rows.cols(), stride)
+}
+
+/// At most `most` rows from `first` on, to be brought nearer; `None` where copies of them are read.
+fn rows_ahead<'a, E: Element>(rows: &Rows<'a, E>, first: usize, most: usize) -> Option<Matrix<'a, E::Compute>> {
+    let count = most.min(rows.len() - first);
+    let (data, stride) = if count == 0 { (&[][..], 0) } else { rows.tail(first) };
+    Some(Matrix::new(E::as_compute(data)?, count, rows.cols(), stride))
 }
 
 fn keys_of<'a, T: Scalar>(rows: &Rows<'a, T>, channels: usize, past: usize) -> Matrix<'a, T> {

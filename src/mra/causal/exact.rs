@@ -57,7 +57,7 @@ impl<T: Scalar> ExactBlock<T> {
             channels: inner.head_dim,
             packed: Buffer::scratch(inner.head_dim * columns),
             lines: Buffer::scratch(SQUARE * inner.head_dim),
-            logits: Buffer::scratch(MOST_QUERIES * columns),
+            logits: Buffer::scratch(2 * MOST_QUERIES * columns),
             queries: Buffer::scratch(0),
             dropped: inner.dropout.map(Dropped::new),
         }
@@ -165,7 +165,7 @@ impl<T: Scalar> ExactBlock<T> {
         ahead: Option<[Matrix<'_, T>; 2]>,
         state: &mut State<T>,
     ) {
-        let (numbers, next) = (&range.lists.of(block)[places.clone()], range.lists.behind(block, places.end));
+        let numbers = &range.lists.of(block)[places];
         if let Some(dropped) = &mut self.dropped {
             let tokens = numbers.iter().map(|&query| range.tokens.start + query as usize);
             dropped.start(Stream::Exact, range.head, tokens, numbers.len());
@@ -186,7 +186,6 @@ impl<T: Scalar> ExactBlock<T> {
                 sum: &mut state.sum,
                 sums: MatrixMut::new(&mut state.values, count, width, width),
                 logits: &mut self.logits,
-                next: &next[..next.len().min(MOST_QUERIES)],
                 ahead,
             },
         );
