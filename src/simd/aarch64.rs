@@ -36,7 +36,8 @@ impl Neon {
 }
 
 macro_rules! operations {
-    ($t:ty, $v:ty, exp = ($start_exp:expr, $finish_exp:expr), $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
+    ($t:ty, $v:ty, exp = ($start_exp:expr, $finish_exp:expr),
+     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
      $fma:ident, $greater:ident, $select:ident) => {
         impl Simd<$t> for Neon {
             type V = $v;
