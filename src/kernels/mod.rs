@@ -11,6 +11,7 @@ mod bf16;
 mod bf16_pack;
 mod bias;
 mod distances;
+mod dot_tile;
 mod dropout;
 mod gemm;
 mod guarded;
