@@ -23,7 +23,7 @@ use super::dot_tile::dot_tile;
 use super::dropout::Decisions;
 use super::gemm::{for_column_tiles, for_row_tiles};
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, Scalar, Simd, prefetch_far};
+use crate::simd::{Kernel, Scalar, Simd};
 
 /// Queries that go through all steps together, at most: two register tiles of the widest kind.
 pub(crate) const MOST_QUERIES: usize = 16;
@@ -81,7 +81,9 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
             if chunk.keys == 0 {
                 continue;
             }
-            self.prefetch_ahead(index, chunks);
+            for matrix in self.ahead.iter().flatten() {
+                matrix.prefetch_share(index..index + 1, chunks);
+            }
             // SAFETY: by the assertions above these are listed queries, whose rows are in bounds, as is the scratch for them.
             unsafe {
                 self.multiply_keys(simd, &chunk);
@@ -325,17 +327,6 @@ impl<'a, T: Scalar> AttendRows<'a, T> {
                 }
             });
         });
-    }
-
-    /// Brings a share of what is read after all chunks nearer.
-    #[inline(always)]
-    fn prefetch_ahead(&self, index: usize, chunks: usize) {
-        for matrix in self.ahead.iter().flatten() {
-            let share = matrix.rows.div_ceil(chunks);
-            for row in index * share..matrix.rows.min((index + 1) * share) {
-                prefetch_far(matrix.row(row));
-            }
-        }
     }
 }
 

@@ -13,10 +13,8 @@
 //! - Each element is summed in the order of k, whatever the tiling, and C is added last: a long sum is thereby a sum of
 //!   short ones, with less rounding than one that starts from C.
 
-use std::ops::Range;
-
 use super::{Matrix, MatrixMut};
-use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_far, prefetch_near};
+use crate::simd::{Kernel, LINE, Scalar, Simd, prefetch_near};
 
 /// Steps of the sums between two tests for their end: on a core that is shared with another thread, fewer instructions count. With 2
 /// of them every block at 2048 tokens took 8 % less time than with 1; with 4 the compiler ran out of registers.
@@ -213,7 +211,9 @@ impl<T: Scalar> Operands<'_, T> {
             return;
         }
         for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
-            self.prefetch_ahead(row..row + ROWS, m);
+            if let Some(ahead) = self.ahead {
+                ahead.prefetch_share(row..row + ROWS, m);
+            }
             for_column_tiles!(n, S::LANES, |column, VECTORS| {
                 // SAFETY: the caller's, for this part of C.
                 unsafe { self.tile::<S, ROWS, VECTORS, false, GATHER>(simd, row, column) }
@@ -237,8 +237,8 @@ impl<T: Scalar> Operands<'_, T> {
         }
         for_column_tiles!(n, S::LANES, |column, VECTORS| {
             for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
-                if column == 0 {
-                    self.prefetch_ahead(row..row + ROWS, m);
+                if let Some(ahead) = self.ahead.filter(|_| column == 0) {
+                    ahead.prefetch_share(row..row + ROWS, m);
                 }
                 // SAFETY: the caller's, for this part of C.
                 unsafe { self.tile::<S, ROWS, VECTORS, true, false>(simd, row, column) }
@@ -252,17 +252,6 @@ impl<T: Scalar> Operands<'_, T> {
         for row in first..first + count {
             for k in (0..self.k).step_by(LINE / size_of::<T>()) {
                 prefetch_near(self.a.wrapping_add(row * self.a_stride + k));
-            }
-        }
-    }
-
-    /// Brings the share of these rows of `total` in what is read next into the second-level cache: a few lines for each tile,
-    /// which its multiplications hide.
-    #[inline(always)]
-    fn prefetch_ahead(&self, rows: Range<usize>, total: usize) {
-        if let Some(ahead) = &self.ahead {
-            for row in rows.start * ahead.rows / total..rows.end * ahead.rows / total {
-                prefetch_far(ahead.row(row));
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Matrices as kernels see them: a slice, sizes, and the distance of rows.
 
+use crate::simd::prefetch_far;
+
 /// A matrix to read, rows contiguous.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a, T> {
@@ -32,6 +34,15 @@ impl<'a, T> Matrix<'a, T> {
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
         // Without columns there need not be data.
         if self.cols == 0 { &[] } else { &self.data[row * self.stride..][..self.cols] }
+    }
+
+    /// Brings the rows that fall to some steps of `all` into the second-level cache: a few lines for each step, which its
+    /// multiplications hide.
+    #[inline(always)]
+    pub(crate) fn prefetch_share(&self, steps: std::ops::Range<usize>, all: usize) {
+        for row in steps.start * self.rows / all..steps.end * self.rows / all {
+            prefetch_far(self.row(row));
+        }
     }
 
     pub(crate) fn as_ptr(&self) -> *const T {

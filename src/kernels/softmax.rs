@@ -1,7 +1,7 @@
 //! The softmax of a strip of logits, and its gradient, one lane per query.
 
 use super::MatrixMut;
-use crate::simd::{Kernel, Scalar, Simd};
+use crate::simd::{Kernel, MOST_LANES, Scalar, Simd};
 
 /// One step of the running softmax over keys that arrive strip by strip.
 ///
@@ -220,7 +220,7 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
 /// - A vector is writable at `weight` and at `gradient`.
 #[inline(always)]
 unsafe fn clear_hidden<T: Scalar, S: Simd<T>>(simd: S, logits: S::V, weight: *mut T, gradient: *mut T) {
-    let mut lanes = [T::ZERO; 16];
+    let mut lanes = [T::ZERO; MOST_LANES];
     assert!(S::LANES <= lanes.len());
     // SAFETY: there is room for a vector, asserted above; the rest is the caller's.
     unsafe {

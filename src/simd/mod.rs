@@ -119,7 +119,7 @@ pub trait Simd<T>: Copy {
 }
 
 /// Lanes of the widest vector, AVX-512's of float32.
-const MOST_LANES: usize = 16;
+pub(crate) const MOST_LANES: usize = 16;
 
 /// Combines the lower half of the lanes with the upper half, until one is left. `both` is of scalars: a closure is compiled without
 /// the instructions of `simd`.
