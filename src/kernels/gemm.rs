@@ -237,7 +237,9 @@ impl<T: Scalar> Operands<'_, T> {
         }
         for_column_tiles!(n, S::LANES, |column, VECTORS| {
             for_row_tiles!(m, S::TILE_ROWS, |row, ROWS| {
-                if let Some(ahead) = self.ahead.filter(|_| column == 0) {
+                if column == 0
+                    && let Some(ahead) = self.ahead
+                {
                     ahead.prefetch_share(row..row + ROWS, m);
                 }
                 // SAFETY: the caller's, for this part of C.

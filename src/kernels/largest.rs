@@ -8,7 +8,7 @@ use crate::simd::{Kernel, MOST_LANES, Scalar, Simd};
 /// ```text
 /// for each vector of columns:
 ///     top[0..K] = -inf
-///     for each row:  x = row;  for t in top:  t, x = max(x, t), min(x, t)      top stays sorted
+///     for each row:  x = row;  for t in top:  t, x = max(x, t), min(x, t)      top stays sorted; K = 8: eight rows at a time
 ///     bound = top[wanted - 1]
 ///     for each row:  take it if x > bound, or x = bound and there is room      so ties go to the lower row
 /// ```
@@ -32,7 +32,7 @@ pub(crate) struct Largest<'a, T> {
 /// The most that a column can want of [`Largest`]: beyond, the work for each number is that of its dot product.
 pub(crate) const MOST_LARGEST: usize = 32;
 
-/// Rows that are sorted before the largest of them and of those so far are kept, where so many are wanted.
+/// Rows that are sorted at a time where 5 to 8 are wanted.
 const EIGHT: usize = 8;
 
 impl<T: Scalar> Kernel<T> for Largest<'_, T> {
@@ -156,7 +156,7 @@ fn keep_largest<T, S: Simd<T>>(simd: S, top: &mut [S::V; EIGHT], rows: &[S::V; E
     for (t, &x) in top.iter_mut().zip(rows) {
         *t = simd.max(x, *t);
     }
-    // They fall and then rise, or the other way round: the rest of Batcher's bitonic sort.
+    // They fall and then rise: the rest of Batcher's bitonic sort.
     order!(simd, top:
         4 0, 5 1, 6 2, 7 3, 2 0, 3 1, 6 4, 7 5, 1 0, 3 2, 5 4, 7 6);
 }
@@ -196,43 +196,56 @@ mod tests {
     use super::*;
     use crate::simd::Level;
 
-    /// Few different numbers, so that there are ties, zeros of both signs among them, some NaN, some `-inf`.
-    #[test]
-    fn the_largest_of_each_column_ties_to_the_lower_row() {
-        for level in Level::available() {
-            let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[9; 32]);
-            for (height, most) in [(1, 1), (5, 3), (40, 4), (7, 7), (40, 8), (203, 8), (70, 16), (70, 32), (33, 32)] {
-                let columns = 2 * f32::lanes(level);
-                let odd = [f32::NAN, f32::NEG_INFINITY, -0.0];
-                let numbers: Vec<f32> = (0..height * columns)
-                    .map(|_| {
-                        if rng.random_range(0..9) == 0 { odd[rng.random_range(0..3)] } else { rng.random_range(-20..20) as f32 }
-                    })
-                    .collect();
-                let wanted: Vec<usize> = (0..columns).map(|_| rng.random_range(0..=most.min(height))).collect();
-                let (mut rows, mut taken) = (vec![u32::MAX; columns * most], vec![0; columns]);
-                let kernel = Largest {
-                    numbers: Matrix::new(&numbers, height, columns, columns),
-                    wanted: &wanted,
-                    rows: &mut rows,
-                    stride: most,
-                    taken: &mut taken,
-                };
-                f32::run(level, kernel);
-                for column in 0..columns {
-                    let value = |row: usize| numbers[row * columns + column];
-                    let mut order: Vec<usize> = (0..height).filter(|&row| value(row) > f32::NEG_INFINITY).collect();
-                    order.sort_by(|&a, &b| (value(b) + 0.0).total_cmp(&(value(a) + 0.0)).then(a.cmp(&b)));
-                    let mut expected = if order.len() < wanted[column] { &[] } else { &order[..wanted[column]] }.to_vec();
-                    expected.sort_unstable();
-                    let result = &rows[column * most..][..taken[column]];
-                    assert!(result.iter().map(|&row| row as usize).eq(expected), "{}: column {column}", level.name());
-                }
+    /// Few different numbers, so that there are ties, zeros of both signs among the largest, and too few numbers at times.
+    fn the_largest_ties_to_the_lower_row<T: Scalar>(level: Level) {
+        let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[9; 32]);
+        let odd = [f64::NAN, f64::NEG_INFINITY, -0.0].map(T::from_f64);
+        let columns = 2 * T::lanes(level);
+        let sizes = [(1, 1), (5, 3), (40, 4), (7, 7), (8, 8), (16, 8), (40, 8), (203, 8), (70, 16), (70, 32), (33, 32)];
+        for ((height, most), (lowest, odd_ones)) in
+            sizes.into_iter().flat_map(|size| [(-20, 0.1), (-3, 0.4)].map(|of| (size, of)))
+        {
+            let numbers: Vec<T> = (0..height * columns)
+                .map(|_| {
+                    if rng.random_bool(odd_ones) {
+                        odd[rng.random_range(0..3)]
+                    } else {
+                        T::from_f64(f64::from(rng.random_range(lowest..=0)))
+                    }
+                })
+                .collect();
+            let wanted: Vec<usize> = (0..columns).map(|_| rng.random_range(0..=most.min(height))).collect();
+            let (mut rows, mut taken) = (vec![u32::MAX; columns * most], vec![0; columns]);
+            let kernel = Largest {
+                numbers: Matrix::new(&numbers, height, columns, columns),
+                wanted: &wanted,
+                rows: &mut rows,
+                stride: most,
+                taken: &mut taken,
+            };
+            T::run(level, kernel);
+            for column in 0..columns {
+                let value = |row: usize| numbers[row * columns + column];
+                let mut order: Vec<usize> = (0..height).filter(|&row| value(row) > T::NEG_INFINITY).collect();
+                order.sort_by(|&a, &b| (value(b) + T::ZERO).total_cmp(&(value(a) + T::ZERO)).then(a.cmp(&b)));
+                let mut expected = if order.len() < wanted[column] { &[] } else { &order[..wanted[column]] }.to_vec();
+                expected.sort_unstable();
+                let result = &rows[column * most..][..taken[column]];
+                assert!(result.iter().map(|&row| row as usize).eq(expected), "{}: column {column}", level.name());
             }
         }
     }
 
-    /// A network of comparisons that is right for all zeros and ones is right for all numbers (Knuth, as above).
+    #[test]
+    fn the_largest_of_each_column() {
+        for level in Level::available() {
+            the_largest_ties_to_the_lower_row::<f32>(level);
+            the_largest_ties_to_the_lower_row::<f64>(level);
+        }
+    }
+
+    /// Checks both networks with every input of zeros and ones: one that is right for these is right for all numbers (Knuth, as
+    /// above).
     struct Networks;
 
     impl<T: Scalar> Kernel<T> for Networks {

@@ -1,5 +1,7 @@
 //! Matrices as kernels see them: a slice, sizes, and the distance of rows.
 
+use std::ops::Range;
+
 use crate::simd::prefetch_far;
 
 /// A matrix to read, rows contiguous.
@@ -24,7 +26,7 @@ impl<'a, T> Matrix<'a, T> {
     }
 
     /// Some of the rows.
-    pub(crate) fn row_range(self, rows: std::ops::Range<usize>) -> Self {
+    pub(crate) fn row_range(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         let start = if rows.is_empty() { 0 } else { rows.start * self.stride };
         Self { data: &self.data[start.min(self.data.len())..], rows: rows.len(), ..self }
@@ -36,11 +38,11 @@ impl<'a, T> Matrix<'a, T> {
         if self.cols == 0 { &[] } else { &self.data[row * self.stride..][..self.cols] }
     }
 
-    /// Brings the rows that fall to some steps of `all` into the second-level cache: a few lines for each step, which its
-    /// multiplications hide.
+    /// Brings the rows that fall to `steps`, of `all` ones that there are, into the second-level cache: a few lines for each
+    /// step, which its computation hides.
     #[inline(always)]
-    pub(crate) fn prefetch_share(&self, steps: std::ops::Range<usize>, all: usize) {
-        for row in steps.start * self.rows / all..steps.end * self.rows / all {
+    pub(crate) fn prefetch_share(&self, steps: Range<usize>, all: usize) {
+        for row in share(self.rows, steps, all) {
             prefetch_far(self.row(row));
         }
     }
@@ -83,4 +85,26 @@ fn check(len: usize, rows: usize, cols: usize, stride: usize) {
         rows == 0 || cols == 0 || (rows - 1) * stride + cols <= len,
         "a matrix of {rows} x {cols} with stride {stride} does not lie in {len} elements"
     );
+}
+
+/// Which of so many rows fall to `steps`, of `all` ones.
+fn share(rows: usize, steps: Range<usize>, all: usize) -> Range<usize> {
+    steps.start * rows / all..steps.end * rows / all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn shares_are_all_rows_once() {
+        for rows in 0..20 {
+            for all in 1..20 {
+                for size in 1..=all {
+                    let steps = (0..all).step_by(size).map(|start| start..all.min(start + size));
+                    assert!(steps.flat_map(|steps| share(rows, steps, all)).eq(0..rows), "{rows} rows, {all} steps by {size}");
+                }
+            }
+        }
+    }
 }
