@@ -100,9 +100,13 @@ def broadcast(shapes: list[Shape]) -> Shape | None:
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
     common: list[int] = []
     for sizes in zip(*padded, strict=True):
-        size = next((size for size in sizes if size != 1), 1)
-        if any(other not in (1, size) for other in sizes):
-            return None
+        # A loop and no next() with a default, which Dynamo of torch 2.5 cannot trace.
+        size = 1
+        for other in sizes:
+            if other != 1:
+                if size not in (1, other):
+                    return None
+                size = other
         common.append(size)
     return tuple(common)
 

@@ -266,7 +266,11 @@ def usual_shape() -> tuple[int, ...]:
 )
 def test_a_causal_bias_that_is_none_any_more(change: Callable[[Tensor], Tensor]) -> None:
     for make in (causal_upper_left, causal_lower_right):
-        with pytest.raises(TypeError, match=r"attn_mask is a CausalBias that has lost its lengths.*causal_lower_right"):
+        # torch 2.5 refuses such changes itself: then the words are torch's.
+        words = (
+            r"attn_mask is a CausalBias that has lost its lengths.*causal_lower_right|CausalBias only supports scaled"
+        )
+        with pytest.raises((TypeError, NotImplementedError), match=words):
             scaled_dot_product_attention(QUERY, QUERY, QUERY, attn_mask=change(make(100, 100)))
 
 
