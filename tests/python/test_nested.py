@@ -117,6 +117,11 @@ def test_refuses_with_nested_tensors(name):
 def test_refuses_nested_tensors_with_gaps():
     starts, lengths = torch.tensor([0, 1]), torch.tensor([5, 7])
     query = torch.nested.narrow(torch.randn(2, 9, 4, 8), 1, starts, lengths, layout=torch.jagged)
-    # torch 2.5 does not transpose it: then the words are torch's.
-    with pytest.raises(ValueError, match=r"query has gaps .*query.contiguous\(\)|transpose.* with holes"):
-        scaled_dot_product_attention(query.transpose(1, 2), JAGGED, JAGGED)
+    try:
+        query = query.transpose(1, 2)
+    except ValueError as error:  # torch 2.5 refuses it itself
+        if "not supported on jagged layout nested tensor with holes" not in str(error):
+            raise
+        return
+    with pytest.raises(ValueError, match=r"query has gaps .*query.contiguous\(\)"):
+        scaled_dot_product_attention(query, JAGGED, JAGGED)
