@@ -7,7 +7,12 @@ STAMPS := $(VENV)/stamps
 SOURCES := $(shell find src -name '*.rs') build.rs Cargo.toml Cargo.lock pyproject.toml
 CHECKED := python tests/python benchmarks
 
-.PHONY: help demo test test-rust test-python test-oldest-torch lint format wheel bench clean
+# As many tests at once as there are cores, each with one thread unless it asks for more. torch's idle workers spin by
+# default, which slows everything on a machine with few cores.
+TESTS_AT_ONCE ?= auto
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist worksteal
+
+.PHONY: help demo test test-rust test-python test-oldest-torch lint lint-rust lint-python format wheel bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the jobs
@@ -21,9 +26,8 @@ test: lint test-rust test-python ## Everything that must hold
 test-rust: ## Tests of the Rust crate, at every instruction set of this machine
 	cargo test --locked
 
-# torch's idle workers spin by default, which slows everything on a machine with few cores.
 test-python: $(STAMPS)/module ## Tests of the Python package
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	$(call PYTEST,$(VENV))
 
 # What test_wheel and test_public_api say of the installed package needs it installed there too, hence its own build.
 test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the oldest torch that is supported
@@ -31,16 +35,21 @@ test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the
 	.venv-oldest/bin/python -m pip install --upgrade "pip>=25.1"
 	.venv-oldest/bin/python -m pip install "torch==2.5.*" numpy --group test --group demo
 	VIRTUAL_ENV=$(abspath .venv-oldest) $(BIN)/maturin develop --release --locked
-	OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest
+	$(call PYTEST,.venv-oldest)
 
 bench: $(STAMPS)/module ## Check and time everything beside torch's attention, and record it (about 5 minutes)
 	$(BIN)/python -m benchmarks.speed
 
-lint: $(STAMPS)/module ## Formatting, lints, types; the stub against the module
+lint: lint-rust lint-python ## Formatting, lints, types; the stub against the module
+
+# With abi3 no Python is needed to compile the bindings, so this need not wait for the environment.
+lint-rust:
 	cargo fmt --all --check
 	cargo clippy --locked --all-targets -- -D warnings
-	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --locked --all-targets --features python,abi3 -- -D warnings
+	PYO3_NO_PYTHON=1 PYO3_BUILD_EXTENSION_MODULE=1 cargo clippy --locked --all-targets --features python,abi3 -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+
+lint-python: $(STAMPS)/module
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/pyright

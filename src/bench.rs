@@ -1,4 +1,4 @@
-//! What `benchmarks/kernels.rs` and `make bench` time: the kernels of one strip by themselves, and the peak of the CPU.
+//! What `benchmarks/kernels.rs` and `make bench` time: the kernels of one batch of keys by themselves, and the peak of the CPU.
 //!
 //! Not part of the interface of the crate.
 
@@ -7,8 +7,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::exec::Buffer;
 use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax};
-use crate::mra::Buffer;
 use crate::simd::{Kernel, Level, Scalar, Simd};
 
 /// Queries and keys of a step of the exact level, and channels of the usual head.

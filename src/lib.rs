@@ -2,29 +2,32 @@
 //! queries, keys and values ("Multi Resolution Analysis (MRA) for Approximate Self-Attention", arXiv 2207.10284).
 //!
 //! ```text
-//! pool      qh_i, kh_j, vh_j = means over the valid tokens of each block            mra::pyramid
-//! select    c_ij = scale <qh_i, kh_j>; the blocks nearest to their row's best        mra::select, mra::plan
+//! problem   the sequences of a call; who sees whom: dead, cut and open blocks            mra::problem
+//! pool      qh_i, kh_j, vh_j = means over the valid tokens of each block                 mra::pyramid
+//!
+//! block form, where nothing is hidden but padding:                                       mra::block
+//! select    c_ij = scale <qh_i, kh_j>; the blocks nearest to their row's best            mra::select
 //! forward   for each query block i:
-//!               softmax over the pooled keys of unselected blocks, weighted by count  mra::coarse
-//!               continued over the keys of selected blocks, query by query            mra::forward
-//! backward  weights recomputed from the log-sum-exp, block by block                   mra::backward
-//! causal    the same for each token by itself: its own choice among past blocks        mra::causal
+//!               softmax over the pooled keys of unselected blocks, weighted by count
+//!               continued over the keys of selected blocks, query by query
+//! backward  weights recomputed from the log-sum-exp, block by block
+//!
+//! token form, for any mask: the same for each token by itself                            mra::token
 //! ```
 //!
 //! Layers point one way: `simd <- kernels <- mra <- {python, tch}`. `simd` has the vector operations of each instruction set,
-//! `kernels` the computations on one tile, `mra` the algorithm, `threads` and `tiles` how tasks and outputs are spread over
-//! cores, `reference` the formulas in float64, written to be read. The definitions: docs/definitions.md.
+//! `kernels` the computations on one tile, `mra` the algorithm, `exec` how tasks and outputs are spread over cores, `reference`
+//! the formulas in float64, written to be read. The definitions: docs/definitions.md.
 
 #[doc(hidden)]
 pub mod bench;
 mod error;
+mod exec;
 mod kernels;
 mod mra;
 pub mod reference;
 mod simd;
 mod tensor;
-mod threads;
-mod tiles;
 
 #[cfg(feature = "python")]
 mod python;
@@ -32,11 +35,10 @@ mod python;
 pub mod tch;
 
 pub use error::{Error, Result};
+pub use exec::TensorMut;
 pub use mra::{
-    Bias, BiasData, Budget, CausalBudget, CausalOptions, CausalProblem, Gradients, Inputs, Mask, Mode, Options, Plan,
-    PooledInputs, Problem, Saved, append, backward, causal_backward, causal_forward, causal_forward_selecting, forward,
-    forward_selecting, select_blocks,
+    Bias, BiasData, Budget, Gradients, Inputs, Layout, Mask, Mode, Options, PooledInputs, Problem, Saved, Selection, Window,
+    append, backward, forward, select,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;
-pub use tiles::TensorMut;

@@ -6,7 +6,7 @@
 use tch::{Device, Kind, Tensor as TorchTensor};
 
 use crate::error::{Error, Result};
-use crate::{Budget, Gradients, Inputs, Options, Plan, Problem, Saved, Tensor, TensorMut};
+use crate::{Gradients, Inputs, Options, Problem, Saved, Selection, Tensor, TensorMut};
 
 /// What [`forward`] returns, and [`backward`] takes.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub struct Output {
     pub out: TorchTensor,
     /// `(B, H, Lq)`, float32 (float64 for float64 inputs).
     pub lse: TorchTensor,
-    /// `(B, H, nq, ceil(nk / 8))`, uint8: the selected blocks as [`Plan::from_bits`] reads them.
+    /// `(B, bytes)`, uint8: the plan.
     pub plan: TorchTensor,
 }
 
@@ -48,13 +48,7 @@ macro_rules! with_element {
 ///
 /// # Errors
 /// If a tensor is not on the CPU, not of the kind of `query`, or does not fit; the message names it.
-pub fn forward(
-    query: &TorchTensor,
-    key: &TorchTensor,
-    value: &TorchTensor,
-    options: &Options<'_>,
-    budget: &Budget,
-) -> Result<Output> {
+pub fn forward(query: &TorchTensor, key: &TorchTensor, value: &TorchTensor, options: &Options<'_>) -> Result<Output> {
     let (kind, [query, key, value]) =
         (query.kind(), [("query", query), ("key", key), ("value", value)].map(|(name, t)| rows(name, t)));
     let (query, key, value) = (query?, key?, value?);
@@ -66,16 +60,16 @@ pub fn forward(
     let output = Output {
         out: empty(&[batch, heads, length, shape("value", &value)?[3]], kind),
         lse: empty(&[batch, heads, length, 1], lse_kind),
-        plan: empty(&[batch, heads, problem.query_blocks(), Plan::row_bytes(problem.key_blocks())], Kind::Uint8),
+        plan: empty(&[batch, problem.plan_bytes().checked_div(batch).unwrap_or(0)], Kind::Uint8),
     };
     with_element!(kind, E => {
         // SAFETY: the outputs are fresh, and all tensors outlive the borrows.
         unsafe {
             let inputs = Inputs { query: view::<E>("query", kind, &query)?, key: view("key", kind, &key)?, value: view("value", kind, &value)? };
-            let bits = bytes_mut(&output.plan);
+            let plan = bytes_mut(&output.plan);
             let mut out = view_mut::<E>("out", &output.out)?;
             let mut lse = view_mut("lse", &output.lse)?;
-            crate::forward_selecting(&problem, &inputs, budget, bits, &mut out, &mut lse)
+            crate::forward(&problem, &inputs, None, Selection::Chosen(plan), &mut out, &mut lse)
         }
     })?;
     Ok(Output { lse: output.lse.squeeze_dim(-1), ..output })
@@ -112,14 +106,13 @@ pub fn backward(
                 out: view("out", kind, &out)?,
                 lse: view("lse", lse_kind, &lse)?,
             };
-            let bits = bytes(&plan)?;
-            let plan = Plan::from_bits(&problem, bits)?;
+            let plan = bytes(&plan)?;
             let mut to = Gradients {
                 query: view_mut("grad_query", &gradients[0])?,
                 key: view_mut("grad_key", &gradients[1])?,
                 value: view_mut("grad_value", &gradients[2])?,
             };
-            crate::backward(&problem, &inputs, &saved, &plan, &mut to)
+            crate::backward(&problem, &inputs, &saved, plan, &mut to)
         }
     })?;
     Ok(gradients)

@@ -1,9 +1,20 @@
 """Multi-resolution (MRA) attention for PyTorch on the CPU: exact where it matters, pooled everywhere else."""
 
-from ._cache import KVCache
 from ._core import __version__
-from ._plan import CausalPlan, Plan
-from ._varlen import varlen_attention
-from .functional import plan, scaled_dot_product_attention
+from ._ops import flops as _flops  # noqa: F401  # pyright: ignore[reportUnusedImport]  importing it registers the counts
+from ._plan import Plan
+from .cache import KVCache
+from .config import MRAConfig
+from .functional import can_run, plan, scaled_dot_product_attention
+from .varlen import varlen_attention
 
-__all__ = ["CausalPlan", "KVCache", "Plan", "__version__", "plan", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "KVCache",
+    "MRAConfig",
+    "Plan",
+    "__version__",
+    "can_run",
+    "plan",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _causal_cpu
-from ._descriptors import describe
+from ._native.descriptors import describe
+from ._ops import cpu
 
 
 class Memory:
@@ -31,15 +31,20 @@ class Memory:
         self.capacity, self.block_size, self.dtype = capacity, block_size, dtype
         # Tensors that are made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self.key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype)
-            self.value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype)
-            self.key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average)
-            self.value_means = torch.empty(batch_size, heads, blocks, value_dim, dtype=average)
+            self.key = torch.empty(batch_size, heads, capacity, head_dim, dtype=dtype, device="cpu")
+            self.value = torch.empty(batch_size, heads, capacity, value_dim, dtype=dtype, device="cpu")
+            self.key_means = torch.empty(batch_size, heads, blocks, head_dim, dtype=average, device="cpu")
+            self.value_means = torch.empty(batch_size, heads, blocks, value_dim, dtype=average, device="cpu")
         self._describe()
 
     def _describe(self) -> None:
         # They stay the same as long as the memory, so a step need not make them again.
-        self.descriptors = tuple(describe(x) for x in (self.key, self.value, self.key_means, self.value_means))
+        self.descriptors: cpu.Stored = (
+            describe(self.key),
+            describe(self.value),
+            describe(self.key_means),
+            describe(self.value_means),
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -47,7 +52,7 @@ class Memory:
 
     def append(self, key: Tensor, value: Tensor, before: Sequence[int], after: Sequence[int]) -> None:
         """Store the tokens from `before` to `after` of each sequence, the first ones of `key` and `value`."""
-        _causal_cpu.append(key, value, self.descriptors, before, after, self.block_size)
+        cpu.append(key, value, self.descriptors, before, after, self.block_size)
 
     def copy(self, indices: Sequence[int], capacity: int, lengths: Sequence[int]) -> Memory:
         """Return a new memory whose sequence `i` is `indices[i]` of this one; `lengths` are those of this one."""

@@ -1,12 +1,12 @@
 """The native module: pointers, shapes and strides in, results written in place.
 
 It validates everything that it is given again and raises ValueError (TypeError for a wrong Python type); the
-interpreter lock is released while it computes. Only `mra_attention._cpu`, `_causal_cpu` and `_varlen_cpu` call the
-functions that take descriptors.
+interpreter lock is released while it computes. Only `mra_attention._ops`, and `Plan`, call the functions that take
+descriptors.
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias, TypedDict
+from typing import Final, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,22 +14,53 @@ import numpy.typing as npt
 __all__ = [
     "__version__",
     "append",
+    "attend_cache",
     "available_isas",
     "backward",
-    "block_mask",
     "build_info",
-    "causal_backward",
-    "causal_forward",
+    "exact_blocks",
     "forward",
     "isa",
     "kernel_rates",
-    "select_blocks",
+    "select",
     "use_torch_threads",
 ]
 
 # (data pointer, sizes, strides in elements, dtype code, the tensor, which is kept alive during the call)
 # dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8, 5 int32
 _Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int, object]
+# Boundaries of packed queries and keys; None for dense tensors.
+_Sequences: TypeAlias = tuple[list[int], list[int]] | None
+
+class _Settings(Protocol):
+    """What `mra_attention._ops.Settings` explains."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def sparse(self) -> bool: ...
+    @property
+    def pool_queries(self) -> bool: ...
+    @property
+    def window_left(self) -> int: ...
+    @property
+    def window_right(self) -> int: ...
+    @property
+    def lower_right(self) -> bool: ...
+    @property
+    def blocks_per_row(self) -> list[float]: ...
+    @property
+    def num_blocks(self) -> int | None: ...
+    @property
+    def first_blocks(self) -> int | None: ...
+    @property
+    def diagonal_blocks(self) -> int: ...
+    @property
+    def local_blocks(self) -> int: ...
+    @property
+    def dropout_p(self) -> float: ...
 
 class _BuildInfo(TypedDict):
     version: str
@@ -39,20 +70,17 @@ class _BuildInfo(TypedDict):
 
 __version__: Final[str]
 
-def select_blocks(
+def select(
     query: _Descriptor,
     key: _Descriptor,
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
     attn_bias: _Descriptor | None,
+    mask_tiles: _Descriptor | None,
     plan: _Descriptor,
     *,
-    scale: float,
-    block_size: int,
-    blocks_per_row: float,
-    num_blocks: int | None,
-    first_blocks: int,
-    diagonal_blocks: int,
+    settings: _Settings,
+    sequences: _Sequences,
     threads: int,
 ) -> None: ...
 def forward(
@@ -62,20 +90,15 @@ def forward(
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
     attn_bias: _Descriptor | None,
+    mask_tiles: _Descriptor | None,
     plan_in: _Descriptor | None,
     plan_out: _Descriptor | None,
     out: _Descriptor,
     lse: _Descriptor | None,
     *,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    dropout_p: float,
+    settings: _Settings,
+    sequences: _Sequences,
     seed: int,
-    blocks_per_row: float,
-    num_blocks: int | None,
-    first_blocks: int,
-    diagonal_blocks: int,
     threads: int,
 ) -> None: ...
 def backward(
@@ -84,66 +107,34 @@ def backward(
     query: _Descriptor,
     key: _Descriptor,
     value: _Descriptor,
-    out: _Descriptor,
-    lse: _Descriptor,
     key_mask: _Descriptor | None,
     query_mask: _Descriptor | None,
     attn_bias: _Descriptor | None,
+    mask_tiles: _Descriptor | None,
     plan: _Descriptor,
+    out: _Descriptor,
+    lse: _Descriptor,
     grad_query: _Descriptor,
     grad_key: _Descriptor,
     grad_value: _Descriptor,
     *,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    dropout_p: float,
+    settings: _Settings,
+    sequences: _Sequences,
     seed: int,
     threads: int,
 ) -> None: ...
-def causal_forward(
+def attend_cache(
     query: _Descriptor,
     key: _Descriptor,
     value: _Descriptor,
-    pooled_key: _Descriptor | None,
-    pooled_value: _Descriptor | None,
-    plan_in: _Descriptor | None,
-    plan_out: _Descriptor | None,
+    key_means: _Descriptor,
+    value_means: _Descriptor,
     out: _Descriptor,
     lse: _Descriptor | None,
     *,
+    settings: _Settings,
     offsets: Sequence[int],
-    key_lengths: Sequence[int] | None,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    blocks: int,
-    local_blocks: int,
-    first_blocks: int,
-    dropout_p: float,
-    seed: int,
-    threads: int,
-) -> None: ...
-def causal_backward(
-    grad_out: _Descriptor,
-    grad_lse: _Descriptor | None,
-    query: _Descriptor,
-    key: _Descriptor,
-    value: _Descriptor,
-    out: _Descriptor,
-    lse: _Descriptor,
-    plan: _Descriptor,
-    grad_query: _Descriptor,
-    grad_key: _Descriptor,
-    grad_value: _Descriptor,
-    *,
-    offsets: Sequence[int],
-    key_lengths: Sequence[int] | None,
-    scale: float,
-    block_size: int,
-    sparse: bool,
-    dropout_p: float,
-    seed: int,
+    key_lengths: Sequence[int],
     threads: int,
 ) -> None: ...
 def append(
@@ -159,7 +150,18 @@ def append(
     block_size: int,
     threads: int,
 ) -> None: ...
-def block_mask(plan: npt.NDArray[np.uint8], num_key_blocks: int) -> npt.NDArray[np.bool_]: ...
+def exact_blocks(
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    key_mask: _Descriptor | None,
+    query_mask: _Descriptor | None,
+    attn_bias: _Descriptor | None,
+    mask_tiles: _Descriptor | None,
+    plan: _Descriptor,
+    *,
+    settings: _Settings,
+    sequences: _Sequences,
+) -> list[npt.NDArray[np.bool_]]: ...
 def build_info() -> _BuildInfo: ...
 def use_torch_threads(address: int) -> None: ...
 def kernel_rates() -> tuple[float, float, float]: ...

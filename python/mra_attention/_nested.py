@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._varlen import varlen_attention
+from ._checks import calls, packed
+from ._checks.arguments import Arguments
+from ._ops import Inputs, Settings, forward
 
 
-def _parts(name: str, tensor: Any) -> tuple[Tensor, Tensor]:
-    """Check one of query, key and value, `(B, heads, j, channels)`; return it packed, and the boundaries."""
+def _check_jagged(name: str, tensor: Any) -> None:
+    """Check one of query, key and value."""
     if not isinstance(tensor, Tensor) or not tensor.is_nested:
         found = "a dense tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a nested tensor, as another one of query, key and value is; got {found}")
@@ -21,41 +23,81 @@ def _parts(name: str, tensor: Any) -> tuple[Tensor, Tensor]:
             "torch.nested.nested_tensor(..., layout=torch.jagged)"
         )
     jagged: Any = tensor
-    if tensor.dim() != 4 or jagged._ragged_idx != 2:
+    if tensor.dim() != 4 or jagged._ragged_idx not in (1, 2):
         raise ValueError(
             f"{name} must have the dimensions (batch, heads, jagged length, channels), got {tensor.dim()} dimensions "
-            f"of which dimension {jagged._ragged_idx} is jagged. A tensor (batch, jagged length, heads, channels) is "
-            "passed as its transpose(1, 2)"
+            f"of which dimension {jagged._ragged_idx} is jagged"
         )
     if jagged.lengths() is not None:
         raise ValueError(f"{name} has gaps between its sequences; pass a contiguous copy, {name}.contiguous()")
-    return jagged.transpose(1, 2).values(), jagged.offsets()
 
 
-def check_arguments(attn_mask: Any, query_padding_mask: Any, plan: Any) -> None:
+def _check_arguments(arguments: Arguments) -> None:
     """Check that no argument comes along that nested tensors do not have."""
-    for name, value, instead in (
-        ("attn_mask", attn_mask, "a nested tensor has no padding to mask; for causal attention pass is_causal=True"),
-        ("query_padding_mask", query_padding_mask, "a nested tensor has no padding to mask"),
-        ("plan", plan, "call for each sequence alone, or leave it out"),
+    for name, instead in (
+        ("attn_mask", "a nested tensor has no padding to mask; for causal attention pass is_causal=True"),
+        ("query_padding_mask", "a nested tensor has no padding to mask"),
+        ("plan", "call for each sequence alone, or leave it out"),
     ):
-        if value is not None:
+        if getattr(arguments, name) is not None:
             raise ValueError(f"{name} cannot be used with nested tensors; {instead}")
 
 
-def attention(query: Any, key: Any, value: Any, return_lse: bool, **settings: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the output, `(B, H, j, Dv)` jagged as query, and with `return_lse` the log-sum-exp `(B, H, j)`."""
-    (packed_query, offsets), (packed_key, key_offsets), (packed_value, _) = (
-        _parts(name, tensor) for name, tensor in (("query", query), ("key", key), ("value", value))
-    )
-    if key.shape[2] != value.shape[2] or query.shape[0] != key.shape[0]:
+def _check_same_lengths(name: str, other: str, a: Any, b: Any) -> None:
+    """Check that two tensors have the same jagged lengths: the same offsets, or equal ones."""
+    if a.shape[0] == b.shape[0] and a.offsets() is b.offsets():
+        return
+    equal = a.shape[0] == b.shape[0] and a.values().shape[a._ragged_idx - 1] == b.values().shape[b._ragged_idx - 1]
+    words = f"{name} and {other} must have the same jagged lengths"
+    if equal and torch.compiler.is_compiling():
+        # The lengths are not known here, so the compiled code checks them.
+        assert_async: Any = torch.ops.aten._assert_async.msg
+        assert_async((a.offsets() == b.offsets()).all(), words)
+    elif not equal or not torch.equal(a.offsets(), b.offsets()):
+        raise ValueError(f"{words}, got {name} {tuple(a.shape)} and {other} {tuple(b.shape)} of unequal offsets")
+
+
+def prepare(query: Any, key: Any, value: Any, arguments: Arguments) -> tuple[Inputs, Settings]:
+    """Check a call with nested tensors.
+
+    Dimension 2 is jagged, as for sequences of unequal lengths `(B, H, j, D)`, or dimension 1 of `(B, j, L, D)`, as for
+    torch's own attention: heads that differ in number from item to item, each of them a sequence of its own.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_jagged(name, tensor)
+    _check_arguments(arguments)
+    jagged = (query._ragged_idx, key._ragged_idx, value._ragged_idx)
+    if len(set(jagged)) > 1:
+        raise ValueError(f"query, key and value must be jagged in the same dimension, got dimensions {jagged}")
+    if query.shape[0] != key.shape[0]:
         raise ValueError(
-            "key and value must have the same jagged lengths, and query as many sequences, got query "
-            f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            "query must have as many sequences as key and value, got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    boundaries = (offsets, key_offsets)
-    out, lse = varlen_attention(packed_query, packed_key, packed_value, *boundaries, return_lse=True, **settings)
-    jagged = torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
-    if not return_lse:
-        return jagged
-    return jagged, torch.nested.nested_tensor_from_jagged(lse.t(), offsets).transpose(1, 2)
+    _check_same_lengths("key", "value", key, value)
+    if jagged[0] == 1:
+        _check_same_lengths("query", "key", query, key)
+        inputs, settings, _ = calls.prepare(tuple(x.values().unsqueeze(1) for x in (query, key, value)), arguments)
+        return inputs, settings
+    query_values, key_values, value_values = (x.transpose(1, 2).values() for x in (query, key, value))
+    return packed.prepare((query_values, key_values, value_values), (query.offsets(), key.offsets()), arguments)
+
+
+def attention(
+    query: Any, key: Any, value: Any, arguments: Arguments, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the output, jagged as query, and with `return_lse` the log-sum-exp, without the last dimension."""
+    inputs, ready = prepare(query, key, value, arguments)
+    if ready.dropout_p != 0.0:
+        inputs = inputs._replace(seed=calls.draw_seed())
+    out, lse, _ = forward(inputs, ready)
+    # Without them, to pad the result would pad it to the number of all tokens.
+    shortest, longest = query._maybe_min_seqlen, query._maybe_max_seqlen
+
+    def jagged(values: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(values, query.offsets(), min_seqlen=shortest, max_seqlen=longest)
+
+    if query._ragged_idx == 1:
+        return (jagged(out[:, 0]), jagged(lse[:, 0])) if return_lse else jagged(out[:, 0])
+    out = jagged(out[0].transpose(0, 1)).transpose(1, 2)
+    return (out, jagged(lse[0].t()).transpose(1, 2)) if return_lse else out

@@ -1,168 +1,180 @@
-"""The block selection as a value, of either form of attention."""
+"""The selection of blocks as a value."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _core  # pyright: ignore[reportPrivateUsage]
+from ._checks.tensors import check_cpu
+from ._native.descriptors import describe
+from ._native.tracing import untraced
+from ._ops import Inputs, Settings
+from ._ops.cpu import describe_masks
+from .config import MRAConfig
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which key blocks every query block attends to exactly; the result of `mra_attention.plan`.
+    """Which blocks are computed exactly; the result of `mra_attention.plan`, and made by nothing else.
 
-    A plan belongs to one problem: its lengths, its block size, its numbers of batch items and heads. Two plans are the
-    same if their fields are; compare `bits` with `torch.equal`.
+    A plan belongs to one problem: its shapes, its masks and its settings. It holds on to the masks.
 
     Parameters
     ----------
-    bits : Tensor
-        uint8 of shape `(B, H, nq, ceil(nk / 8))` on the CPU, with `nq = ceil(query_length / block_size)` and
-        `nk = ceil(key_length / block_size)`. Bit `j % 8` (the least significant is 0) of byte `j // 8` is set where
-        block `(i, j)` is selected. All batch dimensions are flattened into `B`; inputs without a batch count as
-        `B = 1`, and without heads as `H = 1`.
-    query_length, key_length : int
-        Lengths in tokens.
-    block_size : int
-        Tokens per block; the last block of a sequence may be shorter.
+    data : Tensor
+        uint8 of shape `(B, bytes)` on the CPU: the selection of each batch item, in a form that may change. The size
+        follows from shapes and settings alone. Two plans of the same problem are the same if `data` is.
+    config : MRAConfig
+        The settings with which the plan was made.
+    query_shape, key_shape : tuple of int
+        `(B, H, Lq, D)` and `(B, Hk, Lk, D)`: all batch dimensions are flattened into `B`; inputs without a batch count
+        as `B = 1`, and without heads as `H = 1`.
+    settings : tuple
+        What else the operators were given.
+    masks : tuple of Tensor or None
+        The masks that the operators were given.
 
     Raises
     ------
-    TypeError
-        If `bits` is not a uint8 tensor.
     ValueError
-        If the shape of `bits` is not the one above.
+        By `block_mask`, if batch items differ in what a row is.
 
     Notes
     -----
-    docs/definitions.md, section 2, defines the selection.
+    docs/definitions.md, sections 2 to 4, defines the selection. In the block form a row of it is a block of queries, in
+    the token form a single query. The methods read the plan outside of torch, so `torch.compile` splits a graph there.
     """
 
-    bits: Tensor
-    query_length: int
-    key_length: int
-    block_size: int
+    data: Tensor
+    config: MRAConfig
+    query_shape: tuple[int, int, int, int]
+    key_shape: tuple[int, int, int, int]
+    settings: Settings = field(repr=False)
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = field(repr=False)
 
-    def __post_init__(self) -> None:
-        bits: Any = self.bits
-        if not isinstance(bits, Tensor) or bits.dtype is not torch.uint8:
-            found = f"a {bits.dtype} tensor" if isinstance(bits, Tensor) else type(bits).__name__
-            raise TypeError(f"bits must be a torch.uint8 tensor, got {found}")
-        if self.block_size < 1 or self.query_length < 0 or self.key_length < 0:
-            raise ValueError(
-                "block_size must be at least 1 and the lengths at least 0, got "
-                f"block_size={self.block_size}, query_length={self.query_length}, key_length={self.key_length}"
-            )
-        rows, row_bytes = self._num_query_blocks, (self._num_key_blocks + 7) // 8
-        if bits.dim() != 4 or bits.shape[2] != rows or bits.shape[3] != row_bytes:
-            raise ValueError(
-                f"bits must have the shape (B, H, {rows}, {row_bytes}) for query_length={self.query_length}, "
-                f"key_length={self.key_length} and block_size={self.block_size}, got {tuple(bits.shape)}"
-            )
+    @untraced
+    def block_masks(self) -> list[Tensor]:
+        """Return which blocks are exact, for each batch item.
 
-    @property
-    def _num_query_blocks(self) -> int:
-        return (self.query_length + self.block_size - 1) // self.block_size
+        Returns
+        -------
+        list of Tensor
+            bool of shape `(H, rows, nk)`, True where the block is exact, be it chosen or cut by a mask. `rows` is `Lq`
+            in the token form, and in the block form the number of query blocks of the item. The first block begins with
+            the first valid token, so an item with padding may have fewer blocks than its length has room for.
+        """
+        exact = _core.exact_blocks(
+            self.query_shape,
+            self.key_shape,
+            *describe_masks(self.query_shape, self.key_shape, self.masks),
+            describe(self.data.contiguous()),
+            settings=self.settings,
+            sequences=None,
+        )
+        return [torch.from_numpy(item) for item in exact]  # pyright: ignore[reportUnknownMemberType]
 
-    @property
-    def _num_key_blocks(self) -> int:
-        return (self.key_length + self.block_size - 1) // self.block_size
-
+    @untraced
     def block_mask(self) -> Tensor:
-        """Return the selection as a mask of blocks.
+        """Return which blocks are exact, of all batch items together.
 
         Returns
         -------
         Tensor
-            bool of shape `(B, H, nq, nk)`, True where the block is selected.
+            bool of shape `(B, H, rows, nk)`: see `block_masks`. Items with fewer blocks than others have False behind
+            them.
+
+        Raises
+        ------
+        ValueError
+            If some items are in the block form and some in the token form, as the contents of a mask may ask; then
+            `block_masks` has them one by one.
         """
-        places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
-        mask = (self.bits.unsqueeze(-1) >> places) & 1
-        return mask.flatten(-2)[..., : self._num_key_blocks].bool()
+        items = self.block_masks()
+        (_, heads, length, _), block = self.query_shape, self.settings.block_size
+        if not items:
+            rows, columns = -(-length // block), -(-self.key_shape[2] // block)
+            return torch.zeros((0, heads, rows, columns), dtype=torch.bool, device="cpu")
+        rows = [item.shape[1] for item in items]
+        if min(rows) < max(rows) == length > -(-length // block) + 1:
+            raise ValueError(
+                "in some batch items a row of the plan is a block of queries, in others a single query; use "
+                f"block_masks(), which returns them one by one (rows: {rows})"
+            )
+        columns = max(item.shape[2] for item in items)
+        mask = torch.zeros((len(items), heads, max(rows), columns), dtype=torch.bool, device="cpu")
+        for target, item in zip(mask, items, strict=True):
+            target[:, : item.shape[1], : item.shape[2]] = item
+        return mask
 
     @property
+    @untraced
     def num_blocks(self) -> Tensor:
-        """Number of selected blocks: int64 of shape `(B, H)`."""
-        return self.block_mask().sum((-2, -1))
+        """Number of exact blocks of each head, over all rows: int64 of shape `(B, H)`."""
+        counts = [item.sum((-2, -1)) for item in self.block_masks()]
+        return torch.stack(counts) if counts else torch.zeros((0, self.query_shape[1]), dtype=torch.int64, device="cpu")
 
     @property
+    @untraced
     def density(self) -> Tensor:
-        """Selected fraction of the `nq * nk` blocks: float32 of shape `(B, H)`; 0 where there are no blocks."""
-        return self.num_blocks / max(self._num_query_blocks * self._num_key_blocks, 1)
+        """Exact fraction of the blocks of all rows: float32 of shape `(B, H)`; 0 where there are no blocks."""
+        items = self.block_masks()
+        shares = [item.sum((-2, -1)) / max(item.shape[1] * item.shape[2], 1) for item in items]
+        return torch.stack(shares) if shares else torch.zeros((0, self.query_shape[1]), device="cpu")
 
 
-@dataclass(frozen=True, eq=False)
-class CausalPlan:
-    """Which key blocks every token attends to exactly; the result of `mra_attention.plan` of a causal call.
+def use_plan(
+    plan: Any, config: MRAConfig, given: Collection[str], inputs: Inputs, settings: Settings
+) -> tuple[Inputs, Settings]:
+    """Check that a plan was made for these inputs; return them with it, and the settings with those of the plan.
 
-    Parameters
-    ----------
-    blocks : Tensor
-        int32 of shape `(B, H, Lq, W)` on the CPU: the indices of the blocks of each token, ascending, then -1. All
-        batch dimensions are flattened into `B`; inputs without a batch count as `B = 1`, and without heads as `H = 1`.
-        `W` is at least 1 (where there are keys) and at most `ceil(key_length / block_size)`.
-    key_length : int
-        Number of keys.
-    block_size : int
-        Tokens per block; the last block may be shorter.
-    offset : int
-        Position of the first query among the keys: query `t` sees the keys up to `t + offset`.
-
-    Raises
-    ------
-    TypeError
-        If `blocks` is not an int32 tensor.
-    ValueError
-        If the shape of `blocks` is not the one above.
-
-    Notes
-    -----
-    docs/definitions.md, section 3, defines the selection. A block that lies wholly behind a token, or is named twice,
-    is left out when the plan is used.
+    What is selected is a matter of the plan. So every setting that is given must be the one of the plan, and those that
+    are not given are taken from it; only `mode` is free.
     """
-
-    blocks: Tensor
-    key_length: int
-    block_size: int
-    offset: int
-
-    def __post_init__(self) -> None:
-        blocks: Any = self.blocks
-        if not isinstance(blocks, Tensor) or blocks.dtype is not torch.int32:
-            found = f"a {blocks.dtype} tensor" if isinstance(blocks, Tensor) else type(blocks).__name__
-            raise TypeError(f"blocks must be a torch.int32 tensor, got {found}")
-        if self.block_size < 1 or self.key_length < 0:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be None or a mra_attention.Plan, got {type(plan).__name__}")
+    for name in given:
+        value, planned = getattr(config, name), getattr(plan.config, name)
+        if name != "mode" and value != planned:
             raise ValueError(
-                "block_size must be at least 1 and key_length at least 0, got "
-                f"block_size={self.block_size}, key_length={self.key_length}"
+                f"{name}={value!r} does not fit plan, which was made with {name}={planned!r} and already fixes the "
+                "selection; leave it out, or pass it to mra_attention.plan"
             )
-        columns = self._num_key_blocks
-        if blocks.dim() != 4 or not min(columns, 1) <= blocks.shape[3] <= columns:
+    made_for = (*plan.query_shape[:3], plan.key_shape[2])
+    used_for = (*inputs.query.shape[:3], inputs.key.shape[2])
+    if made_for != used_for:
+        raise ValueError(
+            "plan was made for other inputs: (batch, heads, query length, key length) is "
+            f"{made_for} in the plan and {used_for} in query and key"
+        )
+    for name in ("window_left", "window_right", "lower_right"):
+        if getattr(plan.settings, name) != getattr(settings, name):
             raise ValueError(
-                f"blocks must have the shape (B, H, Lq, W) with W from {min(columns, 1)} to {columns} for "
-                f"key_length={self.key_length} and block_size={self.block_size}, got {tuple(blocks.shape)}"
+                "plan was made for another is_causal or window_size: "
+                f"(left, right, aligned lower right) is {_visible(plan.settings)} in the plan and "
+                f"{_visible(settings)} in the call"
             )
+    if (plan.masks[2] is None) != (inputs.attn_bias is None):
+        made, used = ("without" if bias is None else "with" for bias in (plan.masks[2], inputs.attn_bias))
+        raise ValueError(
+            f"plan was made {made} an attn_mask of pairs, but is used {used} one; pass the masks that it was made with"
+        )
+    settings = plan.settings._replace(scale=settings.scale, sparse=settings.sparse, dropout_p=settings.dropout_p)
+    return inputs._replace(plan=_checked_data(plan)), settings
 
-    @property
-    def _num_key_blocks(self) -> int:
-        return (self.key_length + self.block_size - 1) // self.block_size
 
-    def block_mask(self) -> Tensor:
-        """Return the selection as a mask of blocks.
+def _checked_data(plan: Plan) -> Tensor:
+    data: Any = plan.data
+    if not isinstance(data, Tensor) or data.dtype is not torch.uint8:
+        found = f"a {data.dtype} tensor" if isinstance(data, Tensor) else type(data).__name__
+        raise TypeError(f"plan.data must be a torch.uint8 tensor, got {found}")
+    check_cpu("plan.data", data)
+    return data
 
-        Returns
-        -------
-        Tensor
-            bool of shape `(B, H, Lq, nk)` with `nk = ceil(key_length / block_size)`, True where the block is selected.
-        """
-        columns = self._num_key_blocks
-        # One more column takes the places that are not used.
-        mask = self.blocks.new_zeros((*self.blocks.shape[:3], columns + 1), dtype=torch.bool)
-        return mask.scatter(-1, self.blocks.long() % (columns + 1), True)[..., :columns]
 
-    @property
-    def num_blocks(self) -> Tensor:
-        """Number of selected blocks of each token: int64 of shape `(B, H, Lq)`."""
-        return (self.blocks >= 0).sum(-1)
+def _visible(settings: Settings) -> tuple[int, int, bool]:
+    return settings.window_left, settings.window_right, settings.lower_right

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
+from torch.nn.attention.flex_attention import BlockMask
 
-from . import _arguments, _causal, _checks, _nested, _ops
-from ._plan import CausalPlan, Plan
+from . import _nested
+from ._checks import calls, numbers, tensors
+from ._checks.arguments import Arguments
+from ._ops import forward, forward_out, select
+from ._ops.refusals import refuse_forward_ad
+from ._plan import Plan
+from .config import MRAConfig, MRASettings, Unpack, configure, with_settings
 
-__all__ = ["plan", "scaled_dot_product_attention"]
+__all__ = ["can_run", "plan", "scaled_dot_product_attention"]
 
 
 @overload
@@ -20,22 +23,18 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
+    window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
-    plan: Plan | CausalPlan | None = None,
+    plan: Plan | None = None,
     return_lse: Literal[False] = False,
+    config: MRAConfig | None = None,
+    **settings: Unpack[MRASettings],
 ) -> Tensor: ...
 
 
@@ -44,52 +43,45 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
+    window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
-    plan: Plan | CausalPlan | None = None,
+    plan: Plan | None = None,
     return_lse: Literal[True],
+    config: MRAConfig | None = None,
+    **settings: Unpack[MRASettings],
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@with_settings
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
+    window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
-    plan: Plan | CausalPlan | None = None,
+    plan: Plan | None = None,
     return_lse: bool = False,
+    config: MRAConfig | None = None,
+    **settings: Unpack[MRASettings],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-resolution attention, with the signature of torch.nn.functional.scaled_dot_product_attention.
 
     Queries and keys are cut into blocks. The blocks of the attention matrix with the largest average logits are
-    computed exactly, as many as the budget allows; every other block enters through the averages of its queries, keys
-    and values (`mode="full"`) or not at all (`mode="sparse"`). With every block in the budget the result is softmax
-    attention. Neither time nor memory for the exact part grows with the square of the length.
+    computed exactly, as many as the budget allows; every other block enters through the averages of its keys and values
+    (`mode="full"`) or not at all (`mode="sparse"`). With every block in the budget the result is softmax attention.
+    Neither time nor memory for the exact part grows with the square of the length.
 
     Parameters
     ----------
@@ -102,15 +94,15 @@ def scaled_dot_product_attention(
         size. Leading dimensions broadcast as in torch's own attention.
     value : Tensor
         `(..., Hk, Lk, Dv)`, dtype as `query`. `Dv` may differ from `D`.
-    attn_mask : Tensor, optional
+    attn_mask : Tensor or BlockMask, optional
         bool, True where the key may be attended to, or a bias that is added to the logits: float32 or the dtype of
         `query`, `-inf` where the key may not be attended to. Any shape that broadcasts to `(..., H, Lq, Lk)`; nothing
-        that is repeated is copied. A bool mask that is the same for all queries and heads, of shape `(B, 1, 1, Lk)` for
-        example, is key padding: those keys do not take part in averages either. A mask of shape `(B, Lk)` is passed as
-        `mask[:, None, None, :]`. In self-attention with padding pass `query_padding_mask` as well, or padded positions
-        take part in the averages of the query blocks. Any other mask or bias: a block of which some pairs are hidden
-        is exact, outside the budget; one of which all are hidden is left out; any other one, where it is not exact, has
-        the average of its biases. So a mask never makes a result wrong, only slower. Or a causal bias,
+        that is repeated is copied. A mask that is the same for all queries and heads is key padding: those keys do not
+        take part in averages either. A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. Any other mask
+        that hides something makes every token choose blocks for itself, and no token learns from what it does not see;
+        blocks of which some pairs are hidden are exact, outside the budget. A finite bias hides nothing; a block that
+        is not exact has the average of its biases. Or a `BlockMask` of torch.nn.attention.flex_attention, whose
+        `mask_mod` is called for partial blocks only. Or a causal bias,
         `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
         The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
@@ -118,44 +110,32 @@ def scaled_dot_product_attention(
         as a whole. The seed is drawn from torch's default generator, and only if `dropout_p > 0`.
     is_causal : bool, default False
         Whether query `t` sees the keys up to `t` only, which `causal_upper_left` also says; with `causal_lower_right`
-        it sees the keys up to `t + Lk - Lq`. Each token then chooses blocks for itself, and nothing that comes later
-        has any influence on it. Excludes `attn_mask`, `num_blocks`, `diagonal_blocks` and `query_padding_mask`.
+        it sees the keys up to `t + Lk - Lq`. May come together with masks and a window: a query sees what all allow.
     scale : float, optional
         Factor of the logits; `1 / sqrt(D)` by default.
     enable_gqa : bool, default False
-        Whether groups of `H // Hk` query heads share a head of key and value; `H` must be a multiple of `Hk`.
-    resolutions : sequence of int, default (32, 1)
-        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
-    blocks_per_row : float, default 4.0
-        The budget: the number of exact blocks for each query block, on average over the query blocks of a head that
-        have a valid token. `floor(blocks_per_row * query_blocks + 0.5)` blocks of a head are exact. In causal attention
-        `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token.
-    num_blocks : int, optional
-        The budget as the number of exact blocks of a head; overrides `blocks_per_row`. Either budget is raised to the
-        forced blocks and limited to the blocks that have a valid query and a valid key.
-    mode : {"full", "sparse"}, default "full"
-        Whether blocks outside the budget enter through their averages or are left out.
-    first_blocks : int, default 0
-        Blocks of the first `first_blocks` rows and columns of blocks are always exact. In causal attention, the first
-        `first_blocks` key blocks.
-    diagonal_blocks : int, default 0
-        If positive, blocks `(i, j)` with `|i - j| <= diagonal_blocks // 2` are always exact. So is, whatever the
-        arguments, the best block of every row.
-    local_blocks : int, default 1
-        Only in causal attention: the `local_blocks` key blocks up to that of the token itself are always exact.
+        Whether groups of `H // Hk` query heads share a head of key and value; `H` must be a multiple of `Hk`. Key and
+        value may have different numbers of heads.
+    window_size : tuple of two int, default (-1, -1)
+        How many keys before and behind its own position a query sees; -1 for all. No mask of pairs is made for it.
     query_padding_mask : Tensor, optional
-        bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0.
-    plan : Plan or CausalPlan, optional
-        A selection made by `mra_attention.plan`, used in place of a new one. The arguments of the budget must then be
-        left at their defaults. A `CausalPlan` is for causal attention, a `Plan` for all other.
+        bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0. Without it, and with
+        `Lq == Lk`, padded keys are taken for padded queries, which take no part in averages and budgets.
+    plan : Plan, optional
+        A selection made by `mra_attention.plan` with the same masks, used in place of a new one. Settings other than
+        `mode` are then those of the plan; one that is given and differs is refused.
     return_lse : bool, default False
         Whether to return the logarithm of the softmax denominators as well.
+    config : MRAConfig, optional
+        How attention is approximated.
+    **settings
+        Fields of `MRAConfig`, which explains them; they take the place of those of `config`.
 
     Returns
     -------
     out : Tensor
-        `(..., H, Lq, Dv)`, dtype as `query`. If `query` is stored as `(B, L, H, D)`, so is the output: transposing and
-        flattening it copies nothing.
+        `(..., H, Lq, Dv)`, dtype as `query`. The dimensions lie in memory as those of `query`: where that is stored as
+        `(B, L, H, D)` or `(L, B, H, D)`, flattening the output of that layout copies nothing.
     lse : Tensor
         Only with `return_lse=True`: `(..., H, Lq)`, float64 for float64 inputs and float32 for all others. It can be
         differentiated.
@@ -172,158 +152,64 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 and 5 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
-    Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2), and section 3 for causal attention.
+    Definition: docs/definitions.md, sections 2 to 4 and 6 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
-    never reaches a result, not even a NaN; nor does, with a mask, what a query does not see.
+    never reaches a result, not even a NaN; nor does what a query does not see.
 
     The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
     after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
     `torch.autocast("cpu")` inputs are cast as for torch's own attention. The selection of blocks is constant
-    for differentiation.
+    for differentiation. `torch.compile`, `torch.export` and `torch.jit.trace` take the function, `torch.jit.script`
+    does not.
 
     Examples
     --------
     >>> import torch
     >>> from mra_attention import scaled_dot_product_attention
     >>> query, key, value = torch.randn(3, 1, 4, 1000, 64).unbind()
-    >>> scaled_dot_product_attention(query, key, value).shape
+    >>> scaled_dot_product_attention(query, key, value, blocks_per_row=2).shape
     torch.Size([1, 4, 1000, 64])
     """
-    if _checks.any_nested(query, key, value):
-        _nested.check_arguments(attn_mask, query_padding_mask, plan)
-        return _nested.attention(
-            query,
-            key,
-            value,
-            return_lse,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            resolutions=resolutions,
-            blocks_per_row=blocks_per_row,
-            num_blocks=num_blocks,
-            mode=mode,
-            first_blocks=first_blocks,
-            diagonal_blocks=diagonal_blocks,
-            local_blocks=local_blocks,
-        )
-    sparse = _checks.is_sparse(mode)
-    dropout_p = _checks.dropout(dropout_p)
-    _checks.check_bool("return_lse", return_lse)
-    block_size, selection = _arguments.selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    local_blocks = _checks.integer("local_blocks", local_blocks, 1)
-    causal = _causal.is_requested(is_causal, attn_mask)
-    if plan is not None:
-        _checks.check_plan_alone(blocks_per_row, num_blocks, first_blocks, diagonal_blocks, local_blocks)
-    if causal:
-        _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
-    else:
-        _checks.check_not_causal(local_blocks)
-    inputs, lead, masks = _arguments.arrange(
-        (query, key, value), None if causal else attn_mask, enable_gqa, query_padding_mask
+    numbers.check_bool("return_lse", return_lse)
+    arguments = Arguments(
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        window_size,
+        query_padding_mask,
+        plan,
+        config=config,
+        settings=settings,
     )
-    query, key, value = inputs
-    scale = _checks.scale_or_default(scale, query.shape[3])
-    # A tensor, and drawn only where it is used: a compiler must not take it for a constant, and a call without dropout
-    # must leave torch's generator alone.
-    seed = None if dropout_p == 0.0 else torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-    if causal:
-        numbers = (scale, block_size, sparse, dropout_p, selection[0], local_blocks, selection[2])
-        out, lse = _causal.attention(inputs, attn_mask, plan, seed, *numbers)
-    else:
-        bits = None if plan is None else _checks.plan_bits(plan, query, key, block_size)
-        numbers = (scale, block_size, sparse, dropout_p, *selection)
-        if not return_lse:
-            out = _ops.forward_out(query, key, value, *masks, bits, seed, *numbers)
-            return out if lead is None else out.reshape(*lead, *out.shape[2:])
-        out, lse, _ = _ops.forward(query, key, value, *masks, bits, seed, *numbers)
-    if lead is not None:
-        out = out.reshape(*lead, *out.shape[2:])
+    if tensors.any_nested(query, key, value):
+        return _nested.attention(query, key, value, arguments, return_lse)
+    inputs, ready, lead = calls.prepare((query, key, value), arguments)
+    if ready.dropout_p != 0.0:
+        inputs = inputs._replace(seed=calls.draw_seed())
     if not return_lse:
-        return out
-    return out, lse if lead is None else lse.reshape(*lead, lse.shape[2])
+        return calls.finish(forward_out(inputs, ready), lead)
+    out, lse, _ = forward(inputs, ready)
+    return calls.finish(out, lead), calls.finish(lse, lead)
 
 
-@overload
-def plan(  # pyright: ignore[reportOverlappingOverload] : a CausalBias is a Tensor
-    query: Tensor,
-    key: Tensor,
-    attn_mask: CausalBias,
-    is_causal: Literal[False] = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
-    query_padding_mask: Tensor | None = None,
-) -> CausalPlan: ...
-
-
-@overload
+@with_settings
 def plan(
     query: Tensor,
     key: Tensor,
-    attn_mask: None = None,
-    *,
-    is_causal: Literal[True],
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
-    query_padding_mask: Tensor | None = None,
-) -> CausalPlan: ...
-
-
-@overload
-def plan(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: Literal[False] = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
-    query_padding_mask: Tensor | None = None,
-) -> Plan: ...
-
-
-def plan(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    resolutions: Sequence[int] = (32, 1),
-    blocks_per_row: float = 4.0,
-    num_blocks: int | None = None,
-    mode: Literal["full", "sparse"] = "full",
-    first_blocks: int = 0,
-    diagonal_blocks: int = 0,
-    local_blocks: int = 1,
+    window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
-) -> Plan | CausalPlan:
+    config: MRAConfig | None = None,
+    **settings: Unpack[MRASettings],
+) -> Plan:
     """Select the blocks that `scaled_dot_product_attention` computes exactly, without computing attention.
 
     With the same arguments, `scaled_dot_product_attention` makes the same selection; given as its argument `plan`, the
@@ -335,33 +221,28 @@ def plan(
         `(..., H, Lq, D)`; see `scaled_dot_product_attention`, as for all other arguments.
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
-    attn_mask : Tensor, optional
-        bool, an additive bias, or a causal bias. Blocks that a mask cuts are in the plan beside those of the budget.
+    attn_mask : Tensor or BlockMask, optional
+        bool, an additive bias, a `BlockMask` or a causal bias. Blocks that a mask cuts are exact beside those of the
+        budget.
     is_causal : bool, default False
-        Whether the plan is one of causal attention.
+        Whether query `t` sees the keys up to `t` only.
     scale : float, optional
         Factor of the logits; `1 / sqrt(D)` by default.
     enable_gqa : bool, default False
         Whether groups of `H // Hk` query heads share a head of the key.
-    resolutions : sequence of int, default (32, 1)
-        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
-    blocks_per_row : float, default 4.0
-        The budget: blocks for each query block, on average.
-    num_blocks : int, optional
-        The budget: blocks of a head; overrides `blocks_per_row`.
-    mode : {"full", "sparse"}, default "full"
-        Accepted so that both functions take the same arguments; the selection is the same in both modes.
-    first_blocks, diagonal_blocks : int, default 0
-        Blocks that are always selected.
-    local_blocks : int, default 1
-        Blocks that are always selected in causal attention.
+    window_size : tuple of two int, default (-1, -1)
+        How many keys before and behind its own position a query sees; -1 for all.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
+    config : MRAConfig, optional
+        How attention is approximated. The selection is the same in both modes.
+    **settings
+        Fields of `MRAConfig`; they take the place of those of `config`.
 
     Returns
     -------
-    Plan or CausalPlan
-        For each of the `B * H` heads of the inputs, batch dimensions flattened; of causal attention, for each token.
+    Plan
+        For each of the `B * H` heads of the inputs, batch dimensions flattened.
 
     Raises
     ------
@@ -370,9 +251,8 @@ def plan(
 
     Notes
     -----
-    Definition: docs/definitions.md, section 2 (arXiv 2207.10284, algorithm 1), and section 3 for causal attention.
-    Deterministic: the same selection on every run, for any number of threads; of equal scores the lower block index is
-    taken. Nothing is differentiated.
+    Definition: docs/definitions.md, sections 2 to 4 (arXiv 2207.10284, algorithm 1). Deterministic: the same selection
+    on every run, for any number of threads; of equal scores the lower block index is taken. Nothing is differentiated.
 
     Examples
     --------
@@ -383,18 +263,102 @@ def plan(
     >>> selection.num_blocks
     tensor([[64, 64, 64, 64]])
     """
-    _checks.is_sparse(mode)
-    block_size, selection = _arguments.selection(resolutions, blocks_per_row, num_blocks, first_blocks, diagonal_blocks)
-    local_blocks = _checks.integer("local_blocks", local_blocks, 1)
-    causal = _causal.is_requested(is_causal, attn_mask)
-    if causal:
-        _causal.check_alone(num_blocks, diagonal_blocks, query_padding_mask)
-    else:
-        _checks.check_not_causal(local_blocks)
-    inputs, _, masks = _arguments.arrange((query, key), None if causal else attn_mask, enable_gqa, query_padding_mask)
-    query, key = inputs
-    scale = _checks.scale_or_default(scale, query.shape[3])
-    if causal:
-        return _causal.select(inputs, attn_mask, scale, block_size, selection[0], local_blocks, selection[2])
-    bits = _ops.select_blocks(query, key, *masks, scale, block_size, *selection)
-    return Plan(bits, query.shape[2], key.shape[2], block_size)
+    arguments = Arguments(
+        attn_mask,
+        0.0,
+        is_causal,
+        scale,
+        enable_gqa,
+        window_size,
+        query_padding_mask,
+        config=config,
+        settings=settings,
+    )
+    inputs, ready, _ = calls.prepare((query, key), arguments)
+    batch, heads, query_length, head_dim = inputs.query.shape
+    _, key_heads, key_length, _ = inputs.key.shape
+    return Plan(
+        data=select(inputs, ready),
+        config=configure(config, settings),
+        query_shape=(batch, heads, query_length, head_dim),
+        key_shape=(batch, key_heads, key_length, head_dim),
+        settings=ready,
+        masks=inputs[3:7],
+    )
+
+
+@with_settings
+def can_run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | BlockMask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    query_padding_mask: Tensor | None = None,
+    plan: Plan | None = None,
+    return_lse: bool = False,
+    config: MRAConfig | None = None,
+    **settings: Unpack[MRASettings],
+) -> str | None:
+    """Return why `scaled_dot_product_attention` would refuse these arguments, or None if it takes them.
+
+    The checks are those of the call itself, and nothing is computed. So a model can fall back to another attention
+    without catching errors.
+
+    Parameters
+    ----------
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size, query_padding_mask
+        As for `scaled_dot_product_attention`.
+    plan, return_lse, config, **settings
+        Likewise.
+
+    Returns
+    -------
+    str or None
+        The message of the TypeError, ValueError or NotImplementedError that the call would raise.
+
+    Raises
+    ------
+    Exception
+        Of another kind, and only by the `mask_mod` of a BlockMask.
+
+    Notes
+    -----
+    What only shows when the call runs is not foreseen: dropout below `torch.vmap`, a second derivative, boundaries of
+    sequences. Nothing is drawn from a random number generator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mra_attention import can_run
+    >>> query, key, value = torch.randn(3, 1, 4, 100, 64).unbind()
+    >>> can_run(query, key, value)
+    >>> can_run(query, key, value, mode="dense")
+    "mode must be 'full' or 'sparse', got 'dense'"
+    """
+    arguments = Arguments(
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        window_size,
+        query_padding_mask,
+        plan,
+        config=config,
+        settings=settings,
+    )
+    try:
+        numbers.check_bool("return_lse", return_lse)
+        if tensors.any_nested(query, key, value):
+            _nested.prepare(query, key, value, arguments)
+            return None
+        refuse_forward_ad(*calls.prepare((query, key, value), arguments)[0])
+    except (TypeError, ValueError, NotImplementedError) as refusal:
+        return str(refusal)
+    return None

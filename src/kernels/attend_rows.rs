@@ -14,8 +14,8 @@
 //! The queries are those that some list names, each with a state of its own, anywhere in memory. Taking them by rows needs no
 //! copy of them and leaves no lane empty, whatever their number; in return keys must be packed transposed, once for all
 //! of them. A few queries at a time go through all steps, so that their rows are in the first-level cache only once.
-//! Sums run over the keys in their order (that of weights lane by lane), and keys that a query does not see add terms of weight 0
-//! at the end: so its bits depend neither on the other queries of the list nor on keys behind its own.
+//! Sums run over the keys in their order (that of weights lane by lane), and keys that a query does not see add terms of weight 0:
+//! so its bits depend neither on the other queries of the list nor on keys that it does not see.
 
 use std::ops::Range;
 
@@ -28,6 +28,17 @@ use crate::simd::{Kernel, Scalar, Simd};
 /// Queries that go through all steps together, at most: two register tiles of the widest kind.
 pub(crate) const MOST_QUERIES: usize = 16;
 
+/// The keys that queries see.
+#[derive(Clone, Copy)]
+pub(crate) enum Visible<'a, T> {
+    /// All of them.
+    All,
+    /// Those from the first number of each query on, before the second one.
+    Ranges(&'a [[u32; 2]]),
+    /// A row for each query is added to its logits: `-inf` where it does not see the key.
+    Biased(Matrix<'a, T>),
+}
+
 /// See the module.
 pub(crate) struct AttendRows<'a, T> {
     /// The rows of all queries.
@@ -36,10 +47,10 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) keys: Matrix<'a, T>,
     /// One row per key, none for columns of `keys` that are padding; whole vectors.
     pub(crate) values: Matrix<'a, T>,
-    /// Which queries; no one twice.
+    /// Which queries, each once.
     pub(crate) numbers: &'a [u32],
-    /// How many keys each of them sees; empty if they see all. Values behind must be finite: they are multiplied by 0.
-    pub(crate) seen: &'a [u32],
+    /// What they see. Values of hidden keys must be finite: they are multiplied by 0.
+    pub(crate) visible: Visible<'a, T>,
     /// Which weights are dropped, one row of decisions for each of `numbers`.
     pub(crate) decisions: Option<Decisions<'a>>,
     /// The largest logit of every query so far.
@@ -50,7 +61,7 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) sums: MatrixMut<'a, T>,
     /// Scratch for [`MOST_QUERIES`] rows, as long as those of `keys`, and as much for the other halves of exponentials.
     pub(crate) logits: &'a mut [T],
-    /// Keys and values that are read next, to be brought nearer meanwhile. The same for queries and sums gained nothing.
+    /// Keys and values that are read next, to be prefetched meanwhile. The same for queries and sums gained nothing.
     pub(crate) ahead: Option<[Matrix<'a, T>; 2]>,
 }
 
@@ -65,8 +76,14 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
         assert!(self.values.cols.is_multiple_of(S::LANES) && self.values.cols == self.sums.cols, "whole vectors of values");
         assert!(MOST_QUERIES.is_multiple_of(S::LANES), "whole vectors of queries");
         assert!(2 * S::TILE_ROWS <= MOST_QUERIES && 2 * MOST_QUERIES * columns <= self.logits.len(), "room for logits");
-        assert!(self.seen.is_empty() || self.seen.len() == count, "keys seen by each query");
-        assert!(self.seen.iter().all(|&seen| seen as usize <= self.values.rows), "keys that there are");
+        match self.visible {
+            Visible::All => {}
+            Visible::Ranges(ranges) => {
+                assert!(ranges.len() == count, "keys seen by each query");
+                assert!(ranges.iter().all(|&[from, to]| from <= to && to as usize <= self.values.rows), "keys that there are");
+            }
+            Visible::Biased(bias) => assert!(bias.rows == count && bias.cols == self.values.rows, "a bias for each logit"),
+        }
         assert!(self.decisions.is_none_or(|decisions| decisions.keys.len() == self.values.rows), "a number for each key");
         let rows = self.queries.rows.min(self.sums.rows).min(self.maximum.len()).min(self.sum.len());
         let largest = self.numbers.iter().fold(0, |largest, &number| largest.max(number));
@@ -131,9 +148,9 @@ impl<'a, T: Scalar> AttendRows<'a, T> {
             queries[r] = first_query.wrapping_add(number as usize * self.queries.stride);
             sums[r] = first_sum.wrapping_add(number as usize * self.sums.stride);
         }
-        let keys = match self.seen {
-            [] => self.values.rows,
-            seen => seen[places].iter().fold(0, |most, &seen| most.max(seen as usize)),
+        let keys = match self.visible {
+            Visible::Ranges(ranges) => ranges[places].iter().fold(0, |most, &[_, to]| most.max(to as usize)),
+            Visible::All | Visible::Biased(_) => self.values.rows,
         };
         Chunk { first, numbers, queries, sums, keys, columns: keys.next_multiple_of(lanes) }
     }
@@ -162,16 +179,25 @@ impl<'a, T: Scalar> AttendRows<'a, T> {
         });
     }
 
-    /// Sets the logits of keys that a query does not see, and of columns without a key, to `-inf`.
+    /// Adds biases, and sets the logits of keys that a query does not see, and of columns without a key, to `-inf`.
     #[inline(always)]
     fn hide(&mut self, chunk: &Chunk<'_, T>) {
         let &Chunk { first, numbers, keys, columns, .. } = chunk;
-        if self.seen.is_empty() && keys == columns {
+        if matches!(self.visible, Visible::All) && keys == columns {
             return;
         }
-        for r in 0..numbers.len() {
-            let seen = self.seen.get(first + r).map_or(keys, |&seen| seen as usize);
-            self.logits[r * columns + seen..(r + 1) * columns].fill(T::NEG_INFINITY);
+        for (r, logits) in self.logits.chunks_exact_mut(columns).take(numbers.len()).enumerate() {
+            let [from, to] = match self.visible {
+                Visible::Ranges(ranges) => ranges[first + r].map(|key| key as usize),
+                Visible::All | Visible::Biased(_) => [0, keys],
+            };
+            logits[..from].fill(T::NEG_INFINITY);
+            logits[to..].fill(T::NEG_INFINITY);
+            if let Visible::Biased(bias) = self.visible {
+                for (logit, &bias) in logits[..keys].iter_mut().zip(bias.row(first + r)) {
+                    *logit = if bias == T::NEG_INFINITY { bias } else { *logit + bias };
+                }
+            }
         }
     }
 

@@ -46,7 +46,7 @@ impl Dropout {
         (p > 0.0).then_some(Self { seed, threshold, factor })
     }
 
-    /// What the decisions of one query have in common. Heads are numbered through all batch items; `query` is the number of
+    /// What the decisions of one query have in common. `head` is a flat index over all sequences; `query` is the number of
     /// a token, or of a block of tokens where the whole block shares its weights.
     pub(crate) fn row(&self, stream: Stream, head: usize, query: usize) -> u64 {
         let start = mix(self.seed ^ if stream == Stream::Exact { 0 } else { 0x5851_f42d_4c95_7f2d });

@@ -221,7 +221,7 @@ impl<T: Scalar> Operands<'_, T> {
         });
     }
 
-    /// For A stored transposed (weights): a strip of B (values) stays in the first-level cache while all rows are done.
+    /// For A stored transposed (weights): a panel of B (values) stays in the first-level cache while all rows are done.
     ///
     /// # Safety
     /// - As [`Self::rows_then_columns`].

@@ -25,13 +25,6 @@ impl<'a, T> Matrix<'a, T> {
         Self { cols, ..self }
     }
 
-    /// Some of the rows.
-    pub(crate) fn row_range(self, rows: Range<usize>) -> Self {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        let start = if rows.is_empty() { 0 } else { rows.start * self.stride };
-        Self { data: &self.data[start.min(self.data.len())..], rows: rows.len(), ..self }
-    }
-
     /// One row.
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
         // Without columns there need not be data.

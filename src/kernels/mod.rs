@@ -21,7 +21,7 @@ mod pack;
 mod pool;
 mod softmax;
 
-pub(crate) use attend_rows::{AttendRows, MOST_QUERIES};
+pub(crate) use attend_rows::{AttendRows, MOST_QUERIES, Visible};
 pub(crate) use bf16::{AddValues, KeyDots};
 pub(crate) use bf16_pack::{RoundRows, ZipRows, pack_channel_pairs};
 pub(crate) use bias::{AddBias, Extend, ExtendMask};

@@ -1,9 +1,9 @@
-//! The softmax of a strip of logits, and its gradient, one lane per query.
+//! The softmax of a batch of logits, and its gradient, one lane per query.
 
 use super::MatrixMut;
 use crate::simd::{Kernel, MOST_LANES, Scalar, Simd};
 
-/// One step of the running softmax over keys that arrive strip by strip.
+/// One step of the running softmax over keys that arrive batch by batch.
 ///
 /// ```text
 /// for each query t:
@@ -165,7 +165,7 @@ unsafe fn exponentials<T: Scalar, S: Simd<T>, const N: usize>(
 /// gradients[s, t] = factor * weights[s, t] * (gradients[s, t] - delta[t])        (was <g_t, v_s>)
 /// ```
 ///
-/// docs/definitions.md, section 2, Backward. With `guard`, weight and gradient are 0 where the logit is `-inf` or the weight
+/// docs/definitions.md, section 3, Backward. With `guard`, weight and gradient are 0 where the logit is `-inf` or the weight
 /// 0, even where NaN is among the other numbers.
 pub(crate) struct LogitGradient<'a, T> {
     /// One row per key, one column per query: logits, become the weights.
@@ -206,7 +206,7 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
                     let g = simd.mul(simd.mul(w, factor), simd.sub(simd.load(gradient), delta));
                     simd.store(gradient, g);
                     if self.guard {
-                        clear_hidden(simd, logit, weight, gradient);
+                        clear_hidden(simd, logit, lse, weight, gradient);
                     }
                 }
             }
@@ -214,19 +214,20 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
     }
 }
 
-/// Sets weights and gradients to 0 in the lanes whose logit is `-inf` or whose weight is 0.
+/// Sets weights and gradients to 0 in the lanes whose logit is `-inf`, whose lse is infinite or whose weight is 0.
 ///
 /// # Safety
 /// - A vector is writable at `weight` and at `gradient`.
 #[inline(always)]
-unsafe fn clear_hidden<T: Scalar, S: Simd<T>>(simd: S, logits: S::V, weight: *mut T, gradient: *mut T) {
-    let mut lanes = [T::ZERO; MOST_LANES];
+unsafe fn clear_hidden<T: Scalar, S: Simd<T>>(simd: S, logits: S::V, lse: S::V, weight: *mut T, gradient: *mut T) {
+    let (mut lanes, mut lses) = ([T::ZERO; MOST_LANES], [T::ZERO; MOST_LANES]);
     assert!(S::LANES <= lanes.len());
     // SAFETY: there is room for a vector, asserted above; the rest is the caller's.
     unsafe {
         simd.store(lanes.as_mut_ptr(), logits);
+        simd.store(lses.as_mut_ptr(), lse);
         for (lane, &logit) in lanes[..S::LANES].iter().enumerate() {
-            if logit == T::NEG_INFINITY || *weight.add(lane) == T::ZERO {
+            if logit == T::NEG_INFINITY || lses[lane] == T::INFINITY || *weight.add(lane) == T::ZERO {
                 *weight.add(lane) = T::ZERO;
                 *gradient.add(lane) = T::ZERO;
             }
@@ -257,17 +258,17 @@ mod tests {
         (0..keys * queries).map(number).collect()
     }
 
-    /// Three strips, one of them with a single key, against sums over all of them in float64.
+    /// Three batches, one of them with a single key, against sums over all of them in float64.
     #[test]
-    fn online_softmax_is_the_softmax_of_all_strips() {
+    fn online_softmax_is_the_softmax_of_all_batches() {
         for level in Level::available() {
             let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[3; 32]);
             let queries = 3 * f32::lanes(level);
             let (mut maximum, mut sum) = (vec![f32::NEG_INFINITY; queries], vec![0f32; queries]);
             let mut seen: Vec<Vec<f64>> = vec![Vec::new(); queries];
             for keys in [7, 1, 130] {
-                let strip = logits(&mut rng, keys, queries);
-                let (before, mut weights, mut rescale) = (maximum.clone(), strip.clone(), vec![f32::NAN; queries]);
+                let batch = logits(&mut rng, keys, queries);
+                let (before, mut weights, mut rescale) = (maximum.clone(), batch.clone(), vec![f32::NAN; queries]);
                 let step = OnlineSoftmax {
                     logits: MatrixMut::new(&mut weights, keys, queries, queries),
                     maximum: &mut maximum,
@@ -276,7 +277,7 @@ mod tests {
                 };
                 f32::run(level, step);
                 for t in 0..queries {
-                    let column = strip.iter().skip(t).step_by(queries).copied();
+                    let column = batch.iter().skip(t).step_by(queries).copied();
                     seen[t].extend(column.clone().map(f64::from));
                     let highest = seen[t].iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     assert_eq!(f64::from(maximum[t]), highest, "{}", level.name());
@@ -291,7 +292,7 @@ mod tests {
                         near(*w, weight(f64::from(x)), of_weight);
                     }
                     near(rescale[t], weight(f64::from(before[t])), of_weight);
-                    // A sum is rounded once for each key and rescaled once for each strip.
+                    // A sum is rounded once for each key and rescaled once for each batch.
                     let total: f64 = seen[t].iter().map(|&x| weight(x)).sum();
                     near(sum[t], total, 4.0 * of_weight + (seen[t].len() + 4) as f64 * ROUNDOFF);
                 }

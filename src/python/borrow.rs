@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::tensor::span;
 use crate::{Bias, BiasData, Mask, Tensor, TensorMut};
 
-/// Element types, numbered as in `mra_attention._cpu`.
+/// Element types, numbered as in `mra_attention._native`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dtype {
     F32,
@@ -53,9 +53,10 @@ pub(super) struct Descriptor(
 );
 
 impl Descriptor {
-    pub(super) fn dtype(&self) -> Dtype {
+    pub(super) fn dtype(&self) -> Result<Dtype> {
         const CODES: [Dtype; 6] = [Dtype::F32, Dtype::F64, Dtype::Bf16, Dtype::F16, Dtype::Byte, Dtype::I32];
-        CODES.get(usize::from(self.3)).copied().unwrap_or(Dtype::Byte)
+        let code = CODES.get(usize::from(self.3)).copied();
+        code.ok_or_else(|| Error::new(format!("dtype code: {}, expected 0 to {}", self.3, CODES.len() - 1)))
     }
 
     /// The shape of a four-dimensional tensor.
@@ -73,8 +74,9 @@ impl Descriptor {
 
     /// The memory from the first element to the last one, in elements.
     fn elements<E: Stored>(&self, name: &str) -> Result<(*mut E, usize)> {
-        if self.dtype() != E::DTYPE {
-            return Err(Error::new(format!("{name}: dtype {:?}, expected {:?}", self.dtype(), E::DTYPE)));
+        let dtype = self.dtype()?;
+        if dtype != E::DTYPE {
+            return Err(Error::new(format!("{name}: dtype {dtype:?}, expected {:?}", E::DTYPE)));
         }
         let len = span(&self.1, &self.2)
             .filter(|&len| len.checked_mul(size_of::<E>()).is_some_and(|bytes| isize::try_from(bytes).is_ok()));
@@ -161,15 +163,28 @@ impl Descriptor {
         Mask::new(name, unsafe { self.slice(name) }?, shape, strides)
     }
 
-    /// A mask or bias `(B, H, Lq, Lk)`.
+    /// A mask or bias of the pairs `(B, H, Lq, Lk)`, or with `tiles` a grid of them.
     ///
     /// # Safety
-    /// - As [`Self::slice`].
-    pub(super) unsafe fn bias<'a>(&self, name: &str) -> Result<Bias<'a>> {
+    /// - As [`Self::slice`], for both.
+    pub(super) unsafe fn bias<'a>(&self, name: &str, pairs: [usize; 4], tiles: Option<&Self>) -> Result<Bias<'a>> {
         let (shape, strides) = self.dims(name)?;
+        if let Some(tiles) = tiles {
+            let ([_, height, width], _) = tiles.dims::<3>("mask_tiles")?;
+            // SAFETY: the caller's.
+            let (grid, tiles) = unsafe { (self.slice(name)?, tiles.contiguous("mask_tiles")?) };
+            let block = [height, width];
+            let expected = [pairs[0], pairs[1], pairs[2].div_ceil(height.max(1)), pairs[3].div_ceil(width.max(1))];
+            if shape != expected {
+                return Err(Error::new(format!(
+                    "{name}: a grid of shape {shape:?}, expected {expected:?} for blocks of {block:?}"
+                )));
+            }
+            return Bias::new(name, BiasData::Tiles { grid, tiles, block }, pairs, strides);
+        }
         // SAFETY: the caller's.
         let data = unsafe {
-            match self.dtype() {
+            match self.dtype()? {
                 Dtype::F32 => BiasData::F32(self.slice(name)?),
                 Dtype::F64 => BiasData::F64(self.slice(name)?),
                 Dtype::Bf16 => BiasData::Bf16(self.slice(name)?),
@@ -212,10 +227,11 @@ impl Descriptor {
     /// The addresses from the first byte to behind the last one.
     fn addresses(&self) -> std::ops::Range<usize> {
         let size = match self.dtype() {
-            Dtype::F64 => 8,
-            Dtype::F32 | Dtype::I32 => 4,
-            Dtype::Bf16 | Dtype::F16 => 2,
-            Dtype::Byte => 1,
+            Ok(Dtype::F32 | Dtype::I32) => 4,
+            Ok(Dtype::Bf16 | Dtype::F16) => 2,
+            Ok(Dtype::Byte) => 1,
+            // An unknown one is refused where the tensor is borrowed.
+            Ok(Dtype::F64) | Err(_) => 8,
         };
         let bytes = span(&self.1, &self.2).and_then(|len| len.checked_mul(size)).unwrap_or(0);
         self.0..self.0.saturating_add(bytes)

@@ -1,4 +1,4 @@
-"""What all tests share: random numbers that repeat, memory that shows when nobody wrote to it, hypothesis profiles."""
+"""What all tests share: random numbers that repeat, memory that shows when nobody wrote to it, numbers of threads."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def _poison_new_memory():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One thread, since as many tests run at once as there are cores; `@pytest.mark.threads(3)` asks for more."""
+    marker = request.node.get_closest_marker("threads")
+    torch.set_num_threads(1 if marker is None else marker.args[0])
 
 
 @pytest.fixture(autouse=True)

@@ -2,50 +2,37 @@
 
 Everything of size Lq x Lk is stored and gradients come from torch autograd through the dense formula, with the
 selection held fixed. The default precision is float64; float32 gives the error of plain torch on the same formulas.
+
+A selection is (B, H, rows, nk) bool, True where a block is exact; a row is a query block in the block form and a token
+in the token form. Batch items may have unlike numbers of rows and blocks: what an item has not is False.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from oracle_backward import gradients_of_item
+from oracle_geometry import Geometry, Settings, geometry
+from oracle_select import select_block_form, select_token_form
+from oracle_terms import Item, clean, cropped, item_of, mean, of_queries, repeat, terms_of
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a call asks for, in the terms of docs/definitions.md. Masks are bool, True = valid, (B, Lk) and (B, Lq).
-
-    bias is a mask (bool) or an additive bias that depends on the query; it broadcasts to (B, H, Lq, Lk), and the
-    package takes it or key_mask as attn_mask, not both.
-    """
-
-    block_size: int = 32
-    mode: str = "full"
-    blocks_per_row: float = 4.0
-    num_blocks: int | None = None
-    first_blocks: int = 0
-    diagonal_blocks: int = 0
-    scale: float | None = None
-    key_mask: Tensor | None = None
-    query_mask: Tensor | None = None
-    bias: Tensor | None = None
-
-    def keywords(self) -> dict[str, Any]:
-        """The same request as keyword arguments of the package's functions, without enable_gqa."""
-        return {
-            "resolutions": (self.block_size, 1),
-            "mode": self.mode,
-            "blocks_per_row": self.blocks_per_row,
-            "num_blocks": self.num_blocks,
-            "first_blocks": self.first_blocks,
-            "diagonal_blocks": self.diagonal_blocks,
-            "scale": self.scale,
-            "attn_mask": self.bias if self.key_mask is None else self.key_mask[:, None, None, :],
-            "query_padding_mask": self.query_mask,
-        }
+__all__ = [
+    "Result",
+    "Settings",
+    "attention",
+    "clean_grad_out",
+    "closed_form_gradients",
+    "exact_blocks",
+    "forms",
+    "live_blocks",
+    "run",
+    "run_packed",
+    "select",
+    "stack",
+]
 
 
 class Result(NamedTuple):
@@ -56,213 +43,145 @@ class Result(NamedTuple):
     dv: Tensor
 
 
-class _Pyramid(NamedTuple):
-    """Inputs with invalid tokens zeroed and heads expanded, and their means over the valid tokens of every block."""
-
-    query: Tensor
-    key: Tensor
-    query_valid: Tensor
-    key_valid: Tensor
-    query_mean: Tensor
-    key_mean: Tensor
-    query_count: Tensor
-    key_count: Tensor
-    query_block: Tensor
-    key_block: Tensor
-    scale: float
+_latest: list[tuple[Settings, tuple[int, ...], list[Geometry]]] = []
 
 
-def _valid(mask: Tensor | None, batch: int, length: int) -> Tensor:
-    return torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.expand(batch, length)
+def _geometries(query: Tensor, key: Tensor, settings: Settings) -> list[Geometry]:
+    """Of every batch item. The latest ones are kept: a comparison asks for the same several times."""
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    for known, sizes, found in _latest:
+        if known is settings and sizes == shape:
+            return found
+    found = [geometry(shape, settings, item) for item in range(shape[0])]
+    _latest[:] = [(settings, shape, found), *_latest[:3]]
+    return found
 
 
-def _membership(valid: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Block index of every token, and (B, n, L) bool: token is a valid member of the block."""
-    length = valid.shape[-1]
-    block_of = torch.arange(length) // block_size
-    blocks = torch.arange(-(-length // block_size))
-    return block_of, (block_of == blocks[:, None]) & valid[:, None, :]
+def forms(query: Tensor, key: Tensor, settings: Settings) -> list[str]:
+    """The form of every batch item: "block" or "token" (section 2)."""
+    return [g.form for g in _geometries(query, key, settings)]
 
 
-def _block_means(x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    count = member.sum(-1)
-    sums = member[:, None].to(x.dtype) @ x
-    return sums / count.clamp(min=1)[:, None, :, None].to(x.dtype), count
-
-
-def _clean(x: Tensor, valid: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Zero invalid tokens before any arithmetic, so that NaN stored there cannot spread; repeat heads of a group."""
-    x = x.to(dtype)
-    x = torch.where(valid[:, None, :, None], x, torch.zeros((), dtype=dtype))
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _pyramid(query: Tensor, key: Tensor, settings: Settings, dtype: torch.dtype) -> _Pyramid:
-    batch, heads, query_length, dim = query.shape
-    query_valid = _valid(settings.query_mask, batch, query_length)
-    key_valid = _valid(settings.key_mask, batch, key.shape[2])
-    query_block, query_member = _membership(query_valid, settings.block_size)
-    key_block, key_member = _membership(key_valid, settings.block_size)
-    query = _clean(query, query_valid, heads, dtype)
-    key = _clean(key, key_valid, heads, dtype)
-    query_mean, query_count = _block_means(query, query_member)
-    key_mean, key_count = _block_means(key, key_member)
-    scale = 1.0 / math.sqrt(dim) if settings.scale is None else settings.scale
-    return _Pyramid(
-        query, key, query_valid, key_valid, query_mean, key_mean, query_count, key_count, query_block, key_block, scale
-    )
+def stack(selections: list[Tensor], heads: int) -> Tensor:
+    """The selections (H, rows, nk) of several batch items as one, False where an item has no row or no block."""
+    rows = max((x.shape[1] for x in selections), default=0)
+    columns = max((x.shape[2] for x in selections), default=0)
+    stacked = torch.zeros(len(selections), heads, rows, columns, dtype=torch.bool)
+    for item, x in enumerate(selections):
+        stacked[item, :, : x.shape[1], : x.shape[2]] = x
+    return stacked
 
 
 def live_blocks(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
-    """(B, nq, nk) bool: at least one valid query and one valid key (section 2.1)."""
-    p = _pyramid(query, key, settings, torch.float64)
-    return (p.query_count > 0)[:, :, None] & (p.key_count > 0)[:, None, :]
-
-
-class _Blocks(NamedTuple):
-    """What section 5 makes of every block, each (B, H, nq, nk), and the bias of every pair, (B, H, Lq, Lk)."""
-
-    bias: Tensor
-    live: Tensor
-    cut: Tensor
-    mean: Tensor
-
-
-def _blocks(p: _Pyramid, settings: Settings, dtype: torch.dtype) -> _Blocks:
-    batch, heads, query_length, _ = p.query.shape
-    key_length = p.key.shape[2]
-    bias = torch.zeros((), dtype=dtype) if settings.bias is None else settings.bias
-    if bias.dtype is torch.bool:
-        bias = torch.zeros(bias.shape, dtype=dtype).masked_fill(~bias, -math.inf)
-    bias = bias.to(dtype).expand(batch, heads, query_length, key_length)
-    _, query_member = _membership(p.query_valid, settings.block_size)
-    _, key_member = _membership(p.key_valid, settings.block_size)
-    rows, columns = query_member[:, None].double(), key_member[:, None].double().transpose(-1, -2)
-    pairs = rows @ torch.ones(batch, heads, query_length, key_length, dtype=torch.float64) @ columns
-    seen = rows @ (bias != -math.inf).double() @ columns
-    valid = p.query_valid[:, None, :, None] & p.key_valid[:, None, None, :]
-    highest, lowest = (
-        sign * _block_maxima((sign * bias.double()).masked_fill(~valid, -math.inf), settings.block_size)
-        for sign in (1.0, -1.0)
-    )
-    wide = ~(highest - lowest <= 1e3)  # NaN is wide, too
-    cut = (seen > 0) & ((seen < pairs) | wide)
-    live = (seen > 0) & ~cut
-    finite = torch.where(bias.isfinite() & valid, bias, torch.zeros((), dtype=dtype)).double()
-    mean = (rows @ finite @ columns / pairs.clamp(min=1)).to(dtype)
-    return _Blocks(bias, live, cut, mean.masked_fill(~live, 0.0))
-
-
-def _block_maxima(x: Tensor, block_size: int) -> Tensor:
-    """(..., nq, nk) from (..., Lq, Lk); -inf where a block has nothing."""
-    if x.numel() == 0:
-        return x.new_zeros(*x.shape[:2], *(-(-length // block_size) for length in x.shape[2:]))
-    for dim in (-2, -1):
-        x = torch.cat([part.amax(dim, keepdim=True) for part in x.split(block_size, dim)], dim)
-    return x
+    """(B, H, rows, nk) bool: the blocks that can be selected: live in the block form, not dead in the token form."""
+    found = []
+    for g in _geometries(query, key, settings):
+        live = g.is_open | g.is_cut
+        found.append(live & g.live_rows[:, None] if g.form == "block" else live)
+    return stack(found, query.shape[1])
 
 
 def select(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
-    """(B, H, nq, nk) bool: the blocks selected by section 2.1 to 2.5, one head at a time."""
-    p = _pyramid(query.detach(), key.detach(), settings, torch.float64)
-    blocks = _blocks(p, settings, torch.float64)
-    pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
-    batch, heads, nq, nk = pooled.shape
-    selected = torch.zeros(batch, heads, nq, nk, dtype=torch.bool)
-    for item in range(batch):
-        num_blocks = settings.num_blocks
-        if num_blocks is None:
-            num_blocks = math.floor(settings.blocks_per_row * int((p.query_count[item] > 0).sum()) + 0.5)
-        for head in range(heads):
-            selected[item, head] = _select_head(pooled[item, head], blocks.live[item, head], num_blocks, settings)
-    return selected | blocks.cut
+    """The selection of sections 3 and 4, the exact blocks of all rows."""
+    selections = []
+    for item, g in enumerate(_geometries(query, key, settings)):
+        x = item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64)
+        choose = select_block_form if g.form == "block" else select_token_form
+        selections.append(choose(x.coarse_logits, g, settings))
+    return stack(selections, query.shape[1])
 
 
-def _select_head(pooled: Tensor, live: Tensor, num_blocks: int, settings: Settings) -> Tensor:
-    nq, nk = pooled.shape
-    score = {}
-    forced = set()
-    for i in range(nq):
-        row = [j for j in range(nk) if live[i, j]]
-        if not row:
-            continue
-        logits = pooled[i].tolist()
-        best = max(row, key=lambda j: (logits[j], -j))
-        score |= {(i, j): logits[j] - logits[best] for j in row}
-        forced.add((i, best))
-        forced |= {(i, j) for j in row if settings.diagonal_blocks > 0 and abs(i - j) <= settings.diagonal_blocks // 2}
-        forced |= {(i, j) for j in row if i < settings.first_blocks or j < settings.first_blocks}
-    optional = sorted((block for block in score if block not in forced), key=lambda b: (-score[b], b[0] * nk + b[1]))
-    chosen = forced | set(optional[: max(0, num_blocks - len(forced))])
-    selected = torch.zeros(nq, nk, dtype=torch.bool)
-    for i, j in chosen:
-        selected[i, j] = True
-    return selected
+def exact_blocks(query: Tensor, key: Tensor, selected: Tensor, settings: Settings) -> Tensor:
+    """What a given selection makes exact: no dead block, and every cut one."""
+    found = []
+    for item, g in enumerate(_geometries(query, key, settings)):
+        found.append(cropped(selected[item], g) & g.is_open | g.is_cut)
+    return stack(found, query.shape[1])
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_mask: Tensor,
-    settings: Settings,
-    dtype: torch.dtype = torch.float64,
-    keep: tuple[Tensor, Tensor] | None = None,
+def _attention_of_item(
+    x: Item, value: Tensor, selected: Tensor, mode: str, keep: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of section 2.6 for a given selection, one softmax over all entries of both levels.
-
-    The entries of a query are every key token (exact logit, counted if its block is selected) and every key block
-    (pooled logit with multiplicity cnt_j, counted if the block is live and not selected). Dropout multiplies the
-    weights by `keep`: (B, H, Lq, Lk) for tokens and (B, H, nq, nk) for blocks.
-    """
-    p = _pyramid(query, key, settings, dtype)
-    value = _clean(value, p.key_valid, query.shape[1], dtype)
-    _, key_member = _membership(p.key_valid, settings.block_size)
-    value_mean, _ = _block_means(value, key_member)
-
-    blocks = _blocks(p, settings, dtype)
-    exact = p.scale * (p.query @ p.key.transpose(-1, -2)) + blocks.bias
-    pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
-    pooled = pooled.index_select(-2, p.query_block)
-    selected = (block_mask & blocks.live | blocks.cut).index_select(-2, p.query_block)
-    visible_exact = (
-        selected.index_select(-1, p.key_block)
-        & p.query_valid[:, None, :, None]
-        & p.key_valid[:, None, None, :]
-        & (blocks.bias != -math.inf)
-    )
-    visible_pooled = ~selected & p.query_valid[:, None, :, None] & blocks.live.index_select(-2, p.query_block)
-    if settings.mode == "sparse":
-        visible_pooled = torch.zeros_like(visible_pooled)
-
-    visible = torch.cat([visible_exact, visible_pooled], -1)
-    logits = torch.cat([exact, pooled], -1).masked_fill(~visible, -math.inf)
-    multiplicity = torch.cat([torch.ones_like(p.key_valid), p.key_count], -1).to(dtype)[:, None, None, :]
+    g, dtype = x.g, x.query.dtype
+    terms = terms_of(x, selected, mode)
+    visible = torch.cat([terms.keys, terms.blocks], -1)
+    logits = torch.cat([x.logits, terms.block_logits], -1).masked_fill(~visible, -math.inf)
+    multiplicity = torch.cat([torch.ones_like(g.key_valid), g.count], -1).to(dtype)
     seen = visible.any(-1, keepdim=True)
-    # The extra hidden column keeps amax defined for Lk = 0.
+    # The extra hidden column keeps amax defined where there is no key.
     padded = torch.cat([logits.detach(), logits.new_full((*logits.shape[:-1], 1), -math.inf)], -1)
     largest = padded.amax(-1, keepdim=True).masked_fill(~seen, 0.0)
     weights = multiplicity * (logits - largest).exp()
     total = weights.sum(-1, keepdim=True).masked_fill(~seen, 1.0)
     weights = weights / total
     if keep is not None:
-        weights = weights * torch.cat([keep[0], keep[1].index_select(-2, p.query_block)], -1).to(dtype)
-    out = weights @ torch.cat([value, value_mean], -2)
-    lse = (total.log() + largest).masked_fill(~seen, -math.inf).squeeze(-1)
-    return out, lse
+        tokens, blocks = keep[0], of_queries(keep[1][..., : g.member.shape[0]], g)
+        weights = weights * torch.cat([tokens, blocks], -1).to(dtype)
+    out = weights @ torch.cat([value, mean(value, g.member)], -2)
+    return out, (total.log() + largest).masked_fill(~seen, -math.inf).squeeze(-1)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    settings: Settings,
+    dtype: torch.dtype = torch.float64,
+    keep: tuple[Tensor, Tensor] | None = None,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp for a given selection, one softmax over all terms of both levels.
+
+    The terms of a query are every key of an exact block, and every coarse block with its logit cnt_j times. Dropout
+    multiplies the weights by `keep`: (B, H, Lq, Lk) for keys and (B, H, rows, nk) for blocks. What queries that are not
+    `active`, (B, H, Lq), attend to is not computed.
+    """
+    outs, lses = [], []
+    for item, g in enumerate(_geometries(query, key, settings)):
+        of_item = None if active is None else active[item]
+        x = item_of(query[item], key[item], settings, g, dtype, of_item)
+        v = repeat(clean(value[item].to(dtype), g.key_valid), query.shape[1])
+        kept = None if keep is None else (keep[0][item], keep[1][item])
+        out, lse = _attention_of_item(x, v, selected[item], settings.mode, kept)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        sizes = (*query.shape[:3], value.shape[3])
+        return query.new_zeros(sizes, dtype=dtype), query.new_zeros(sizes[:3], dtype=dtype)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _answers(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
+    """(B, Lq) bool: the queries that have an output."""
+    answers = [g.answers for g in _geometries(query, key, settings)]
+    return torch.stack(answers) if answers else torch.ones(0, query.shape[2], dtype=torch.bool)
 
 
 def clean_grad_out(grad_out: Tensor, settings: Settings) -> Tensor:
     """The cotangent of outputs of padded queries counts for nothing, whatever is stored there."""
-    valid = _valid(settings.query_mask, grad_out.shape[0], grad_out.shape[2])
+    if settings.query_mask is None:
+        return grad_out
+    valid = settings.query_mask.expand(grad_out.shape[0], grad_out.shape[2])
     return torch.where(valid[:, None, :, None], grad_out, torch.zeros((), dtype=grad_out.dtype))
+
+
+def _incoming(
+    query: Tensor, key: Tensor, settings: Settings, grad_out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of queries that have an output, and which of them are not 0, (B, H, Lq)."""
+    answers = _answers(query, key, settings)[:, None]
+    g = clean(grad_out.to(dtype), answers)
+    gl = torch.zeros(g.shape[:3], dtype=dtype) if grad_lse is None else grad_lse.to(dtype)
+    gl = torch.where(answers, gl, torch.zeros((), dtype=dtype))
+    return g, gl, (g != 0).any(-1) | (gl != 0)
 
 
 def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
+    selected: Tensor,
     settings: Settings,
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
@@ -270,21 +189,47 @@ def run(
     keep: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """Output, log-sum-exp and gradients by autograd, for a given selection."""
+    with torch.no_grad():
+        out, lse = attention(query, key, value, selected, settings, dtype, keep)
     leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-    out, lse = attention(*leaves, block_mask, settings, dtype, keep)
-    target = (out * clean_grad_out(grad_out.to(dtype), settings)).sum()
-    if grad_lse is not None:
-        finite = lse > -math.inf
-        target = target + (lse[finite] * grad_lse.to(dtype)[finite]).sum()
-    dq, dk, dv = torch.autograd.grad(target, leaves)
-    return Result(out.detach(), lse.detach(), dq, dk, dv)
+    g, gl, active = _incoming(query, key, settings, grad_out, grad_lse, dtype)
+    target_out, target_lse = attention(*leaves, selected, settings, dtype, keep, active)
+    target = (target_out[active] * g[active]).sum()
+    counts = active & (lse > -math.inf)
+    target = target + (target_lse[counts] * gl[counts]).sum()
+    if not target.requires_grad:  # there is no batch item
+        return Result(out, lse, *(torch.zeros_like(x) for x in leaves))
+    dq, dk, dv = torch.autograd.grad(target, leaves, allow_unused=True, materialize_grads=True)
+    return Result(out, lse, dq, dk, dv)
+
+
+def run_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: tuple[list[int], list[int]],
+    settings: Settings,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+) -> Result:
+    """Packed sequences (total, H, D), with the selection that each makes for itself; lse is (H, total)."""
+    results = []
+    starts = list(zip(boundaries[0], boundaries[0][1:], boundaries[1], boundaries[1][1:], strict=False))
+    for q0, q1, k0, k1 in starts:
+        q, g = (x[q0:q1].transpose(0, 1)[None] for x in (query, grad_out))
+        k, v = (x[k0:k1].transpose(0, 1)[None] for x in (key, value))
+        selected = select(q, k, settings)
+        result = run(q, k, v, selected, settings, g, grad_lse[None, :, q0:q1])
+        results.append([x[0] if name == "lse" else x[0].transpose(0, 1) for name, x in result._asdict().items()])
+    parts = dict(zip(Result._fields, zip(*results, strict=True), strict=True))
+    return Result(**{name: torch.cat(list(x), 1 if name == "lse" else 0) for name, x in parts.items()})
 
 
 def closed_form_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
+    selected: Tensor,
     settings: Settings,
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -292,56 +237,16 @@ def closed_form_gradients(
     lse: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by the closed form of section 2, "Backward", from a stored output and log-sum-exp."""
-    heads, groups = query.shape[1], key.shape[1]
-    p = _pyramid(query, key, settings, dtype)
-    value = _clean(value, p.key_valid, heads, dtype)
-    _, query_member = _membership(p.query_valid, settings.block_size)
-    _, key_member = _membership(p.key_valid, settings.block_size)
-    value_mean, _ = _block_means(value, key_member)
-    g = clean_grad_out(grad_out.to(dtype), settings)
-    seen = lse > -math.inf
-    lse = torch.where(seen, lse.to(dtype), math.inf)  # exp(P - inf) = 0: a query that sees nothing contributes nothing
-    gl = torch.zeros_like(lse) if grad_lse is None else torch.where(seen, grad_lse.to(dtype), torch.zeros_like(lse))
-    delta = (g * out.to(dtype)).sum(-1) - gl
-
-    blocks = _blocks(p, settings, dtype)
-    exact_blocks = block_mask & blocks.live | blocks.cut
-    selected = exact_blocks.index_select(-2, p.query_block).index_select(-1, p.key_block)
-    visible = selected & p.query_valid[:, None, :, None] & p.key_valid[:, None, None, :]
-    logits = p.scale * (p.query @ p.key.transpose(-1, -2)) + blocks.bias
-    prob = (logits.masked_fill(~visible, -math.inf) - lse[..., None]).exp()
-    ds = prob * (g @ value.transpose(-1, -2) - delta[..., None])
-    dq = p.scale * (ds @ p.key)
-    dk = p.scale * (ds.transpose(-1, -2) @ p.query)
-    dv = prob.transpose(-1, -2) @ g
-
-    if settings.mode == "full":
-        pooled = p.scale * (p.query_mean @ p.key_mean.transpose(-1, -2)) + blocks.mean
-        pooled = pooled.masked_fill(exact_blocks | ~blocks.live, -math.inf)
-        largest = pooled.amax(-1)
-        largest = largest.masked_fill(largest == -math.inf, 0.0)
-        factor = (largest.index_select(-1, p.query_block) - lse).exp().masked_fill(~p.query_valid[:, None, :], 0.0)
-        row_sum = query_member[:, None].to(dtype)
-        big_g = row_sum @ (factor[..., None] * g)
-        big_e = (row_sum @ (factor * delta)[..., None]).squeeze(-1)
-        w = (pooled - largest[..., None]).exp()
-        count = p.key_count.to(dtype)[:, None, None, :]
-        dc = count * w * (big_g @ value_mean.transpose(-1, -2) - big_e[..., None])
-        dqh = p.scale * (dc @ p.key_mean)
-        dkh = p.scale * (dc.transpose(-1, -2) @ p.query_mean)
-        dvh = count.transpose(-1, -2) * (w.transpose(-1, -2) @ big_g)
-        dq = dq + _spread(dqh, query_member, p.query_count)
-        dk = dk + _spread(dkh, key_member, p.key_count)
-        dv = dv + _spread(dvh, key_member, p.key_count)
-    return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
-
-
-def _spread(pooled_gradient: Tensor, member: Tensor, count: Tensor) -> Tensor:
-    share = pooled_gradient / count.clamp(min=1)[:, None, :, None].to(pooled_gradient.dtype)
-    return member[:, None].transpose(-1, -2).to(share.dtype) @ share
-
-
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    batch, _, length, dim = x.shape
-    return x if x.shape[1] == groups else x.reshape(batch, groups, -1, length, dim).sum(2)
+    """The gradients by the closed form of sections 3 and 4, from a stored output and log-sum-exp."""
+    g, gl, active = _incoming(query, key, settings, grad_out, grad_lse, dtype)
+    active = active & (lse > -math.inf)
+    grads = [torch.zeros(x.shape, dtype=dtype) for x in (query, key, value)]
+    for item, geometry_of in enumerate(_geometries(query, key, settings)):
+        x = item_of(query[item], key[item], settings, geometry_of, dtype, active[item])
+        v = repeat(clean(value[item].to(dtype), geometry_of.key_valid), query.shape[1])
+        terms = terms_of(x, selected[item], settings.mode)
+        stored = (clean(g[item], active[item]), gl[item], out[item].to(dtype), lse[item].to(dtype))
+        for grad, found in zip(grads, gradients_of_item(x, terms, v, *stored, active[item]), strict=True):
+            groups = grad.shape[1]
+            grad[item] = found.unflatten(0, (groups, -1)).sum(1) if groups else found
+    return grads[0], grads[1], grads[2]

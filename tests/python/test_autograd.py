@@ -90,8 +90,8 @@ def test_gradients_of_lse_only():
 def test_a_plan_has_no_gradient():
     query, key, _ = inputs()
     chosen = plan(query, key, **SETTINGS)
-    assert not chosen.bits.requires_grad
-    assert chosen.bits.grad_fn is None
+    assert not chosen.data.requires_grad
+    assert chosen.data.grad_fn is None
 
 
 def test_changing_an_input_before_backward_is_noticed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from mra_attention import KVCache, scaled_dot_product_attention
+from mra_attention import KVCache, MRAConfig, scaled_dot_product_attention
 from torch import Tensor
 
 SETTINGS: dict[str, Any] = {"blocks_per_row": 3, "local_blocks": 2, "first_blocks": 1}
@@ -90,6 +91,58 @@ def test_thousands_of_steps():
         assert_same(got, tuple(x[:, :, t : t + 1] for x in expected))
     assert cache.length == length
     assert length <= cache.capacity <= 2 * length
+
+
+@pytest.mark.parametrize("window", [(30, -1), (0, 0), (13, 5)], ids=str)
+def test_chunks_with_a_window_give_the_bits_of_the_whole(window):
+    """Also where the window has left whole blocks behind; blocks inside of it are chosen by each token."""
+    length = 150
+    query, key, value = sequences(length)
+    expected = prefill(query, key, value, window_size=window, blocks_per_row=2)
+    cache, start = new_cache(), 0
+    for count in (1, 40, 1, 7, 0, 60, 1, 1, 39):
+        at = slice(start, start + count)
+        cache.append(key[:, :, at], value[:, :, at])
+        got = attend(cache, query[:, :, at], window_size=window, blocks_per_row=2)
+        assert_same(got, tuple(x[:, :, at] for x in expected))
+        start += count
+    assert start == length
+
+
+def test_settings_come_from_the_call_or_else_from_the_cache():
+    query, key, value = sequences(70)
+    config = MRAConfig(resolutions=(BLOCK_SIZE, 1), blocks_per_row=2, mode="sparse", local_blocks=2)
+    cache = new_cache(config=config)
+    cache.append(key, value)
+    assert cache.config == config
+    assert cache.block_size == BLOCK_SIZE
+    given: list[tuple[dict[str, Any], MRAConfig]] = [
+        ({}, config),
+        ({"blocks_per_row": 3}, dataclasses.replace(config, blocks_per_row=3)),
+        ({"blocks_per_row": (1, 2, 3, 4)}, dataclasses.replace(config, blocks_per_row=(1, 2, 3, 4))),
+        ({"config": MRAConfig(resolutions=(BLOCK_SIZE, 1))}, MRAConfig(resolutions=(BLOCK_SIZE, 1))),
+    ]
+    for arguments, means in given:
+        got = cache.attend(query, enable_gqa=True, return_lse=True, **arguments)
+        expected = scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, return_lse=True, config=means
+        )
+        assert_same(got, expected)
+
+
+def test_another_default_device_makes_no_difference():
+    query, key, value = sequences(70)
+    expected = prefill(query, key, value)
+    with torch.device("meta"):
+        cache = new_cache()
+        for at in (slice(0, 40), slice(40, 70)):
+            cache.append(key[:, :, at], value[:, :, at])
+            assert_same(attend(cache, query[:, :, at]), tuple(x[:, :, at] for x in expected))
+        cache.append(*(x.repeat(1, 1, 9, 1) for x in (key, value)))  # the memory grows
+        cache.reorder([1, 0])
+        cache.crop(70)
+        got = attend(cache, query.flip(0))
+    assert_same(got, tuple(x.flip(0) for x in expected))
 
 
 def test_every_length_of_a_prompt():
@@ -370,7 +423,15 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "mode": (lambda c: c.attend(torch.randn(2, 2, 1, 20), mode="dense"), ValueError, "mode must be 'full' or 'sparse'"),
     "budget": (lambda c: c.attend(torch.randn(2, 2, 1, 20), blocks_per_row=0), ValueError, "blocks_per_row must be"),
     "local": (lambda c: c.attend(torch.randn(2, 2, 1, 20), local_blocks=0), ValueError, "local_blocks must be"),
-    "scale": (lambda c: c.attend(torch.randn(2, 2, 1, 20), scale=math.inf), ValueError, "scale must be"),
+    "scale": (lambda c: c.attend(torch.randn(2, 2, 1, 20), scale=math.nan), ValueError, "scale must be"),
+    "window": (lambda c: c.attend(torch.randn(2, 2, 1, 20), window_size=3), TypeError, "window_size must be two"),
+    "config": (lambda c: c.attend(torch.randn(2, 2, 1, 20), config=3), TypeError, "config must be None or a"),
+    "setting": (lambda c: c.attend(torch.randn(2, 2, 1, 20), is_causal=True), TypeError, "'is_causal' is no argument"),
+    "other resolutions": (
+        lambda c: c.attend(torch.randn(2, 2, 1, 20), resolutions=(64, 1)),
+        ValueError,
+        r"resolutions=\(64, 1\) do not fit the cache",
+    ),
     "reorder": (lambda c: c.reorder([0, 2]), ValueError, r"indices must be integers from 0 to 1, got \[0, 2\]"),
     "reorder floats": (lambda c: c.reorder([0.5]), TypeError, r"indices\[0\] must be an integer"),
     "crop": (lambda c: c.crop(-1), ValueError, "lengths must be an integer of at least 0"),

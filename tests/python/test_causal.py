@@ -1,4 +1,4 @@
-"""Causal attention against the formulas of docs/definitions.md, section 3, and its strictness bit by bit."""
+"""Causal attention: the formulas at the shapes that break it, its strictness bit by bit, and what its plan says."""
 
 from __future__ import annotations
 
@@ -6,51 +6,27 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import oracle_causal
 import pytest
 import torch
-from helpers import assert_close, assert_results_close, assert_same_bits, gqa, random_inputs
-from mra_attention import CausalPlan, plan, scaled_dot_product_attention
-from oracle import Result
-from oracle_causal import CausalSettings
+from helpers import (
+    assert_close,
+    assert_matches_oracle,
+    assert_results_close,
+    assert_same_bits,
+    call_keywords,
+    random_inputs,
+    run_package,
+)
+from mra_attention import Plan, plan, scaled_dot_product_attention
+from oracle import Result, Settings
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.bias import causal_lower_right
 
-OPS = torch.ops.mra_attention
 INFINITE = [math.nan, math.inf, -math.inf]
 by_mode = pytest.mark.parametrize("mode", ["full", "sparse"])
 
 # torch warns that queries before the first key see nothing, which is what some of these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
-
-
-def alignment(query: Tensor, key: Tensor, aligned: str) -> dict[str, Any]:
-    make = causal_lower_right if aligned == "lower-right" else causal_upper_left
-    return {"attn_mask": make(query.shape[2], key.shape[2])}
-
-
-def offset_of(query: Tensor, key: Tensor, aligned: str) -> int:
-    return key.shape[2] - query.shape[2] if aligned == "lower-right" else 0
-
-
-def run(
-    inputs: tuple[Tensor, ...],
-    settings: CausalSettings,
-    grad_out: Tensor,
-    grad_lse: Tensor | None = None,
-    aligned: str = "upper-left",
-    **more: Any,
-) -> Result:
-    """Output, log-sum-exp and gradients of the package."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    keywords = settings.keywords() | alignment(leaves[0], leaves[1], aligned) | gqa(leaves[0], leaves[1]) | more
-    out, lse = scaled_dot_product_attention(*leaves, return_lse=True, **keywords)
-    outputs, cotangents = [out], [grad_out]
-    if grad_lse is not None:
-        outputs.append(lse)
-        cotangents.append(grad_lse)
-    grads = torch.autograd.grad(outputs, leaves, cotangents)
-    return Result(out.detach(), lse.detach(), *grads)
 
 
 # name: (batch, heads, query length, key length, D), and what differs from the defaults
@@ -65,25 +41,29 @@ CASES: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
     "more queries": ((1, 2, 83, 21, 4), {}),
     "one query": ((2, 2, 1, 67, 4), {}),
     "grouped": ((2, 4, 50, 61, 9), {"key_heads": 2}),
-    "local": ((1, 2, 90, 90, 4), {"blocks": 4, "local_blocks": 3}),
-    "first": ((1, 2, 90, 90, 4), {"blocks": 4, "first_blocks": 2}),
-    "local and first beyond the budget": ((1, 2, 90, 90, 4), {"blocks": 1, "local_blocks": 2, "first_blocks": 2}),
-    "one block": ((1, 2, 70, 70, 4), {"blocks": 1}),
+    "local": ((1, 2, 90, 90, 4), {"blocks_per_row": 4, "local_blocks": 3}),
+    "first": ((1, 2, 90, 90, 4), {"blocks_per_row": 4, "first_blocks": 2}),
+    "local and first beyond the budget": (
+        (1, 2, 90, 90, 4),
+        {"blocks_per_row": 1, "local_blocks": 2, "first_blocks": 2},
+    ),
+    "one block": ((1, 2, 70, 70, 4), {"blocks_per_row": 1}),
     "large logits": ((1, 2, 70, 70, 4), {"magnitude": 60.0}),
-    "blocks of 32": ((1, 2, 150, 150, 16), {"block_size": 32, "blocks": 2}),
-    "blocks of 20": ((1, 1, 90, 90, 4), {"block_size": 20, "blocks": 2}),
+    "blocks of 32": ((1, 2, 150, 150, 16), {"block_size": 32, "blocks_per_row": 2}),
+    "blocks of 20": ((1, 1, 90, 90, 4), {"block_size": 20, "blocks_per_row": 2}),
     "no keys": ((1, 2, 5, 0, 4), {}),
     "no queries": ((1, 2, 0, 5, 4), {}),
     "no batch": ((0, 2, 5, 5, 4), {}),
 }
 
 
-def problem(name: str, mode: str) -> tuple[list[Tensor], CausalSettings]:
+def problem(name: str, mode: str) -> tuple[list[Tensor], Settings]:
     """query, key, value, grad_out, grad_lse in float64, and the settings."""
     shape, more = CASES[name]
     wanted = {x: more[x] for x in ("key_heads", "value_dim", "magnitude") if x in more}
     rest = {x: more[x] for x in more if x not in wanted}
-    return list(random_inputs(shape, **wanted)), CausalSettings(**{"block_size": 8, "blocks": 3, "mode": mode} | rest)
+    common = {"block_size": 8, "blocks_per_row": 3, "mode": mode, "is_causal": True, "first_blocks": 0}
+    return list(random_inputs(shape, **wanted)), Settings(**(common | rest))
 
 
 @by_mode
@@ -91,58 +71,15 @@ def problem(name: str, mode: str) -> tuple[list[Tensor], CausalSettings]:
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_formulas(name, aligned, mode):
     (query, key, value, grad_out, grad_lse), settings = problem(name, mode)
-    settings = replace(settings, offset=offset_of(query, key, aligned))
-    keywords = settings.keywords() | alignment(query, key, aligned) | gqa(query, key)
-    selected = plan(query, key, **keywords).block_mask()
-    assert torch.equal(selected, oracle_causal.select(query, key, settings))
-    actual = run((query, key, value), settings, grad_out, grad_lse, aligned)
-    expected = oracle_causal.run(query, key, value, selected, settings, grad_out, grad_lse)
-    assert_results_close(actual, expected)
-
-
-@by_mode
-def test_agrees_with_the_formulas_for_any_plan(mode):
-    query, key, value, grad_out, grad_lse = random_inputs((2, 4, 50, 61, 6), key_heads=2, value_dim=3)
-    settings = CausalSettings(block_size=8, mode=mode, offset=11)
-    # Blocks behind the token are left out, and so is the second of two equal ones; the own block may be missing.
-    blocks = torch.randint(-1, 8, (2, 4, 50, 5), dtype=torch.int32)
-    chosen = CausalPlan(blocks, 61, 8, 11)
-    own = (torch.arange(50) + 11) // 8
-    selected = chosen.block_mask() & (torch.arange(8) <= own[:, None])
-    assert not selected[..., own[:, None] == torch.arange(8)].all()
-    actual = run((query, key, value), settings, grad_out, grad_lse, "lower-right", plan=chosen, blocks_per_row=4.0)
-    expected = oracle_causal.run(query, key, value, selected, settings, grad_out, grad_lse)
-    assert_results_close(actual, expected)
+    settings = replace(settings, lower_right=aligned == "lower-right")
+    assert_matches_oracle(query, key, value, settings, grad_out, grad_lse)
 
 
 def test_a_plan_of_the_same_call_changes_nothing():
     (query, key, value, grad_out, grad_lse), settings = problem("grouped", "full")
-    chosen = plan(query, key, is_causal=True, enable_gqa=True, **settings.keywords())
-    budget = {"blocks_per_row": 4.0, "local_blocks": 1, "first_blocks": 0}
-    planned = run((query, key, value), settings, grad_out, grad_lse, plan=chosen, **budget)
-    assert_same_bits(planned, run((query, key, value), settings, grad_out, grad_lse))
-
-
-@by_mode
-def test_items_of_their_own_lengths_and_positions(mode):
-    query, key, value, grad_out, grad_lse = random_inputs((5, 4, 20, 60, 5), key_heads=2, value_dim=6)
-    settings = CausalSettings(
-        block_size=8, mode=mode, blocks=2, offset=(0, -7, 40, 100, -30), key_length=(60, 33, 60, 50, 0)
-    )
-    for item, length in enumerate((60, 33, 60, 50, 0)):  # what lies behind the last key must never be read
-        key[item, :, length:] = value[item, :, length:] = math.nan
-    clean = [x.nan_to_num(0.0).requires_grad_() for x in (query, key, value)]
-    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-    scale = 0.5
-    settings = replace(settings, scale=scale)
-    numbers = (settings.offset, settings.key_length, scale, 8, mode == "sparse", 2, 1, 0, 0.0)
-    out, lse, blocks = OPS.causal_forward(*inputs, None, None, *numbers)
-    selected = CausalPlan(blocks, 60, 8, 0).block_mask()
-    assert torch.equal(selected, oracle_causal.select(clean[0], clean[1], settings))
-    finite = lse > -math.inf
-    grads = torch.autograd.grad((out, lse), inputs, (grad_out, torch.where(finite, grad_lse, 0.0)))
-    expected = oracle_causal.run(*clean, selected, settings, grad_out, grad_lse)
-    assert_results_close(Result(out.detach(), lse.detach(), *grads), expected)
+    chosen = plan(query, key, **call_keywords(query, key, settings))
+    planned = run_package(query, key, value, settings, grad_out, grad_lse, plan=chosen)
+    assert_same_bits(planned, run_package(query, key, value, settings, grad_out, grad_lse))
 
 
 # Strictly causal, bit for bit
@@ -150,7 +87,7 @@ def test_items_of_their_own_lengths_and_positions(mode):
 SIZES = pytest.mark.parametrize(
     ("dtype", "dim", "length"), [(torch.float32, 64, 300), (torch.float64, 20, 150), (torch.bfloat16, 32, 150)], ids=str
 )
-SETTINGS = CausalSettings(blocks=3)
+SETTINGS = Settings(blocks_per_row=3, is_causal=True)
 
 
 @SIZES
@@ -161,11 +98,11 @@ def test_later_tokens_have_no_influence(dtype, dim, length, mode, last):
     settings, known = replace(SETTINGS, mode=mode), slice(last + 1)
     grad_out[:, :, last + 1 :] = 0.0
     grad_lse[:, :, last + 1 :] = 0.0
-    before = run((query, key, value), settings, grad_out, grad_lse)
+    before = run_package(query, key, value, settings, grad_out, grad_lse)
     changed = [x.clone() for x in (query, key, value)]
     for x in changed:
         x[:, :, last + 1 :] = 3 * torch.randn_like(x[:, :, last + 1 :])
-    after = run(tuple(changed), settings, grad_out, grad_lse)
+    after = run_package(*changed, settings, grad_out, grad_lse)
     assert_same_bits(Result(*(x[:, :, known] for x in after)), Result(*(x[:, :, known] for x in before)))
     for grad in after[2:]:
         assert (grad[:, :, last + 1 :] == 0).all()
@@ -181,14 +118,14 @@ def test_later_tokens_may_be_anything(dtype, dim, length, mode, last, bad):
     settings, known = replace(SETTINGS, mode=mode), slice(last + 1)
     short = (query[:, :, known], key, value)
     cotangents = (grad_out[:, :, known], grad_lse[:, :, known])
-    before = run(short, settings, *cotangents)
+    before = run_package(*short, settings, *cotangents)
     changed = [x.clone() for x in (query, key, value)]
     for x in changed:
         x[:, :, last + 1 :] = bad
-    after = run((changed[0][:, :, known], *changed[1:]), settings, *cotangents)
+    after = run_package(changed[0][:, :, known], *changed[1:], settings, *cotangents)
     assert_same_bits(after, before)
     # With the later queries in the same call, the outputs before them and the gradients of these queries are the same.
-    together = run(tuple(changed), settings, grad_out, grad_lse)
+    together = run_package(*changed, settings, grad_out, grad_lse)
     assert_same_bits(
         Result(*(x[:, :, known] for x in (*together[:3], before.dk, before.dv))),
         Result(*(x[:, :, known] for x in before)),
@@ -199,9 +136,10 @@ def test_later_tokens_may_be_anything(dtype, dim, length, mode, last, bad):
 @by_mode
 def test_one_query_at_a_time_gives_the_rows_of_all(dtype, dim, length, mode):
     query, key, value, _, _ = random_inputs((2, 4, length, length, dim), key_heads=2, dtype=dtype)
-    keywords: dict[str, Any] = replace(SETTINGS, mode=mode, local_blocks=2).keywords()
-    keywords |= {"enable_gqa": True, "return_lse": True}
-    out, lse = scaled_dot_product_attention(query, key, value, is_causal=True, **keywords)
+    settings = replace(SETTINGS, mode=mode, local_blocks=2)
+    whole: dict[str, Any] = call_keywords(query, key, settings) | {"return_lse": True}
+    keywords = {name: whole[name] for name in whole if name not in ("is_causal", "attn_mask")}
+    out, lse = scaled_dot_product_attention(query, key, value, **whole)
     for start, count in [
         (0, 1),
         (1, 1),
@@ -221,77 +159,7 @@ def test_one_query_at_a_time_gives_the_rows_of_all(dtype, dim, length, mode):
         assert torch.equal(step_lse, lse[:, :, start:end])
 
 
-@SIZES
-@by_mode
-def test_any_number_of_threads_gives_the_same_bits(dtype, dim, length, mode):
-    query, key, value, grad_out, grad_lse = random_inputs((2, 4, length, length, dim), key_heads=2, dtype=dtype)
-    settings = replace(SETTINGS, mode=mode)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            results.append(run((query, key, value), settings, grad_out, grad_lse))
-    finally:
-        torch.set_num_threads(threads)
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
-
-
-# Dropout
-
-
-def kept(chosen: CausalPlan, p: float, seed: int) -> Tensor:
-    """Which weights of keys and of blocks, (B, H, Lq, Lk + nk), are kept by the call after this seed.
-
-    Read off the package itself: with values that are the columns of an identity, every weight is an element of the
-    output. Weights that are not used are True.
-    """
-    batch, heads, query_length, _ = chosen.blocks.shape
-    length, size = chosen.key_length, chosen.block_size
-    torch.manual_seed(seed)
-    out = scaled_dot_product_attention(
-        torch.zeros(batch, heads, query_length, 1, dtype=torch.float64),
-        torch.zeros(batch, heads, length, 1, dtype=torch.float64),
-        torch.eye(length, dtype=torch.float64).expand(batch, heads, length, length),
-        is_causal=True,
-        dropout_p=p,
-        resolutions=(size, 1),
-        plan=chosen,
-    )
-    selected = chosen.block_mask()
-    exact = selected.repeat_interleave(size, -1)[..., :length] & torch.ones(query_length, length).tril().bool()
-    past = ~selected & (torch.arange(selected.shape[-1]) < torch.arange(query_length)[:, None] // size)
-    return torch.cat([(out != 0) | ~exact, (out != 0)[..., ::size] | ~past], -1)
-
-
-@by_mode
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_agrees_with_the_formulas(mode, p):
-    query, key, value, grad_out, grad_lse = random_inputs((2, 4, 75, 75, 6), key_heads=2, value_dim=5)
-    settings = CausalSettings(block_size=8, blocks=3, mode=mode)
-    chosen = plan(query, key, is_causal=True, enable_gqa=True, **settings.keywords())
-    keep = kept(chosen, p, seed=7)
-    torch.manual_seed(7)
-    actual = run((query, key, value), settings, grad_out, grad_lse, dropout_p=p)
-    cotangents = (grad_out, grad_lse, keep.double() / (1 - p))
-    expected = oracle_causal.run(query, key, value, chosen.block_mask(), settings, *cotangents)
-    assert_results_close(actual, expected)
-
-
-def test_the_rate_of_dropout():
-    query, key = torch.randn(2, 2, 4, 200, 4).unbind()
-    chosen, p = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=3), 0.3
-    keep = kept(chosen, p, seed=1)
-    used = kept(chosen, 1 - 2**-30, seed=1).logical_not()  # hardly anything is kept of what is used
-    for part in (slice(0, 200), slice(200, None)):
-        total, dropped = int(used[..., part].sum()), int((~keep[..., part]).sum())
-        assert total > 10000
-        assert abs(dropped - total * p) <= 5 * (total * p * (1 - p)) ** 0.5
-    assert not torch.equal(keep[0], keep[1])
-    assert not torch.equal(keep[0, 0], keep[0, 1])
-    assert torch.equal(kept(chosen, p, seed=1), keep)
-    assert not torch.equal(kept(chosen, p, seed=2), keep)
+# Shapes, layouts, spellings
 
 
 def test_dropout_of_everything_and_of_nothing():
@@ -303,11 +171,8 @@ def test_dropout_of_everything_and_of_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Shapes, layouts, spellings
-
-
 def test_every_shape_of_inputs():
-    settings = CausalSettings(block_size=8, blocks=2).keywords() | {"is_causal": True}
+    settings = Settings(block_size=8, blocks_per_row=2, is_causal=True).keywords()
     query, key, value = torch.randn(3, 2, 3, 4, 30, 6).unbind()
     out, lse = scaled_dot_product_attention(query, key, value, return_lse=True, **settings)
     flat = [x.flatten(0, 1) for x in (query, key, value)]
@@ -330,32 +195,32 @@ def test_every_layout(layout):
     (query, key, value, grad_out, grad_lse), settings = problem("ragged", "full")
     laid_out = [lay_out(x, layout) for x in (query, key, value, grad_out)]
     plain = [x.contiguous() for x in laid_out]
-    actual = run(tuple(laid_out[:3]), settings, laid_out[3], grad_lse)
-    expected = run(tuple(plain[:3]), settings, plain[3], grad_lse)
+    actual = run_package(*laid_out[:3], settings, laid_out[3], grad_lse)
+    expected = run_package(*plain[:3], settings, plain[3], grad_lse)
     assert_results_close(actual, expected, tolerance=1e-14)
 
 
-@pytest.mark.parametrize("rate", [0.3, 1.0, 1.4, 1.5, 2, 2.49, 1e300])
+@pytest.mark.parametrize("rate", [0.3, 1.0, 1.4, 1.5, 2, 2.49, 1e300, math.inf])
 def test_the_budget_is_rounded(rate):
     query, key = torch.randn(2, 1, 1, 80, 4).unbind()
-    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=rate)
+    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=rate, first_blocks=0)
     wanted = min(10, max(1, math.floor(min(rate, 1e6) + 0.5)))
-    assert chosen.num_blocks[0, 0, -1] == wanted
-    assert chosen.blocks.shape == (1, 1, 80, wanted)
+    assert chosen.block_mask()[0, 0, -1].sum() == wanted
 
 
-def test_a_causal_plan_is_a_value():
+def test_the_plan_of_a_causal_call():
     query, key = torch.randn(2, 2, 3, 40, 4).unbind()
-    chosen = plan(query, key, causal_lower_right(40, 40), resolutions=(8, 1), blocks_per_row=2)
-    assert isinstance(chosen, CausalPlan)
-    assert (chosen.key_length, chosen.block_size, chosen.offset) == (40, 8, 0)
+    chosen = plan(query, key, causal_lower_right(40, 40), resolutions=(8, 1), blocks_per_row=2, first_blocks=0)
+    assert isinstance(chosen, Plan)
     mask = chosen.block_mask()
     assert mask.shape == (2, 3, 40, 5)
-    assert torch.equal(mask.sum(-1), chosen.num_blocks)
     own = torch.arange(40) // 8
     assert mask[..., torch.arange(40), own].all()
     assert not mask[..., torch.arange(5) > own[:, None]].any()
-    assert chosen.num_blocks[0, 0].tolist() == [1] * 8 + [2] * 32
+    assert mask.sum(-1)[0, 0].tolist() == [1] * 8 + [2] * 32
+    first = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=1).block_mask()
+    assert first[..., 0].all()
+    assert first.sum(-1)[0, 0].tolist() == [1] * 8 + [2] * 32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -371,8 +236,8 @@ def test_autocast(dtype):
 
 def test_equal_scores_are_decided_by_position():
     query, key = torch.ones(1, 1, 80, 4), torch.ones(1, 1, 80, 4)
-    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=3)
-    assert chosen.blocks[0, 0, -1].tolist() == [0, 1, 9]
+    chosen = plan(query, key, is_causal=True, resolutions=(8, 1), blocks_per_row=3, first_blocks=0)
+    assert chosen.block_mask()[0, 0, -1].nonzero().flatten().tolist() == [0, 1, 9]
 
 
 @pytest.mark.parametrize(("dim", "scale"), [(12, None), (64, None), (128, None), (64, 0.3), (16, 2.0)])
@@ -387,8 +252,8 @@ def test_backward_has_the_logits_of_forward(dim, scale):
 
 def test_a_query_that_sees_nothing():
     query, key, value, grad_out, grad_lse = random_inputs((1, 2, 40, 30, 8))
-    settings = CausalSettings(block_size=8, blocks=2)
-    result = run((query, key, value), settings, grad_out, grad_lse, "lower-right")
+    settings = Settings(block_size=8, blocks_per_row=2, lower_right=True)
+    result = run_package(query, key, value, settings, grad_out, grad_lse)
     assert (result.out[:, :, :10] == 0).all()
     assert (result.lse[:, :, :10] == -math.inf).all()
     assert (result.dq[:, :, :10] == 0).all()
@@ -398,8 +263,8 @@ def test_a_query_that_sees_nothing():
 
 def test_a_large_head_dimension_and_no_channels():
     query, key, value, grad_out, _ = random_inputs((1, 1, 70, 70, 200), value_dim=0)
-    settings = CausalSettings(block_size=8, blocks=2)
-    result = run((query, key, value), settings, grad_out)
+    settings = Settings(block_size=8, blocks_per_row=2, is_causal=True)
+    result = run_package(query, key, value, settings, grad_out)
     assert result.out.shape == (1, 1, 70, 0)
     assert_close(result.dq, torch.zeros_like(query), "dq")
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from mra_attention import Plan, plan, scaled_dot_product_attention
+from mra_attention import MRAConfig, Plan, plan, scaled_dot_product_attention
 from ops_cases import BLOCK_SIZE, OPS, SETTINGS, attention, detached, inputs, loss
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -25,12 +28,28 @@ def compiled(function: Any, **settings: Any) -> Any:
     return torch.compile(function, fullgraph=True, **settings)
 
 
+CONFIG = MRAConfig(resolutions=(BLOCK_SIZE, 1), blocks_per_row=2)
 COMPILED = {
     "plain": lambda q, k, v: scaled_dot_product_attention(q, k, v, **SETTINGS),
     "sparse": lambda q, k, v: scaled_dot_product_attention(q, k, v, mode="sparse", **SETTINGS),
     "lse": lambda q, k, v: scaled_dot_product_attention(q, k, v, return_lse=True, **SETTINGS)[1],
     "plan": lambda q, k, v: scaled_dot_product_attention(
         q, k, v, resolutions=(BLOCK_SIZE, 1), plan=plan(q, k, **SETTINGS)
+    ),
+    "config": lambda q, k, v: scaled_dot_product_attention(q, k, v, config=CONFIG, mode="sparse"),
+    "per head": lambda q, k, v: scaled_dot_product_attention(
+        q, k, v, **(SETTINGS | {"blocks_per_row": (1, 2.5)[: q.shape[1]]})
+    ),
+    "causal": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, **SETTINGS),
+    "causal-sparse": lambda q, k, v: scaled_dot_product_attention(
+        q, k, v, is_causal=True, mode="sparse", local_blocks=2, first_blocks=0, **SETTINGS
+    ),
+    "causal-plan": lambda q, k, v: scaled_dot_product_attention(
+        q, k, v, is_causal=True, resolutions=(BLOCK_SIZE, 1), plan=plan(q, k, is_causal=True, **SETTINGS)
+    ),
+    "window": lambda q, k, v: scaled_dot_product_attention(q, k, v, window_size=(9, 4), **SETTINGS),
+    "window-mask": lambda q, k, v: scaled_dot_product_attention(
+        q, k, v, k[:, :, None, :, 0] > -1.0, is_causal=True, window_size=(9, -1), **SETTINGS
     ),
     "scale": lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.25, **SETTINGS),
     "three-dimensions": lambda q, k, v: scaled_dot_product_attention(q[0], k[0], v[0], **SETTINGS),
@@ -54,7 +73,8 @@ COMPILED = {
 @pytest.mark.parametrize(
     ("backend", "name", "dynamic"),
     [("aot_eager", name, dynamic) for name in COMPILED for dynamic in (False, True)]
-    + [("inductor", "plain", False), ("inductor", "plain", True), ("inductor", "heads-inside", False)],
+    + [("inductor", "plain", False), ("inductor", "plain", True), ("inductor", "heads-inside", False)]
+    + [("inductor", "causal", True)],
 )
 def test_compile(backend, name, dynamic):
     if torch.__version__.startswith("2.5.") and backend == "inductor" and dynamic:
@@ -86,14 +106,51 @@ def test_compile_with_a_budget_and_a_scale_that_change():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compile_with_rates_and_windows_that_change(is_causal):
+    def attention(q: Tensor, k: Tensor, v: Tensor, rate: float, left: int) -> Tensor:
+        return scaled_dot_product_attention(
+            q, k, v, resolutions=(BLOCK_SIZE, 1), is_causal=is_causal, blocks_per_row=rate, window_size=(left, -1)
+        )
+
+    traced, tensors = compiled(attention, backend="aot_eager"), detached(inputs())
+    for rate, left in [(1.5, -1), (2.5, 5), (1.0, 9), (math.inf, 0)]:
+        assert torch.equal(traced(*tensors, rate, left), attention(*tensors, rate, left))
+
+
+def compilations(attention: Any) -> int:
+    """How often a function is compiled for eight lengths, on both sides of what might be taken for special."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    traced = torch.compile(attention, backend=counter, dynamic=True)
+    for length in (100, 37, 32, 33, 257, 300, 2, 1):
+        traced(*(torch.randn(1, 2, length, 4) for _ in range(3)))
+    return counter.frame_count
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "form", [{}, {"is_causal": True}, {"window_size": (5, 7)}, {"is_causal": True, "mode": "sparse"}]
+)
+def test_no_more_compilations_than_torch_attention(form):
+    allowed = compilations(torch.nn.functional.scaled_dot_product_attention)
+    assert compilations(lambda q, k, v: scaled_dot_product_attention(q, k, v, **form)) <= allowed
+    config = MRAConfig(blocks_per_row=2)
+    assert compilations(lambda q, k, v: scaled_dot_product_attention(q, k, v, config=config, **form)) <= allowed
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_takes_and_returns_plans():
     tensors = detached(inputs())
     chosen = plan(*tensors[:2], **SETTINGS)
     returned = compiled(lambda q, k: plan(q, k, **SETTINGS), backend="aot_eager")(*tensors[:2])
     assert isinstance(returned, Plan)
-    assert torch.equal(returned.bits, chosen.bits)
-    assert (returned.query_length, returned.key_length, returned.block_size) == (19, 27, BLOCK_SIZE)
-    density = compiled(lambda q, k: plan(q, k, **SETTINGS).density, backend="aot_eager")(*tensors[:2])
+    assert torch.equal(returned.data, chosen.data)
+    assert (returned.query_shape, returned.key_shape) == ((1, 2, 19, 4), (1, 2, 27, 4))
+    assert returned.config == chosen.config
+    assert torch.equal(returned.block_mask(), chosen.block_mask())
+    # What a plan says of itself depends on its values, so a graph is split there.
+    density = torch.compile(lambda q, k: plan(q, k, **SETTINGS).density, backend="aot_eager")(*tensors[:2])
     assert torch.equal(density, chosen.density)
     used = compiled(
         lambda q, k, v, chosen: scaled_dot_product_attention(q, k, v, resolutions=(BLOCK_SIZE, 1), plan=chosen),
@@ -141,8 +198,12 @@ def test_compile_of_jvp_raises():
 
 
 class Attention(torch.nn.Module):
+    def __init__(self, **form: Any) -> None:
+        super().__init__()
+        self.form = form
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention(query, key, value)
+        return scaled_dot_product_attention(query, key, value, **(SETTINGS | self.form))
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -153,16 +214,52 @@ def test_export(strict):
     assert torch.equal(program.module()(*tensors), attention(*tensors))
 
 
+ANY_LENGTH = {
+    "1 to 4096": lambda: torch.export.Dim("length", min=1, max=4096),
+    "2 to 4096": lambda: torch.export.Dim("length", min=2, max=4096),
+    "AUTO": lambda: torch.export.Dim.AUTO,
+}
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_export_of_any_length(strict):
-    # From nine key blocks on, a row of a plan has more than one byte; torch specializes on sizes of one.
-    length = torch.export.Dim("length", min=9 * BLOCK_SIZE, max=4096)
+@pytest.mark.parametrize("length", ANY_LENGTH)
+@pytest.mark.parametrize("form", [{}, {"is_causal": True}, {"window_size": (5, 7)}, {"pool_queries": False}], ids=str)
+def test_export_of_any_length(form, length, strict):
+    if torch.__version__.startswith("2.5.") and length == "AUTO":
+        pytest.skip("torch 2.5 has no Dim.AUTO")
+    module, dim = Attention(**form), ANY_LENGTH[length]()
     tensors = tuple(torch.randn(1, 2, 100, 4) for _ in range(3))
-    shapes = ({2: length}, {2: length}, {2: length})
-    program = torch.export.export(Attention(), tensors, dynamic_shapes=shapes, strict=strict)
-    for other in (72, 101, 333):
+    program = torch.export.export(module, tensors, dynamic_shapes=({2: dim},) * 3, strict=strict)
+    assert [node.target for node in program.graph.nodes].count(OPS.forward.default) == 1
+    for other in (1, 2, 8, 9, 31, 64, 65, 101, 333):
         tensors = tuple(torch.randn(1, 2, other, 4) for _ in range(3))
-        assert torch.equal(program.module()(*tensors), attention(*tensors))
+        assert torch.equal(program.module()(*tensors), module(*tensors)), other
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["keys", "pairs"])
+def test_export_of_any_length_with_a_mask(pairs, strict):
+    class Masked(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, mask, **SETTINGS)
+
+    def arguments(length: int) -> tuple[Tensor, ...]:
+        mask = torch.rand(1, 1, length if pairs else 1, length) > 0.2
+        return *(torch.randn(1, 2, length, 4) for _ in range(3)), mask
+
+    length = torch.export.Dim("length", min=1, max=4096)
+    shapes = ({2: length},) * 3 + (({2: length, 3: length} if pairs else {3: length}),)
+    program = torch.export.export(Masked(), arguments(100), dynamic_shapes=shapes, strict=strict)
+    for other in (2, 9, 64, 101):
+        given = arguments(other)
+        assert torch.equal(program.module()(*given), Masked()(*given)), other
+
+
+def test_torch_script_refuses_the_function():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, says torch
+        with pytest.raises(torch.jit.frontend.NotSupportedError, match="variable number of arguments"):
+            torch.jit.script(scaled_dot_product_attention)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
@@ -183,4 +280,4 @@ def test_fake_tensors_pass():
         chosen = plan(query, key, enable_gqa=True)
     assert (out.shape, out.dtype, out.device.type) == ((2, 4, 40, 8), torch.float32, "cpu")
     assert (lse.shape, lse.dtype) == ((2, 4, 40), torch.float32)
-    assert (chosen.bits.shape, chosen.bits.dtype) == ((2, 4, 2, 1), torch.uint8)
+    assert (chosen.data.shape, chosen.data.dtype) == ((2, 8 + 4 * 3 * 1), torch.uint8)

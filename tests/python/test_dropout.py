@@ -1,8 +1,4 @@
-"""Dropout of attention weights: docs/definitions.md, section 5, Dropout.
-
-What is dropped is read off the package itself: with values that are the columns of an identity, every weight is an
-element of the output, and the kept ones are those that are not 0.
-"""
+"""Dropout of attention weights: docs/definitions.md, section 6, Dropout."""
 
 from __future__ import annotations
 
@@ -12,9 +8,11 @@ from typing import Any
 import helpers
 import mra_attention
 import oracle
+import oracle_dropout
 import pytest
 import torch
-from helpers import kept_weights, random_inputs
+from forms import by_form, settings_of
+from helpers import random_inputs
 from mra_attention import scaled_dot_product_attention
 from oracle import Settings
 from torch import Tensor
@@ -26,73 +24,61 @@ SETTINGS: dict[str, Any] = {"resolutions": (BLOCK, 1), "blocks_per_row": 1.5}
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("mode", ["full", "sparse"])
-@pytest.mark.parametrize("bias", ["none", "window", "additive"])
-def test_matches_the_formulas(p: float, mode: str, bias: str) -> None:
+@by_form
+def test_matches_the_formulas(p: float, form: str) -> None:
     query, key, value, grad_out, grad_lse = random_inputs(SHAPE, value_dim=5, key_heads=2)
-    generator = torch.Generator().manual_seed(3)
-    biases = {
-        "none": None,
-        "window": (torch.arange(43)[:, None] - torch.arange(51)).abs() <= 13,
-        "additive": torch.randn(4, 43, 51, generator=generator, dtype=torch.float64),
-    }
-    settings = Settings(
-        block_size=BLOCK,
-        blocks_per_row=1.5,
-        mode=mode,
-        bias=biases[bias],
-        query_mask=helpers.random_mask(2, 43, seed=2),
-    )
-    selected = helpers.block_mask(query, key, settings)
-    keep = kept_weights(SHAPE, selected, settings, p, seed=7)
-    torch.manual_seed(7)
-    actual = helpers.run_package(query, key, value, settings, grad_out, grad_lse, dropout_p=p)
-    scaled = tuple(part.double() / (1 - p) for part in keep)
-    expected = oracle.run(query, key, value, selected, settings, grad_out, grad_lse, keep=scaled)
-    helpers.assert_results_close(actual, expected)
+    for mode in ("full", "sparse"):
+        settings = settings_of(form, SHAPE, mode=mode)
+        selected = helpers.block_mask(query, key, settings)
+        keep = helpers.keep_factors(query, key, selected, p, torch_seed=7)
+        torch.manual_seed(7)
+        actual = helpers.run_package(query, key, value, settings, grad_out, grad_lse, dropout_p=p)
+        expected = oracle.run(query, key, value, selected, settings, grad_out, grad_lse, keep=keep)
+        helpers.assert_results_close(actual, expected)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.75])
-def test_the_rate_of_tokens_and_of_blocks(p: float) -> None:
-    shape = (2, 2, 512, 512, 1)
-    selected = torch.rand(2, 2, 64, 64, generator=torch.Generator().manual_seed(1)) < 0.5
-    exact, coarse = kept_weights(shape, selected, Settings(block_size=BLOCK), p, seed=1)
-    tokens = selected.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-    for kept, decided in ((exact, tokens), (coarse, ~selected)):
-        total, dropped = int(decided.sum()), int((~kept).sum())
-        deviation = (total * p * (1 - p)) ** 0.5
-        assert abs(dropped - total * p) <= 5 * deviation
-        # Batch items, heads, queries and keys are dropped independently of their neighbours.
+def test_decisions_are_those_of_independent_draws(p: float) -> None:
+    """Batch items, heads, rows and columns, keys and blocks, and seeds: within five standard deviations."""
+    shape = (2, 2, 256, 256)
+    of_seed = [oracle_dropout.kept_weights(seed, p, shape, shape) for seed in (1, 2)]
+    agree = p * p + (1 - p) * (1 - p)
+
+    def assert_rate(count: int, total: int, expected: float) -> None:
+        assert abs(count - total * expected) <= 5 * (total * expected * (1 - expected)) ** 0.5 + 1
+
+    for kept in of_seed[0]:
+        assert_rate(int((~kept).sum()), kept.numel(), p)
         for dim in range(4):
-            both = decided & decided.roll(1, dim)
-            pairs, same = int(both.sum()), int((both & (kept == kept.roll(1, dim))).sum())
-            agree = p * p + (1 - p) * (1 - p)
-            assert abs(same - pairs * agree) <= 5 * (pairs * agree * (1 - agree)) ** 0.5 + 1
+            neighbours = kept == kept.roll(1, dim)
+            assert_rate(int(neighbours.sum()), kept.numel(), agree)
+    assert_rate(int((of_seed[0][0] == of_seed[0][1]).sum()), of_seed[0][0].numel(), agree)
+    assert_rate(int((of_seed[0][0] == of_seed[1][0]).sum()), of_seed[0][0].numel(), agree)
 
 
-def test_what_is_dropped_depends_on_nothing_but_the_seed_and_the_place() -> None:
-    selected = torch.rand(2, 4, 6, 7, generator=torch.Generator().manual_seed(1)) < 0.5
-    settings = Settings(block_size=BLOCK)
-    first = kept_weights(SHAPE, selected, settings, 0.4, seed=1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert all(
-            torch.equal(*pair)
-            for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1, dtype), strict=True)
-        )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_dropped_depends_on_nothing_but_the_seed_and_the_place(dtype: torch.dtype, causal: bool) -> None:
+    """With values that are the columns of an identity, every weight is an element of the output."""
+    batch, heads, rows, columns, _ = SHAPE
+    inputs = [torch.zeros(batch, heads, length, 1, dtype=dtype) for length in (rows, columns)]
+    settings = Settings(block_size=BLOCK, blocks_per_row=2.0, is_causal=causal)
+    value = torch.eye(columns, dtype=dtype).expand(batch, heads, columns, columns)
+    selected = helpers.block_mask(*inputs, settings)
+    wide = [x.double() for x in (*inputs, value)]
+    keep = helpers.keep_factors(*inputs, selected, 0.4, torch_seed=3)
+    expected, _ = oracle.attention(*wide, selected, settings, keep=keep)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(3)
-        assert all(
-            torch.equal(*pair) for pair in zip(first, kept_weights(SHAPE, selected, settings, 0.4, 1), strict=True)
-        )
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            out = scaled_dot_product_attention(*inputs, value, dropout_p=0.4, **settings.keywords())
+            assert torch.equal(out == 0, expected == 0)
+            out = scaled_dot_product_attention(*inputs, value, dropout_p=0.4, **settings.keywords())
+            assert not torch.equal(out == 0, expected == 0)
     finally:
         torch.set_num_threads(before)
-    # A block that is exact here and coarse there: the others keep their decisions.
-    fewer = selected.clone()
-    fewer[:, :, 2] = False
-    other = kept_weights(SHAPE, fewer, settings, 0.4, seed=1)
-    assert torch.equal(first[0][:, :, :16], other[0][:, :, :16])
-    assert not torch.equal(first[0], kept_weights(SHAPE, selected, settings, 0.4, seed=2)[0])
 
 
 def test_the_mean_over_seeds_is_the_result_without_dropout() -> None:

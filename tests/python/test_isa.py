@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
+import mra_attention
 import pytest
+import torch
 from mra_attention import _core
 
 REQUIRED = [name for name in os.environ.get("MRA_ATTENTION_REQUIRE_ISA", "").split(",") if name]
@@ -27,7 +29,8 @@ def report(isa: str) -> subprocess.CompletedProcess[str]:
 def test_the_variable_picks_the_instruction_set(isa: str):
     done = report(isa)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"instruction set  {isa} " in done.stdout
+    for words in (f"instruction set  {isa} ", mra_attention.__version__, torch.__version__, "threads"):
+        assert words in done.stdout
     assert "self-check passed" in done.stdout
 
 

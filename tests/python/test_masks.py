@@ -1,4 +1,4 @@
-"""Masks and biases that depend on the query: docs/definitions.md, section 5."""
+"""Masks and biases of pairs: docs/definitions.md, sections 2, 4 and 6."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def test_everything_selected_is_torch_attention(name: str, dtype: torch.dtype, m
         return
     expected = oracle.run(*wide, selected, settings, grad_out.double(), grad_lse.double())
     helpers.assert_close(expected.out, out, "the oracle's out")
-    comparisons = helpers.dense_comparisons(query, key, value, selected, settings, grad_out, grad_lse)
-    helpers.assert_results_within_budget(actual, expected, comparisons, block_size=16)
+    budget = helpers.dense_budget(query, key, value, selected, settings, grad_out, grad_lse)
+    helpers.assert_results_within_budget(actual, expected, budget, block_size=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,8 +194,8 @@ def test_error_of_a_part_of_the_blocks(name: str, dtype: torch.dtype, mode: str)
     actual = helpers.run_package(query, key, value, settings, grad_out, grad_lse)
     wide = [x.double() for x in (query, key, value)]
     expected = oracle.run(*wide, selected, settings, grad_out.double(), grad_lse.double())
-    comparisons = helpers.dense_comparisons(query, key, value, selected, settings, grad_out, grad_lse)
-    helpers.assert_results_within_budget(actual, expected, comparisons, block_size=16)
+    budget = helpers.dense_budget(query, key, value, selected, settings, grad_out, grad_lse)
+    helpers.assert_results_within_budget(actual, expected, budget, block_size=16)
 
 
 def test_a_bias_that_hides_nothing_and_adds_nothing_gives_the_bits_without_it() -> None:
@@ -237,11 +237,10 @@ def test_a_plan_with_a_mask() -> None:
     """Cut blocks are exact whatever the plan says, dead ones never."""
     inputs = random_inputs(SHAPE)
     settings = Settings(block_size=BLOCK, bias=_bias("documents"))
-    shape = (2, 2, 6, 1)
-    for bits in (torch.zeros(shape, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)):
-        plan = mra_attention.Plan(bits, 43, 51, BLOCK)
-        given = {"plan": plan, "blocks_per_row": 4.0}
-        actual = helpers.run_package(*inputs[:3], settings, *inputs[3:], **given)
+    for budget in (1e-9, math.inf):
+        given = settings.keywords() | {"blocks_per_row": budget}
+        plan = mra_attention.plan(*inputs[:2], **given)
+        actual = helpers.run_package(*inputs[:3], settings, *inputs[3:], plan=plan, blocks_per_row=budget)
         expected = oracle.run(*inputs[:3], plan.block_mask(), settings, *inputs[3:])
         helpers.assert_results_close(actual, expected)
 
@@ -249,14 +248,14 @@ def test_a_plan_with_a_mask() -> None:
 def test_the_plan_of_a_mask_has_the_cut_blocks_and_no_dead_ones() -> None:
     query, key, *_ = random_inputs(SHAPE)
     mask = torch.zeros(43, 51, dtype=torch.bool)
-    mask[:16] = True  # two rows of open blocks
-    mask[16, :9] = True  # two cut blocks; the second with one visible pair
-    plan = mra_attention.plan(query, key, mask, resolutions=(BLOCK, 1), num_blocks=3)
+    mask[:16] = True  # every block is open
+    mask[16, :9] = True  # the first block is open, the second is cut: it has one visible pair
+    plan = mra_attention.plan(query, key, mask, resolutions=(BLOCK, 1), blocks_per_row=3)
     selected = plan.block_mask()
-    assert (selected[:, :, :2].sum((-2, -1)) == 3).all()
-    assert selected[:, :, 2, :2].all()
-    assert not selected[:, :, 2, 2:].any()
-    assert not selected[:, :, 3:].any()
+    assert (selected[:, :, :16].sum(-1) == 3).all()
+    assert selected[:, :, 16, :2].all()
+    assert not selected[:, :, 16, 2:].any()
+    assert not selected[:, :, 17:].any()
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -278,21 +277,19 @@ def test_a_bias_that_is_no_number_spoils_its_query_alone(number: float, mode: st
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("spoil", [math.nan, math.inf])
 def test_what_is_hidden_never_reaches_a_result(dtype: torch.dtype, mode: str, additive: bool, spoil: float) -> None:
-    """One document of several holds no numbers: the others' outputs and gradients keep their bits."""
+    """One document of several holds NaN or infinity: outputs and gradients of the others keep their bits."""
     shape = (1, 2, 60, 60, 8)
     query, key, value, grad_out, grad_lse = random_inputs(shape, dtype=dtype)
     mask = torch.arange(60)[:, None] // 20 == torch.arange(60) // 20
     bias = torch.zeros(60, 60).masked_fill(~mask, -math.inf) if additive else mask
     settings = Settings(block_size=BLOCK, mode=mode, blocks_per_row=1.0, bias=bias)
-    plan = mra_attention.plan(query, key, **settings.keywords())
-    more = {"plan": plan, "blocks_per_row": 4.0}
-    clean = helpers.run_package(query, key, value, settings, grad_out, grad_lse, **more)
+    clean = helpers.run_package(query, key, value, settings, grad_out, grad_lse)
     others = torch.cat([torch.arange(20), torch.arange(40, 60)])
-    # Blocks 2 and 5 hold tokens of two documents; where they are averaged the documents meet by definition.
+    # Blocks 2 and 5 hold tokens of two documents.
     spoiled = [x.clone() for x in (query, key, value, grad_out)]
     for x in spoiled:
         x[:, :, 20:40] = spoil
-    result = helpers.run_package(*spoiled[:3], settings, spoiled[3], grad_lse, **more)
+    result = helpers.run_package(*spoiled[:3], settings, spoiled[3], grad_lse)
     for name, actual, expected in zip(result._fields, result, clean, strict=True):
         assert torch.equal(actual[:, :, others], expected[:, :, others]), name
     assert not result.out[:, :, 20:40].isfinite().any()

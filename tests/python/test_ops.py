@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from mra_attention import scaled_dot_product_attention
-from ops_cases import BLOCK_SIZE, LAYOUTS, OPS, SETTINGS, SHAPES, by_mask, detached, inputs, lay_out, masks
+from mra_attention._ops import Inputs, Settings
+from mra_attention._ops.arguments import for_backward, for_select
+from ops_cases import BLOCK_SIZE, LAYOUTS, OPS, SETTINGS, SHAPES, by_mask, inputs, lay_out, masks
 
 # opcheck itself reads .grad of tensors that are no leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -26,17 +29,30 @@ def rate(masked: bool) -> float:
     return 0.25 if masked else 0.0
 
 
-def forward_arguments(shape: str, layout: str, masked: bool, given_plan: bool, sparse: bool) -> tuple[Any, ...]:
+FORMS = {
+    "block": {},
+    "block-given-plan": {"sparse": True},
+    "causal": {"window_right": 0},
+    "causal-given-plan": {"window_right": 0, "sparse": True, "lower_right": True},
+    "window": {"window_left": 9, "window_right": 4, "blocks_per_row": [math.inf]},
+}
+by_form = pytest.mark.parametrize("form", FORMS)
+QUICK = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+
+
+def forward_arguments(shape: str, layout: str, masked: bool, form: str) -> tuple[Inputs, Settings]:
     tensors = inputs(shape, layout=layout)
     key_mask, query_mask = masks(shape, masked)
-    numbers = (0.3, BLOCK_SIZE, 1.5, None, 0, 0)
-    chosen = (
-        OPS.select_blocks(*tensors[:2], key_mask, query_mask, pair_bias(shape, masked), *numbers)
-        if given_plan
-        else None
-    )
-    bias, seed = pair_bias(shape, masked), torch.tensor([5]) if masked else None
-    return *tensors, key_mask, query_mask, bias, chosen, seed, 0.3, BLOCK_SIZE, sparse, rate(masked), 1.5, None, 0, 0
+    given = Inputs(*tensors, key_mask=key_mask, query_mask=query_mask, attn_bias=pair_bias(shape, masked))
+    settings = Settings(**({"scale": 0.3, "block_size": BLOCK_SIZE, "blocks_per_row": [1.5]} | FORMS[form]))
+    if form.endswith("given-plan"):
+        given = given._replace(plan=OPS.select(*for_select(given), *settings))
+    return given._replace(seed=torch.tensor([5]) if masked else None), settings._replace(dropout_p=rate(masked))
+
+
+def opcheck(operator: Any, arguments: tuple[Any, ...], quick: bool) -> None:
+    results = torch.library.opcheck(operator.default, arguments, **(QUICK if quick else {}))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 # Every shape, and every layout of one shape.
@@ -48,42 +64,53 @@ by_shape_and_layout = pytest.mark.parametrize(
 
 @by_shape_and_layout
 @by_mask
-@pytest.mark.parametrize(("given_plan", "sparse"), [(False, False), (True, True)], ids=["full", "sparse-given-plan"])
-def test_opcheck_of_forward(shape, layout, masked, given_plan, sparse):
-    arguments = forward_arguments(shape, layout, masked, given_plan, sparse)
-    results = torch.library.opcheck(OPS.forward.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
-
-
-@by_shape_and_layout
-@by_mask
-def test_opcheck_of_select_blocks(shape, layout, masked):
-    tensors = inputs(shape, layout=layout)
-    arguments = (*tensors[:2], *masks(shape, masked), pair_bias(shape, masked), 0.3, BLOCK_SIZE, 1.5, 3, 1, 1)
-    results = torch.library.opcheck(OPS.select_blocks.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
-
-
-@by_shape_and_layout
-@by_mask
-@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
-def test_opcheck_of_backward(shape, layout, masked, with_lse):
-    arguments = forward_arguments(shape, layout, masked, False, False)
+@by_form
+def test_opcheck(shape, layout, masked, form):
+    """Schemas and fake kernels everywhere; below AOT, which is slow, one shape for each form."""
+    quick = (shape, layout, masked) != ("ragged", "contiguous", True)
+    given, settings = forward_arguments(shape, layout, masked, form)
+    opcheck(OPS.forward, (*given, *settings), quick)
+    opcheck(OPS.select, (*for_select(given), *settings), quick)
     with torch.no_grad():
-        out, lse, chosen = OPS.forward(*arguments)
-    query, key, value, key_mask, query_mask, bias, _, seed = arguments[:8]
-    grad_lse = torch.randn_like(lse) if with_lse else None
-    grads = (lay_out(torch.randn_like(out), layout), grad_lse)
-    rest = (key_mask, query_mask, bias, chosen, seed, 0.3, BLOCK_SIZE, False, rate(masked))
-    results = torch.library.opcheck(OPS.backward.default, (*grads, *detached([query, key, value]), out, lse, *rest))
-    assert set(results.values()) == {"SUCCESS"}
-    # With inputs that require gradients, test_aot_dispatch_dynamic would ask for the second derivative.
-    results = torch.library.opcheck(
-        OPS.backward.default,
-        (*grads, query, key, value, out, lse, *rest),
-        test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
+        out, lse, chosen = OPS.forward(*given, *settings)
+    for grad_lse in (None, torch.randn_like(lse)):
+        grads = (lay_out(torch.randn_like(out), layout), grad_lse)
+        query, key, value = (x.detach() for x in given[:3])
+        constant = given._replace(query=query, key=key, value=value)
+        opcheck(OPS.backward, (*grads, *for_backward(constant, out, lse, chosen), *settings), quick)
+        # With inputs that require gradients, test_aot_dispatch_dynamic would ask for the second derivative.
+        opcheck(OPS.backward, (*grads, *for_backward(given, out, lse, chosen), *settings), quick=True)
+
+
+STORED = ["BHL", "BLH", "LBH", "LHB", "HBL", "HLB"]
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_results_lie_in_memory_as_the_query(stored, compiled):
+    torch.compiler.reset()
+    sizes = {"B": 2, "H": 4, "L": 19}
+
+    def make(heads: int, channels: int) -> torch.Tensor:
+        tensor = torch.randn(*((sizes | {"H": heads})[name] for name in stored), channels)
+        return tensor.permute(*(stored.index(name) for name in "BHL"), 3).requires_grad_()
+
+    query, key, value = make(4, 6), make(2, 6), make(2, 5)
+    order = (*("BHL".index(name) for name in stored), 3)
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(*tensors, enable_gqa=True, **SETTINGS)
+
+    if compiled:
+        attention = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    out = attention(query, key, value)
+    assert out.permute(order).is_contiguous()
+    assert torch.equal(
+        out, scaled_dot_product_attention(*(x.contiguous() for x in (query, key, value)), enable_gqa=True, **SETTINGS)
     )
-    assert set(results.values()) == {"SUCCESS"}
+    for tensor, grad in zip((query, key, value), torch.autograd.grad(out.sum(), (query, key, value)), strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.permute(order).is_contiguous()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,42 +126,63 @@ def test_the_output_is_stored_like_the_query(layout):
 
 
 def test_a_tensor_of_another_device_is_refused_by_the_operator():
-    arguments = list(forward_arguments("blocks", "contiguous", False, False, False))
-    arguments[3] = torch.ones(2, 16, dtype=torch.bool, device="meta")
+    given, settings = forward_arguments("blocks", "contiguous", False, "block")
+    mask = torch.ones(2, 16, dtype=torch.bool, device="meta")
     with pytest.raises(ValueError, match="same device"):
-        OPS.forward(*arguments)
+        OPS.forward(*given._replace(key_mask=mask), *settings)
 
 
 @pytest.mark.parametrize(
-    ("place", "wrong"),
+    ("name", "wrong"),
     [
-        (0, torch.randn(2, 2, 16, 3, dtype=torch.float64)),
-        (1, torch.randn(2, 16, 4, dtype=torch.float64)),
-        (1, torch.randn(2, 2, 16, 4)),
-        (2, torch.randn(2, 2, 15, 4, dtype=torch.float64)),
-        (3, torch.ones(2, 15, dtype=torch.bool)),
-        (3, torch.ones(2, 16)),
-        (4, torch.ones(3, 16, dtype=torch.bool)),
-        (5, torch.ones(2, 2, 16, 15, dtype=torch.bool)),
-        (5, torch.ones(2, 2, 16, 16, dtype=torch.int64)),
-        (5, torch.ones(1, 2, 2, 16, 16)),
-        (6, torch.zeros(2, 2, 2, 2, dtype=torch.uint8)),
-        (6, torch.zeros(2, 2, 1, 1, dtype=torch.uint8)),
-        (6, torch.zeros(2, 2, 2, 1)),
-        (8, float("nan")),
-        (9, 0),
-        (9, 129),
-        (11, float("nan")),
-        (11, -0.5),
-        (11, 1.5),
-        (12, float("nan")),
-        (12, -1.0),
-        (14, -1),
+        ("query", torch.randn(2, 2, 16, 3, dtype=torch.float64)),
+        ("key", torch.randn(2, 16, 4, dtype=torch.float64)),
+        ("key", torch.randn(2, 2, 16, 4)),
+        ("value", torch.randn(2, 2, 15, 4, dtype=torch.float64)),
+        ("key_mask", torch.ones(2, 15, dtype=torch.bool)),
+        ("key_mask", torch.ones(2, 16)),
+        ("query_mask", torch.ones(3, 16, dtype=torch.bool)),
+        ("attn_bias", torch.ones(2, 2, 16, 15, dtype=torch.bool)),
+        ("attn_bias", torch.ones(2, 2, 16, 16, dtype=torch.int64)),
+        ("attn_bias", torch.ones(1, 2, 2, 16, 16)),
+        ("plan", torch.zeros(2, 15, dtype=torch.uint8)),
+        ("plan", torch.zeros(1, 20, dtype=torch.uint8)),
+        ("plan", torch.zeros(2, 20)),
+        ("cu_seqlens_q", torch.tensor([0, 16])),
+        ("scale", float("nan")),
+        ("block_size", 0),
+        ("block_size", 129),
+        ("dropout_p", float("nan")),
+        ("dropout_p", -0.5),
+        ("dropout_p", 1.5),
+        ("blocks_per_row", [float("nan")]),
+        ("blocks_per_row", [-1.0]),
+        ("blocks_per_row", []),
+        ("blocks_per_row", [1.0, 2.0, 3.0]),
+        ("first_blocks", -1),
+        ("local_blocks", 0),
+        ("window_left", -2),
     ],
 )
-def test_the_operator_survives_wrong_arguments(place, wrong):
+@pytest.mark.parametrize("form", ["block", "causal"])
+def test_the_operator_survives_wrong_arguments(name, wrong, form):
     """The native module checks again what the public functions have checked."""
-    arguments = list(forward_arguments("blocks", "contiguous", False, False, False))
-    arguments[place] = wrong
+    given, settings = forward_arguments("blocks", "contiguous", False, form)
+    call = given._asdict() | settings._asdict() | {name: wrong}
     with pytest.raises((ValueError, TypeError, IndexError, RuntimeError, OverflowError)), torch.no_grad():
-        OPS.forward(*arguments)
+        OPS.forward(*call.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@by_form
+def test_the_size_of_a_plan_is_that_of_the_definition(masked, form):
+    """Written down again: a native module that computes another size refuses the plan."""
+    for shape, (batch, heads, _, queries, keys, _, _) in SHAPES.items():
+        given, settings = forward_arguments(shape, "contiguous", masked, form.removesuffix("-given-plan"))
+        rows, columns = math.ceil(queries / BLOCK_SIZE) + 1, math.ceil(keys / BLOCK_SIZE)
+        of_blocks = heads * rows * math.ceil(columns / 8)
+        places = 0 if form == "window" else max(2, 1 + 1)  # floor(1.5 + 0.5), or the block of the token and the first
+        of_tokens = 4 * heads * queries * min(columns, places)
+        of_tokens *= masked or not form.startswith("block")
+        of_blocks *= form.startswith("block")
+        assert OPS.select(*for_select(given), *settings).shape == (batch, 8 + of_blocks + of_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mra_attention
 import pytest
@@ -12,6 +13,7 @@ from helpers import (
     assert_matches_oracle,
     assert_results_close,
     assert_same_bits,
+    assert_same_selection,
     block_mask,
     random_inputs,
     random_mask,
@@ -28,32 +30,134 @@ def right_padding(lengths: list[int], size: int) -> Tensor:
     return torch.arange(size) < torch.tensor(lengths)[:, None]
 
 
+# Whom the tokens of a sequence see, beside padding.
+FORMS: dict[str, dict[str, Any]] = {
+    "block": {},
+    "forced": {"first_blocks": 1, "diagonal_blocks": 3},
+    "tokens": {"pool_queries": False},
+    "causal": {"is_causal": True},
+    "window": {"window": (21, 6)},
+    "causal window": {"is_causal": True, "window": (13, -1)},
+}
+by_form = pytest.mark.parametrize("form", FORMS)
+
+
+def padded_batch(
+    lengths: list[int], size: int, side: str, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, list[slice]]:
+    """query, key, value, grad_out, grad_lse; which tokens are valid; where each sequence lies."""
+    inputs = list(random_inputs((len(lengths), 2, size, size, 16), dtype=dtype))
+    mask = right_padding(lengths, size)
+    if side == "right":
+        return inputs, mask, [slice(0, length) for length in lengths]
+    return inputs, mask.flip(-1), [slice(size - length, size) for length in lengths]
+
+
+def spell(mask: Tensor, spelling: str, size: int) -> dict[str, Tensor | None]:
+    """Settings that say that these keys are padding."""
+    rows = mask[:, None, None]
+    if spelling == "keys and queries":
+        return {"key_mask": mask, "query_mask": mask}
+    if spelling == "keys":
+        return {"key_mask": mask}
+    if spelling == "every pair":
+        return {"bias": rows.expand(-1, 2, size, size).clone()}
+    if spelling == "bias":
+        return {"bias": torch.zeros(rows.shape).masked_fill(~rows, -math.inf)}
+    assert spelling == "valid pairs"
+    return {"bias": rows & mask[:, None, :, None]}
+
+
 @MODES
-@pytest.mark.parametrize("block_size", [8, 32])
-@pytest.mark.parametrize("forced", [(0, 0), (1, 3)], ids=str)
-def test_padded_batch_gives_what_each_sequence_gives_alone(mode, block_size, forced):
-    lengths = [100, 1, 37, 64, 8]
-    inputs = random_inputs((5, 2, 100, 100, 16))
-    mask = right_padding(lengths, 100)
-    more = {
-        "block_size": block_size,
-        "mode": mode,
-        "blocks_per_row": 1.6,
-        "first_blocks": forced[0],
-        "diagonal_blocks": forced[1],
-    }
-    settings = Settings(key_mask=mask, query_mask=mask, **more)
-    selected = block_mask(inputs[0], inputs[1], settings)
-    together = run_package(*inputs[:3], settings, *inputs[3:])
-    for item, length in enumerate(lengths):
-        alone_inputs = [x[item : item + 1, :, :length] for x in inputs]
-        alone = run_package(*alone_inputs[:3], Settings(**more), *alone_inputs[3:])
-        blocks = -(-length // block_size)
-        alone_selected = block_mask(alone_inputs[0], alone_inputs[1], Settings(**more))
-        assert torch.equal(selected[item : item + 1, :, :blocks, :blocks], alone_selected)
-        assert selected[item].sum() == alone_selected.sum()
-        for name, a, e in zip(Result._fields, together, alone, strict=True):
-            assert_close(a[item : item + 1, :, :length], e, f"{name} of item {item}")
+@by_form
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("spelling", ["keys", "keys and queries", "every pair", "bias", "valid pairs"])
+def test_padded_batch_gives_what_each_sequence_gives_alone(mode, form, side, spelling):
+    """To the bit, gradients too."""
+    lengths, size = [100, 1, 37, 64, 8], 100
+    for dtype in (torch.float32, torch.float64):
+        inputs, mask, places = padded_batch(lengths, size, side, dtype)
+        # No loss reads the outputs of padded queries.
+        inputs[3] = inputs[3] * mask[:, None, :, None]
+        inputs[4] = inputs[4] * mask[:, None]
+        more = {"block_size": 8, "mode": mode, "blocks_per_row": 1.6} | FORMS[form]
+        together = run_package(*inputs[:3], Settings(**more, **spell(mask, spelling, size)), *inputs[3:])
+        for item, place in enumerate(places):
+            alone_inputs = [x[item : item + 1, :, place] for x in inputs]
+            alone = run_package(*alone_inputs[:3], Settings(**more), *alone_inputs[3:])
+            for name, a, e in zip(Result._fields, together, alone, strict=True):
+                assert torch.equal(a[item : item + 1, :, place], e), f"{name} of item {item}, {dtype}"
+
+
+@by_form
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_of_any_length(form, side):
+    """Every number of padded tokens in front of and behind a sequence, and the blocks that it selects."""
+    length = 21
+    for extra in range(1, 20):
+        size = length + extra
+        inputs, mask, (place,) = padded_batch([length], size, side, torch.float32)
+        more = {"block_size": 8, "blocks_per_row": 1.0} | FORMS[form]
+        out, lse, *_ = run_package(*inputs[:3], Settings(key_mask=mask, **more), *inputs[3:])
+        alone = [x[:, :, place] for x in inputs]
+        expected = run_package(*alone[:3], Settings(**more), *alone[3:])
+        assert torch.equal(out[:, :, place], expected.out), extra
+        assert torch.equal(lse[:, :, place], expected.lse), extra
+        selected = block_mask(inputs[0], inputs[1], Settings(key_mask=mask, query_mask=mask, **more))
+        if form in ("block", "forced"):
+            assert_same_selection(selected, block_mask(alone[0], alone[1], Settings(**more)))
+        else:
+            assert_same_selection(selected[:, :, place], block_mask(alone[0], alone[1], Settings(**more)))
+
+
+@MODES
+@by_form
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("spelling", ["keys", "every pair", "valid pairs"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+def test_nan_in_the_padding_reaches_nothing(mode, form, side, spelling, poison):
+    """Without query_padding_mask padded queries have outputs, which may be NaN; the gradients of others are not."""
+    lengths, size = [45, 8, 22], 45
+    inputs, mask, _ = padded_batch(lengths, size, side, torch.float32)
+    inputs[3] = inputs[3] * mask[:, None, :, None]
+    inputs[4] = inputs[4] * mask[:, None]
+    more = {"block_size": 8, "mode": mode, "blocks_per_row": 1.6} | FORMS[form]
+    settings = Settings(**more, **spell(mask, spelling, size))
+    clean = run_package(*inputs[:3], settings, *inputs[3:])
+    poisoned = [x.masked_fill(~mask[:, None, :, None], poison) for x in inputs[:3]]
+    result = run_package(*poisoned, settings, *inputs[3:])
+    for name in ("out", "lse", "dq"):
+        valid = mask[:, None].expand(-1, 2, -1)
+        assert torch.equal(getattr(result, name)[valid], getattr(clean, name)[valid]), name
+    assert torch.equal(result.dk, clean.dk)
+    assert torch.equal(result.dv, clean.dv)
+    assert (result.dk.masked_select(~mask[:, None, :, None]) == 0).all()
+
+
+def test_everything_exact_is_torch_attention_in_padded_rows_too():
+    query, key, value, *_ = random_inputs((3, 2, 45, 45, 8))
+    for side in ("right", "left"):
+        mask = right_padding([45, 8, 22], 45)
+        mask = mask if side == "right" else mask.flip(-1)
+        settings = Settings(block_size=8, blocks_per_row=math.inf, key_mask=mask)
+        out = mra_attention.scaled_dot_product_attention(query, key, value, **settings.keywords())
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        assert_close(out, expected, f"out, padded on the {side}")
+
+
+def test_padding_of_keys_is_not_that_of_queries_where_a_mask_says_so():
+    """Cross-attention of equal lengths passes an all-true query_padding_mask; of unequal ones it need not."""
+    inputs = random_inputs((2, 2, 45, 45, 8))
+    mask = right_padding([45, 21], 45)
+    every = torch.ones(2, 45, dtype=torch.bool)
+    implied = Settings(block_size=8, blocks_per_row=1.0, key_mask=mask)
+    cross = Settings(block_size=8, blocks_per_row=1.0, key_mask=mask, query_mask=every)
+    for settings in (implied, cross):
+        assert_matches_oracle(*inputs[:3], settings, *inputs[3:])
+    out = [run_package(*inputs[:3], settings, *inputs[3:]).out for settings in (implied, cross)]
+    assert torch.equal(out[0][0], out[1][0])
+    assert not torch.equal(out[0][1], out[1][1])
+    assert out[0][1, :, 21:].abs().amax(-1).min() > 0
 
 
 @MODES
@@ -157,19 +261,6 @@ def test_item_without_a_valid_query(mode):
     result = run_package(query, key, value, settings, grad_out, grad_lse)
     for x in (result.out, result.dq, result.dk, result.dv):
         assert (x[1] == 0).all()
-
-
-@MODES
-def test_key_mask_alone_leaves_every_query_in_its_mean(mode):
-    """Only query_padding_mask removes queries: the same mask on the keys alone gives other coarse logits."""
-    inputs = random_inputs((2, 2, 45, 45, 8))
-    mask = right_padding([45, 21], 45)
-    both = Settings(block_size=8, mode=mode, blocks_per_row=1.0, key_mask=mask, query_mask=mask)
-    keys = Settings(block_size=8, mode=mode, blocks_per_row=1.0, key_mask=mask)
-    assert_matches_oracle(*inputs[:3], keys, *inputs[3:])
-    padded_row = run_package(*inputs[:3], keys, *inputs[3:]).out[1, :, 21:]
-    assert padded_row.abs().amax(-1).min() > 0
-    assert (run_package(*inputs[:3], both, *inputs[3:]).out[1, :, 21:] == 0).all()
 
 
 @MODES

@@ -9,20 +9,37 @@ import pydoc
 from pathlib import Path
 
 import mra_attention
-import numpy as np
 import pytest
 import torch
 from mra_attention import _core
 
 PACKAGE = Path(mra_attention.__file__).parent
+SETTINGS = {
+    "resolutions": (32, 1),
+    "blocks_per_row": 4.0,
+    "num_blocks": None,
+    "mode": "full",
+    "first_blocks": None,
+    "diagonal_blocks": 0,
+    "local_blocks": 1,
+    "pool_queries": True,
+}
+ENTRY_POINTS = [
+    mra_attention.scaled_dot_product_attention,
+    mra_attention.varlen_attention,
+    mra_attention.plan,
+    mra_attention.can_run,
+    mra_attention.KVCache,
+]
 
 
 def test_names():
     assert mra_attention.__all__ == [
-        "CausalPlan",
         "KVCache",
+        "MRAConfig",
         "Plan",
         "__version__",
+        "can_run",
         "plan",
         "scaled_dot_product_attention",
         "varlen_attention",
@@ -50,17 +67,32 @@ def test_keyword_parameters():
     parameters = inspect.signature(mra_attention.scaled_dot_product_attention).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == {
-        "resolutions": (32, 1),
-        "blocks_per_row": 4.0,
-        "num_blocks": None,
-        "mode": "full",
-        "first_blocks": 0,
-        "diagonal_blocks": 0,
-        "local_blocks": 1,
+        "window_size": (-1, -1),
         "query_padding_mask": None,
         "plan": None,
         "return_lse": False,
+        "config": None,
+        **SETTINGS,
     }
+
+
+def test_the_settings_and_their_defaults():
+    parameters = inspect.signature(mra_attention.MRAConfig).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == SETTINGS
+    assert mra_attention.MRAConfig().to_dict() == SETTINGS | {"resolutions": [32, 1]}
+
+
+@pytest.mark.parametrize("function", ENTRY_POINTS, ids=lambda function: function.__name__)
+def test_every_entry_point_shows_config_and_every_setting(function):
+    parameters = inspect.signature(function).parameters
+    assert parameters["config"].default is None
+    assert {name: parameters[name].default for name in SETTINGS} == SETTINGS
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in SETTINGS)
+
+
+def test_can_run_takes_the_parameters_of_attention():
+    attention = inspect.signature(mra_attention.scaled_dot_product_attention)
+    assert inspect.signature(mra_attention.can_run).parameters == attention.parameters
 
 
 def test_plan_takes_the_parameters_of_attention_that_concern_the_selection():
@@ -72,8 +104,7 @@ def test_plan_takes_the_parameters_of_attention_that_concern_the_selection():
 
 
 def test_the_operators_have_no_defaults():
-    names = ("forward", "backward", "causal_forward", "causal_backward", "varlen_forward", "varlen_backward")
-    for name in ("select_blocks", *names):
+    for name in ("forward", "backward", "select"):
         schema = getattr(torch.ops.mra_attention, name).default._schema
         assert not any(argument.has_default_value() for argument in schema.arguments), str(schema)
         assert not schema.is_mutable
@@ -107,7 +138,8 @@ def test_every_public_name_is_documented():
         for section in ("Parameters", "Raises", "Notes"):
             assert f"\n{section}\n---" in documentation, f"{function.__name__} has no section {section}"
         for parameter in inspect.signature(function).parameters:
-            assert parameter in documentation, f"{function.__name__} does not explain {parameter}"
+            explained = mra_attention.MRAConfig.__doc__ if parameter in SETTINGS else documentation
+            assert f"{parameter}" in (explained or ""), f"{function.__name__} does not explain {parameter}"
     assert "scaled_dot_product_attention" in pydoc.render_doc(mra_attention)
 
 
@@ -128,17 +160,17 @@ def test_the_stub_has_the_names_and_parameters_of_the_native_module():
 
 
 @pytest.mark.parametrize("key_length", [1, 8, 64, 65, 200])
-def test_block_mask_of_a_plan_is_that_of_the_native_module(key_length):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_a_plan_says_of_itself(key_length, is_causal):
     query, key = torch.randn(2, 3, 40, 8), torch.randn(2, 3, key_length, 8)
-    selection = mra_attention.plan(query, key, resolutions=(8, 1), blocks_per_row=1.5)
+    selection = mra_attention.plan(query, key, resolutions=(8, 1), blocks_per_row=1.5, is_causal=is_causal)
     mask = selection.block_mask()
-    num_key_blocks = -(-key_length // 8)
-    assert mask.shape == (2, 3, 5, num_key_blocks)
-    native = _core.block_mask(selection.bits.numpy(), num_key_blocks)
-    assert native.dtype == np.bool_
-    assert np.array_equal(native, mask.numpy())
+    assert mask.dtype == torch.bool
+    assert mask.shape == (2, 3, 40 if is_causal else 5, -(-key_length // 8))
+    assert all(torch.equal(*pair) for pair in zip(selection.block_masks(), mask, strict=True))
     assert torch.equal(selection.num_blocks, mask.sum((-2, -1)))
     torch.testing.assert_close(selection.density, mask.float().mean((-2, -1)))
+    assert selection.config == mra_attention.MRAConfig(resolutions=(8, 1), blocks_per_row=1.5)
 
 
 def test_a_plan_of_nothing():
@@ -151,7 +183,7 @@ def test_a_plan_of_nothing():
 def test_a_plan_is_frozen():
     selection = mra_attention.plan(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8))
     with pytest.raises(AttributeError):
-        selection.block_size = 8  # pyright: ignore[reportAttributeAccessIssue]
+        selection.data = torch.zeros(0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_new_memory_is_poisoned_in_these_tests():

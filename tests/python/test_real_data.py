@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mra_attention
+import plain_float32
 import pytest
 import torch
 from data import load_minilm
-from helpers import OUTPUT_FACTOR, assert_within_budget, summation_orders
+from helpers import Budget, assert_results_within_budget, summation_orders
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -42,6 +43,7 @@ def test_coarse_terms_reduce_the_error_on_average(layer):
 def test_everything_selected_is_exact_attention(layer, mode, dtype):
     query, key, value = (x.to(dtype) for x in load_minilm(layer))
     exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
-    torchs = [scaled_dot_product_attention(query[..., x], key[..., x], value) for x in summation_orders(32)]
+    torchs = [[scaled_dot_product_attention(query[..., x], key[..., x], value)] for x in summation_orders(32)]
+    budget = Budget(torchs, lambda: plain_float32.attention(query, key, value))
     out = mra_attention.scaled_dot_product_attention(query, key, value, mode=mode, blocks_per_row=16.0)
-    assert_within_budget(out, exact, torchs, "out", factor=OUTPUT_FACTOR)
+    assert_results_within_budget([out], [exact], budget, names=["out"])

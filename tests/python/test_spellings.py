@@ -36,7 +36,18 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "num-blocks-numpy": ({"num_blocks": np.int64(3)}, {"num_blocks": 3}),
     "scale-int": ({"scale": 1}, {"scale": 1.0}),
     "scale-default": ({"scale": HEAD_DIM**-0.5}, {}),
+    "rate-tensor": ({"blocks_per_row": torch.tensor(2.0)}, {"blocks_per_row": 2.0}),
+    "rates-equal": ({"blocks_per_row": [2.0] * HEADS}, {"blocks_per_row": 2.0}),
+    "rates-tensor": ({"blocks_per_row": torch.tensor([1.0, 2, 3, 4])}, {"blocks_per_row": (1, 2, 3, 4)}),
+    "rates-one": ({"blocks_per_row": [2]}, {"blocks_per_row": 2.0}),
+    "scale-tensor": ({"scale": torch.tensor(0.5, dtype=torch.float64)}, {"scale": 0.5}),
     "dropout-int": ({"dropout_p": 0}, {}),
+    "dropout-bool": ({"dropout_p": False}, {}),
+    "dropout-tensor": ({"dropout_p": torch.tensor(0.0)}, {}),
+    "window-list": ({"window_size": [5, 3]}, {"window_size": (5, 3)}),
+    "window-wide": ({"window_size": (-1, -1)}, {}),
+    "window-causal": ({"window_size": (-1, 0)}, {"is_causal": True}),
+    "local-diagonal": ({"local_blocks": 2}, {"diagonal_blocks": 2}),
     "mask-1d": ({"attn_mask": boolean(48)}, {}),
 }
 
@@ -64,8 +75,8 @@ def test_spellings_of_a_key_mask(shape):
     }[shape]
     assert torch.equal(scaled_dot_product_attention(**given, attn_mask=spelled), expected)
     assert torch.equal(
-        plan(given["query"], given["key"], spelled).bits,
-        plan(given["query"], given["key"], mask[:, None, None, :]).bits,
+        plan(given["query"], given["key"], spelled).data,
+        plan(given["query"], given["key"], mask[:, None, None, :]).data,
     )
 
 
@@ -116,7 +127,7 @@ def test_autocast_casts_as_for_torch_attention(dtype):
     cast = {name: tensor.to(dtype) for name, tensor in given.items()}
     assert out.dtype == theirs.dtype == dtype
     assert torch.equal(out, scaled_dot_product_attention(**cast))
-    assert torch.equal(selection.bits, plan(cast["query"], cast["key"]).bits)
+    assert torch.equal(selection.data, plan(cast["query"], cast["key"]).data)
 
 
 def test_autocast_leaves_float64_alone():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 BLOCK, QUERIES, KEYS = 8, 19, 27
-WINDOW = (torch.arange(QUERIES)[:, None] - torch.arange(KEYS)).abs() <= 11
+NEAR = (torch.arange(QUERIES)[:, None] - torch.arange(KEYS)).abs() <= 11
 BIAS = torch.randn(QUERIES, KEYS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SEED = 5
 
@@ -34,6 +34,14 @@ FORMS: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "query padding": lambda q, k: {"query_padding_mask": torch.arange(q.shape[-2]) < 15},
     "causal": lambda q, k: {"is_causal": True},
     "causal, lower right": lambda q, k: {"attn_mask": causal_lower_right(q.shape[-2], k.shape[-2])},
+    "window": lambda q, k: {"window_size": (9, 4)},
+    "causal, window and mask": lambda q, k: {
+        "is_causal": True,
+        "window_size": (9, 4),
+        "attn_mask": torch.arange(k.shape[-2]) % 5 > 0,
+    },
+    "per head": lambda q, k: {"blocks_per_row": (1, 2)},
+    "token form": lambda q, k: {"pool_queries": False},
     "dropout": lambda q, k: {"dropout_p": 0.3},
     "mask and dropout": lambda q, k: {"attn_mask": _lengths(q, k)[0] >= _lengths(q, k)[1], "dropout_p": 0.3},
     "causal and dropout": lambda q, k: {"is_causal": True, "dropout_p": 0.3},
@@ -55,7 +63,7 @@ def attention_of(form: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         arguments = FORMS[form](query, key)
         return scaled_dot_product_attention(
-            query, key, value, resolutions=(BLOCK, 1), blocks_per_row=1.5, mode="full", **arguments
+            query, key, value, **({"resolutions": (BLOCK, 1), "blocks_per_row": 1.5, "mode": "full"} | arguments)
         )
 
     return attention
@@ -100,7 +108,7 @@ def test_vmap_and_its_gradient(form: str) -> None:
     assert_equal(list(shared), [torch.func.grad(loss)(query, *inputs()[1:]) for query in batches[0]])
 
 
-@pytest.mark.parametrize("mask", [WINDOW, BIAS], ids=["mask", "bias"])
+@pytest.mark.parametrize("mask", [NEAR, BIAS], ids=["mask", "bias"])
 @pytest.mark.parametrize("in_dims", [(None, None, 0), (0, None, 0), (None, 0, None), (0, 0, 2)], ids=str)
 def test_vmap_of_masks(mask: Tensor, in_dims: tuple[int | None, ...]) -> None:
     """Query, key and value, and the mask: mapped together, or some of them only; the gradient, too."""

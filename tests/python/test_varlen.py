@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_inputs
-from mra_attention import scaled_dot_product_attention, varlen_attention
+from mra_attention import MRAConfig, scaled_dot_product_attention, varlen_attention
+from mra_attention._checks import calls
+from mra_attention._ops import Inputs, arguments
+from mra_attention.config import SETTINGS
 from ops_cases import OPS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
@@ -135,6 +138,24 @@ def test_what_other_sequences_hold_does_not_matter(form):
         assert torch.equal(actual[index][at], expected[index][at])
 
 
+def test_heads_of_key_and_value_may_differ_in_number():
+    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 1, 5)
+    out = varlen_attention(query, key, value, [0, 4, 9], [0, 4, 9], enable_gqa=True, resolutions=(8, 1))
+    keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(4, 1)
+    assert torch.equal(out, varlen_attention(query, keys, values, [0, 4, 9], [0, 4, 9], resolutions=(8, 1)))
+
+
+def test_a_config_is_the_same_as_its_settings():
+    query, key, value = packed()[:3]
+    starts, key_starts = boundaries(LENGTHS), boundaries(KEY_LENGTHS)
+    settings: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": (1, 2, 3, 4), "mode": "sparse"}
+    given = (query, key, value, starts, key_starts)
+    expected = varlen_attention(*given, enable_gqa=True, **settings)
+    assert torch.equal(varlen_attention(*given, enable_gqa=True, config=MRAConfig(**settings)), expected)
+    other = MRAConfig(**settings | {"mode": "full"})
+    assert torch.equal(varlen_attention(*given, enable_gqa=True, config=other, mode="sparse"), expected)
+
+
 def test_boundaries_of_every_kind():
     query, key, value = packed()[:3]
     keywords: dict[str, Any] = {"resolutions": (8, 1), "enable_gqa": True}
@@ -166,7 +187,8 @@ def test_keys_that_no_query_sees_have_the_gradient_zero():
 @by_form
 def test_gradcheck_where_every_block_is_selected(form):
     inputs = [x.requires_grad_() for x in packed(torch.float64)[:3]]
-    budget = {"blocks_per_row": 1e9, "num_blocks": None} | {k: v for k, v in FORMS[form].items() if k == "is_causal"}
+    visible = {k: v for k, v in FORMS[form].items() if k in ("is_causal", "window_size")}
+    budget = {"blocks_per_row": math.inf, "num_blocks": None} | visible
 
     def attention(*tensors: Tensor) -> Tensor:
         starts = (boundaries(LENGTHS), boundaries(KEY_LENGTHS))
@@ -216,28 +238,30 @@ def test_sequences_drop_different_weights(is_causal):
 # Operators
 
 
-def arguments(form: str) -> tuple[Any, ...]:
-    settings = {"blocks_per_row": 4.0, "num_blocks": None, "first_blocks": 0, "diagonal_blocks": 0, "local_blocks": 1}
-    settings |= {name: value for name, value in FORMS[form].items() if name in settings}
-    causal, sparse = form.startswith("causal"), form.endswith("sparse")
-    tensors = [x.requires_grad_() for x in packed(torch.float64)[:3]]
-    starts = (boundaries(LENGTHS), boundaries(KEY_LENGTHS))
-    return *tensors, *starts, None, 0.3, 8, sparse, causal, False, 0.0, *settings.values()
-
-
 @by_form
 def test_opcheck(form):
-    given = arguments(form)
-    results = torch.library.opcheck(OPS.varlen_forward.default, given)
-    assert set(results.values()) == {"SUCCESS"}
+    """Schema and fake kernels for every form; one of each kind of plan below AOT as well."""
+    query, key, value = (x.transpose(0, 1)[None].detach() for x in packed(torch.float64)[:3])
+    config = MRAConfig(resolutions=(8, 1), **{k: v for k, v in FORMS[form].items() if k in SETTINGS})
+    right = 0 if FORMS[form].get("is_causal") else FORMS[form].get("window_size", (-1, -1))[1]
+    left = FORMS[form].get("window_size", (-1, -1))[0]
+    settings = calls.settings(config, 4, 0.3, (left, right), lower_right=False, dropout_p=0.0)
+    starts = (boundaries(LENGTHS), boundaries(KEY_LENGTHS))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    inputs = Inputs(*leaves, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    all_tests = form in ("two-level", "causal")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    more: dict[str, Any] = {} if all_tests else {"test_utils": tests}
+    assert set(torch.library.opcheck(OPS.forward.default, (*inputs, *settings), **more).values()) == {"SUCCESS"}
+    selecting = arguments.for_select(inputs)
+    assert set(torch.library.opcheck(OPS.select.default, (*selecting, *settings), **more).values()) == {"SUCCESS"}
     with torch.no_grad():
-        out, lse, plans = OPS.varlen_forward(*given)
-    rest = (*(x.detach() for x in given[:3]), out, lse, *given[3:5], plans, None, *given[6:12])
-    numbers = (max(1, math.floor(min(given[12], 1e9) + 0.5)), given[14], given[16])
-    results = torch.library.opcheck(
-        OPS.varlen_backward.default, (torch.randn_like(out), torch.randn_like(lse), *rest, *numbers)
+        out, lse, chosen = OPS.forward(*inputs, *settings)
+    rest = arguments.for_backward(
+        inputs._replace(query=query.detach(), key=key.detach(), value=value.detach()), out, lse, chosen
     )
-    assert set(results.values()) == {"SUCCESS"}
+    given = (torch.randn_like(out), torch.randn_like(lse), *rest, *settings)
+    assert set(torch.library.opcheck(OPS.backward.default, given, **more).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("form", ["two-level", "causal"])
@@ -307,18 +331,21 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "numbers of heads must be equal; enable_gqa=True would group",
     ),
     "group": ({"query": torch.randn(20, 6, 8), "enable_gqa": True}, ValueError, "must divide query's"),
-    "value": ({"value": torch.randn(19, 4, 8)}, ValueError, "same numbers of tokens and heads"),
+    "value": ({"value": torch.randn(19, 4, 8)}, ValueError, "key and value must have the same number of tokens"),
+    "value heads": ({"value": torch.randn(20, 2, 8)}, ValueError, "the numbers of heads must be equal; got"),
     "head_dim": ({"query": torch.randn(20, 4, 9)}, ValueError, "same head_dim"),
     "dtype": ({"query": QUERY.double()}, TypeError, "same dtype"),
     "alignment": ({"causal_alignment": "right"}, ValueError, "causal_alignment must be 'upper_left' or 'lower_right'"),
-    "alignment alone": ({"causal_alignment": "lower_right"}, ValueError, "'lower_right' is for is_causal=True only"),
-    "causal num_blocks": ({"is_causal": True, "num_blocks": 3}, ValueError, "num_blocks=3 cannot be used in causal"),
-    "causal diagonal": (
-        {"is_causal": True, "diagonal_blocks": 3},
+    "alignment alone": (
+        {"causal_alignment": "lower_right"},
         ValueError,
-        "diagonal_blocks=3 cannot .* local_blocks",
+        "'lower_right' is for is_causal=True or a window",
     ),
-    "local": ({"local_blocks": 2}, ValueError, "local_blocks=2 is for causal attention only"),
+    "window": ({"window_size": (1,)}, TypeError, "window_size must be two integers"),
+    "local": ({"local_blocks": 0}, ValueError, "local_blocks must be an integer of at least 1"),
+    "rates": ({"blocks_per_row": [1, 2]}, ValueError, "one for each of the 4 heads of query, got 2"),
+    "config": ({"config": "full"}, TypeError, "config must be None or a mra_attention.MRAConfig, got str"),
+    "setting": ({"plan": None}, TypeError, "'plan' is no argument and no setting"),
     "is_causal": ({"is_causal": 1}, TypeError, "is_causal must be True or False"),
     "dropout": ({"dropout_p": 2.0}, ValueError, "dropout_p must be a number in"),
     "mode": ({"mode": "dense"}, ValueError, "mode must be"),

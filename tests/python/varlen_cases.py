@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "sparse": {"blocks_per_row": 2, "mode": "sparse"},
     "causal": {"is_causal": True, "blocks_per_row": 2},
     "causal-sparse": {"is_causal": True, "blocks_per_row": 3, "mode": "sparse", "local_blocks": 2, "first_blocks": 1},
-    "causal-everything": {"is_causal": True, "blocks_per_row": 1e9},
+    "causal-everything": {"is_causal": True, "blocks_per_row": math.inf},
+    "window": {"window_size": (9, 4), "blocks_per_row": math.inf},
 }
 by_form = pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,7 @@
 //! Stored tokens and their means do not depend on how a sequence was cut into pieces.
 
 use half::bf16;
-use mra_attention::{Error, Problem, append};
+use mra_attention::{Error, Level, Problem, append};
 use ndarray::{Array4, s};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -13,6 +13,10 @@ const CHANNELS: usize = 13;
 const BLOCK: usize = 8;
 /// More than a whole number of blocks.
 const CAPACITY: usize = 5 * BLOCK + 3;
+
+fn best() -> Level {
+    *Level::available().last().expect("the portable level is always there")
+}
 
 /// A cache of two sequences, poisoned with NaN.
 struct Cache<E: Number> {
@@ -40,7 +44,7 @@ impl<E: Number> Cache<E> {
         }
         let (new, after) = (Stored::<E>::new(new.view(), Layout::TokensFirst), [0, 1].map(|i| self.lengths[i] + counts[i]));
         let (mut tokens, mut means) = (self.tokens.tensor_mut("stored"), self.means.tensor_mut("means"));
-        append(&new.tensor("new"), &mut tokens, &mut means, &self.lengths, &after, BLOCK, threads)?;
+        append(&new.tensor("new"), &mut tokens, &mut means, &self.lengths, &after, BLOCK, threads, best())?;
         self.lengths = after;
         Ok(())
     }
@@ -103,13 +107,16 @@ fn lengths_that_do_not_fit_are_refused() {
     let new = Stored::<f32>::new(numbers.view(), Layout::Contiguous);
     let (mut tokens, mut means) = (cache.tokens.tensor_mut("stored"), cache.means.tensor_mut("means"));
     for (before, after) in [(&[0, 2][..], &[1, 1][..]), (&[0], &[1]), (&[0, 0], &[1])] {
-        assert!(append(&new.tensor("new"), &mut tokens, &mut means, before, after, BLOCK, 1).is_err(), "{before:?} {after:?}");
+        assert!(
+            append(&new.tensor("new"), &mut tokens, &mut means, before, after, BLOCK, 1, best()).is_err(),
+            "{before:?} {after:?}"
+        );
     }
     for block_size in [0, Problem::MAX_BLOCK + 1, 2 * BLOCK] {
-        let outcome = append(&new.tensor("new"), &mut tokens, &mut means, &[0, 0], &[1, 1], block_size, 1);
+        let outcome = append(&new.tensor("new"), &mut tokens, &mut means, &[0, 0], &[1, 1], block_size, 1, best());
         assert!(outcome.is_err(), "block size {block_size}");
     }
     let mut apart = Stored::<f32>::unset((2, HEADS, CAPACITY, CHANNELS), Layout::TokensFirst);
-    let outcome = append(&new.tensor("new"), &mut apart.tensor_mut("stored"), &mut means, &[0, 0], &[1, 1], BLOCK, 1);
+    let outcome = append(&new.tensor("new"), &mut apart.tensor_mut("stored"), &mut means, &[0, 0], &[1, 1], BLOCK, 1, best());
     assert!(outcome.expect_err("gaps").to_string().starts_with("stored: stride"), "tokens with other heads between them");
 }

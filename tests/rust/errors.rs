@@ -1,11 +1,11 @@
 //! What cannot be computed with is refused, with a message that names the argument, before anything is written.
 
 use mra_attention::{
-    Bias, BiasData, Budget, Error, Gradients, Inputs, Level, Mask, Options, Plan, Problem, Result, Saved, Tensor, TensorMut,
-    backward, forward, forward_selecting, select_blocks,
+    Bias, BiasData, Budget, Error, Gradients, Inputs, Layout, Level, Mask, Options, Problem, Result, Saved, Selection, Tensor,
+    TensorMut, backward, forward, select,
 };
 
-use crate::support::options;
+use crate::support::{budget, options};
 
 #[track_caller]
 fn refused<T>(result: Result<T>, argument: &str) {
@@ -50,7 +50,6 @@ fn shapes_fit_each_other() {
     refused(new(QUERY, [2, 3, 7, 8]), "key");
     refused(new(QUERY, [2, 0, 7, 8]), "key");
     refused(new(QUERY, [2, 8, 7, 8]), "key");
-    refused(new([2, 4, 10, 0], [2, 2, 7, 0]), "query");
 }
 
 #[test]
@@ -58,9 +57,6 @@ fn options_are_meant() {
     let new = |options: &Options<'_>| Problem::new(QUERY, KEY, options).map(|_| ());
     for block_size in [0, Problem::MAX_BLOCK + 1, usize::MAX] {
         refused(new(&Options { block_size, ..options() }), "block_size");
-    }
-    for scale in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        refused(new(&Options { scale: Some(scale), ..options() }), "scale");
     }
     refused(new(&Options { threads: 0, ..options() }), "threads");
     let bytes = [1; 20];
@@ -86,23 +82,48 @@ fn options_are_meant() {
 
 #[test]
 fn budgets_are_positive() {
-    let budget = Budget { blocks_per_row: 1.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
-    assert_eq!(budget.validate(), Ok(()));
-    for blocks_per_row in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        refused(Budget { blocks_per_row, ..budget }.validate(), "blocks_per_row");
+    let new = |budget: Budget| Problem::new(QUERY, KEY, &Options { budget, ..options() }).map(|_| ());
+    for fits in
+        [budget(1.0), budget(f64::INFINITY), Budget { blocks_per_row: vec![0.5, 1.0, 7.0, f64::INFINITY], ..budget(1.0) }]
+    {
+        assert_eq!(new(fits), Ok(()));
     }
-    refused(Budget { num_blocks: Some(0), ..budget }.validate(), "num_blocks");
+    for blocks_per_row in [0.0, -1.0, f64::NAN, f64::NEG_INFINITY] {
+        refused(new(budget(blocks_per_row)), "blocks_per_row");
+        refused(new(Budget { blocks_per_row: vec![1.0, 1.0, blocks_per_row, 1.0], ..budget(1.0) }), "blocks_per_row");
+    }
+    for heads in [0, 2, 3, 5] {
+        refused(new(Budget { blocks_per_row: vec![1.0; heads], ..budget(1.0) }), "blocks_per_row");
+    }
+    refused(new(Budget { num_blocks: Some(0), ..budget(1.0) }), "num_blocks");
+    refused(new(Budget { local_blocks: 0, ..budget(1.0) }), "local_blocks");
+}
+
+#[test]
+fn offsets_and_lengths_fit_the_batch() {
+    let new = |layout| Problem::new(QUERY, KEY, &Options { layout, ..options() }).map(|_| ());
+    for offsets in [&[0][..], &[3, -5]] {
+        assert_eq!(new(Layout::Dense { offsets, key_lengths: Some(&[7, 0]) }), Ok(()));
+    }
+    for offsets in [&[][..], &[0, 0, 0]] {
+        refused(new(Layout::Dense { offsets, key_lengths: None }), "offsets");
+    }
+    for key_lengths in [&[][..], &[7], &[7, 8], &[7, 7, 7]] {
+        refused(new(Layout::Dense { offsets: &[0], key_lengths: Some(key_lengths) }), "key_lengths");
+    }
+}
+
+#[test]
+fn selections_have_room() {
     let (query, key) = ([0f32; 640], [0f32; 224]);
     let problem = Problem::new(QUERY, KEY, &options()).unwrap();
     let (query, key) = (contiguous(&query, QUERY), contiguous(&key, KEY));
-    let mut bits = vec![0; 2 * 4 * 3];
-    assert!(select_blocks(&problem, &query, &key, &budget, &mut bits).is_ok());
-    refused(select_blocks(&problem, &query, &key, &Budget { num_blocks: Some(0), ..budget }, &mut bits), "num_blocks");
-    refused(select_blocks(&problem, &query, &query, &budget, &mut bits), "key");
-    refused(select_blocks(&problem, &key, &key, &budget, &mut bits), "query");
-    refused(select_blocks(&problem, &query, &key, &budget, &mut bits[1..]), "plan");
-    refused(Plan::from_bits(&problem, &bits[1..]), "plan");
-    refused(Plan::from_bits(&problem, &[bits.clone(), vec![0]].concat()), "plan");
+    let mut plan = vec![0; problem.plan_bytes()];
+    assert!(select(&problem, &query, &key, &mut plan).is_ok());
+    refused(select(&problem, &query, &query, &mut plan), "key");
+    refused(select(&problem, &key, &key, &mut plan), "query");
+    refused(select(&problem, &query, &key, &mut plan[1..]), "plan");
+    refused(select(&problem, &query, &key, &mut [plan.clone(), vec![0]].concat()), "plan");
 }
 
 fn strides([_, h, l, d]: [usize; 4]) -> [usize; 4] {
@@ -152,9 +173,11 @@ const SHAPES: Shapes = Shapes {
 /// Calls forward, both ways, and backward; checks that what is refused has written nothing.
 fn call(shapes: &Shapes) -> [Result<()>; 3] {
     const UNTOUCHED: f32 = 77.0;
+    const UNWRITTEN: u8 = 77;
     let zeros = [0f32; 2000];
     let problem = Problem::new(QUERY, KEY, &options()).unwrap();
-    let plan = Plan::from_bits(&problem, &[1; 24]).unwrap();
+    let plan = problem.plan_from(|_, _, _, block| block == 0);
+    let mut chosen = vec![UNWRITTEN; problem.plan_bytes()];
     let inputs = Inputs {
         query: contiguous(&zeros, shapes.query),
         key: contiguous(&zeros, shapes.key),
@@ -166,7 +189,6 @@ fn call(shapes: &Shapes) -> [Result<()>; 3] {
         out: contiguous(&zeros, shapes.saved_out),
         lse: contiguous(&zeros, shapes.saved_lse),
     };
-    let budget = Budget { blocks_per_row: 1.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
     let mut outputs = vec![[UNTOUCHED; 2000]; 5];
     let [out, lse, grad_query, grad_key, grad_value] = &mut outputs[..] else { unreachable!("five outputs") };
     let (mut out, mut lse) = (contiguous_mut(out, shapes.out), contiguous_mut(lse, shapes.lse));
@@ -176,13 +198,14 @@ fn call(shapes: &Shapes) -> [Result<()>; 3] {
         value: contiguous_mut(grad_value, shapes.grad_value),
     };
     let results = [
-        forward(&problem, &inputs, &plan, &mut out, &mut lse),
-        forward_selecting(&problem, &inputs, &budget, &mut [0; 24], &mut out, &mut lse),
+        forward(&problem, &inputs, None, Selection::Given(&plan), &mut out, &mut lse),
+        forward(&problem, &inputs, None, Selection::Chosen(&mut chosen), &mut out, &mut lse),
         backward(&problem, &inputs, &saved, &plan, &mut gradients),
     ];
     let untouched = |outputs: &[[f32; 2000]]| outputs.iter().flatten().all(|&x| x == UNTOUCHED);
     assert_eq!(untouched(&outputs[..2]), results[0].is_err() && results[1].is_err(), "out and lse");
     assert_eq!(untouched(&outputs[2..]), results[2].is_err(), "gradients");
+    assert_eq!(chosen.iter().all(|&byte| byte == UNWRITTEN), results[1].is_err(), "the plan");
     results
 }
 
@@ -232,24 +255,23 @@ fn tensors_have_the_shapes_of_the_problem() {
     }
 }
 
-/// A plan belongs to a problem: one with other blocks is refused, not read as if it fitted.
+/// A plan belongs to a problem: one of another size is refused, not read as if it fitted.
 #[test]
 fn plans_fit_the_problem() {
-    let new = |heads, query_len, key_len, block_size| {
-        Problem::new([1, heads, query_len, 8], [1, 1, key_len, 8], &Options { block_size, ..options() }).unwrap()
+    let data = [0.5f32; 64];
+    let inputs = {
+        let tensor = contiguous(&data, [1, 1, 8, 8]);
+        Inputs { query: tensor, key: tensor, value: tensor }
     };
-    let problem = new(1, 8, 8, 4);
-    for (other, rows) in
-        [(new(1, 40, 8, 4), 10), (new(1, 8, 40, 4), 2), (new(2, 8, 8, 4), 4), (new(1, 8, 8, 1), 8), (new(1, 4, 8, 4), 1)]
-    {
-        let plan = Plan::from_bits(&other, &vec![0xff; rows * Plan::row_bytes(other.key_blocks())]).unwrap();
-        let data = [0.5f32; 64];
-        let inputs = {
-            let tensor = contiguous(&data, [1, 1, 8, 8]);
-            Inputs { query: tensor, key: tensor, value: tensor }
-        };
+    let problem = Problem::new([1, 1, 8, 8], [1, 1, 8, 8], &options()).unwrap();
+    let plan = problem.plan_from(|_, _, _, _| true);
+    let run = |plan: &[u8]| {
         let (mut out, mut lse) = ([0f32; 64], [0f32; 8]);
         let (mut out, mut lse) = (contiguous_mut(&mut out, [1, 1, 8, 8]), contiguous_mut(&mut lse, [1, 1, 8, 1]));
-        refused(forward(&problem, &inputs, &plan, &mut out, &mut lse), "plan");
-    }
+        forward(&problem, &inputs, None, Selection::Given(plan), &mut out, &mut lse)
+    };
+    assert!(run(&plan).is_ok());
+    refused(run(&plan[1..]), "plan");
+    refused(run(&[&plan[..], &[0]].concat()), "plan");
+    refused(run(&[]), "plan");
 }

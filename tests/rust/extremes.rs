@@ -1,20 +1,33 @@
 //! Numbers at the ends of what the types hold.
 
 use mra_attention::Mode;
-use ndarray::Array4;
 
-use crate::support::{Case, Expected, Number, Padding, Setup, check, compute, levels, levels_for, levels_required, select};
+use crate::support::{
+    CAUSAL, Case, Expected, Number, Padding, Setup, check, compute, levels, levels_for, levels_required, selected_by,
+};
 
-fn case(mode: Mode) -> Case {
-    Case { batch: 2, group: 2, query_len: 29, key_len: 35, head_dim: 12, mode, key_padding: Padding::Holes, ..Case::default() }
+/// In both modes and forms.
+fn cases(magnitude: f64, scale: Option<f64>) -> Vec<Case> {
+    let case = Case {
+        batch: 2,
+        group: 2,
+        query_len: 29,
+        key_len: 35,
+        head_dim: 12,
+        key_padding: Padding::Holes,
+        magnitude,
+        scale,
+        ..Case::default()
+    };
+    let modes = [Mode::Full, Mode::Sparse].map(|mode| Case { mode, ..case.clone() });
+    modes.into_iter().flat_map(|case| [case.clone(), Case { window: CAUSAL, ..case }]).collect()
 }
 
 /// Logits of 1e4: weights are 0 or 1, and nothing overflows.
 #[test]
 fn huge_logits() {
     fn check_type<E: Number>() {
-        for mode in [Mode::Full, Mode::Sparse] {
-            let case = Case { magnitude: 1e4, ..case(mode) };
+        for case in cases(1e4, None) {
             let data = case.data::<E>();
             let expected = Expected::new::<E>(&case, &data);
             for level in levels_for::<E>() {
@@ -32,8 +45,7 @@ fn huge_logits() {
 #[test]
 fn denormal_numbers() {
     fn check_type<E: Number>(magnitude: f64) {
-        for mode in [Mode::Full, Mode::Sparse] {
-            let case = Case { magnitude, ..case(mode) };
+        for case in cases(magnitude, None) {
             let data = case.data::<E>();
             assert!(data.query.iter().any(|&x| x != 0.0), "{magnitude:e} is not 0 in {}", E::NAME);
             let expected = Expected::new::<E>(&case, &data);
@@ -51,8 +63,7 @@ fn denormal_numbers() {
 /// The scale and the numbers may be such that only their product is of ordinary size.
 #[test]
 fn scale_makes_up_for_magnitude() {
-    for mode in [Mode::Full, Mode::Sparse] {
-        let case = Case { magnitude: 1e20, scale: Some(1e-20), ..case(mode) };
+    for case in cases(1e20, Some(1e-20)) {
         let data = case.data::<f32>();
         let expected = Expected::new::<f32>(&case, &data);
         for level in levels() {
@@ -61,19 +72,22 @@ fn scale_makes_up_for_magnitude() {
     }
 }
 
-/// NaN and infinity at valid tokens are the caller's, but the budget stays what it is.
+/// NaN and infinity at valid tokens are the caller's, but every row keeps a block and the head keeps its budget.
 #[test]
-fn budget_with_numbers_that_are_none() {
+fn budget_with_nan_and_infinity() {
     for bad in [f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         for array in [0, 1] {
             let case = Case { query_len: 32, key_len: 32, ..Case::default() };
             let mut data = case.data::<f32>();
             [&mut data.query, &mut data.key][array][[0, 0, 9, 3]] = bad;
             for level in levels() {
-                let selected: Array4<bool> = select::<f32>(&case, &data, Setup::new(level));
-                let number = selected.iter().filter(|&&exact| exact).count();
+                let (selected, _) = selected_by::<f32>(&case, &data, Setup::new(level));
+                let context = || format!("{bad} in {} at {}", ["query", "key"][array], level.name());
+                let number = selected[0].iter().filter(|&&exact| exact).count();
                 // 2 blocks per row, 8 rows.
-                assert!(number <= 16, "{}: {number} blocks with {bad} in {}", level.name(), ["query", "key"][array]);
+                assert_eq!(number, 16, "{}", context());
+                let rows = selected[0].rows();
+                assert!(rows.into_iter().all(|row| row.iter().any(|&exact| exact)), "a row without a block: {}", context());
             }
         }
     }

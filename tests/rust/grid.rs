@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use mra_attention::{Budget, Mode};
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Pairs, Setup, check, levels_for};
+use crate::support::{Case, Padding, Pairs, budget, check_all};
 
 /// All pairs of lengths around `block_size`, with everything else varied along.
 fn cases(block_size: usize) -> Vec<Case> {
@@ -18,10 +18,15 @@ fn cases(block_size: usize) -> Vec<Case> {
 fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Case {
     let channels = [(1, 3), (8, 8), (17, 5), (64, 64), (80, 33), (5, 1)];
     let heads = [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 1, 1), (2, 2, 1)];
-    let paddings =
-        [Padding::None, Padding::Holes, Padding::Right, Padding::None, Padding::Blocks, Padding::All, Padding::Holes];
-    let pairs = [Pairs::All, Pairs::Window, Pairs::Biased, Pairs::Documents, Pairs::Holes];
-    let budgets = [(1.0, None, 0, 0), (2.0, None, 1, 0), (1.5, None, 0, 3), (100.0, None, 0, 0), (1.0, Some(5), 0, 1)];
+    let paddings = [Padding::None, Padding::Holes, Padding::Right, Padding::Left, Padding::Blocks, Padding::All, Padding::None];
+    let pairs = [Pairs::All, Pairs::Window, Pairs::Biased, Pairs::Documents, Pairs::Keys];
+    let budgets = [
+        (1.0, None, None, 0),
+        (2.0, None, Some(1), 0),
+        (1.5, None, None, 3),
+        (f64::INFINITY, None, None, 0),
+        (1.0, Some(5), Some(0), 1),
+    ];
     let (batch, kv_heads, group) = heads[index % heads.len()];
     let (head_dim, value_dim) = channels[index % channels.len()];
     let (blocks_per_row, num_blocks, first_blocks, diagonal_blocks) = budgets[index / 2 % budgets.len()];
@@ -38,22 +43,11 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         query_padding: paddings[index % paddings.len()],
         key_padding: paddings[index / 3 % paddings.len()],
         pairs: pairs[index / heads.len() % pairs.len()],
-        budget: Budget { blocks_per_row, num_blocks, first_blocks, diagonal_blocks },
+        budget: Budget { num_blocks, first_blocks, diagonal_blocks, ..budget(blocks_per_row) },
         scale: [None, None, Some(-0.3), Some(0.0)][index % 4],
         grad_lse: index.is_multiple_of(2),
         seed: index as u64,
         ..Case::default()
-    }
-}
-
-fn check_all<E: Number>(cases: &[Case]) {
-    for (index, case) in cases.iter().enumerate() {
-        let data = case.data::<E>();
-        let expected = Expected::new::<E>(case, &data);
-        for level in levels_for::<E>() {
-            let layout = if index % 2 == 0 { Layout::Contiguous } else { Layout::TokensFirst };
-            check::<E>(case, &data, &expected, Setup { layout, ..Setup::new(level) });
-        }
     }
 }
 
@@ -62,11 +56,11 @@ macro_rules! grids {
         $(mod $name {
             #[test]
             fn float64() {
-                super::check_all::<f64>(&super::cases($block_size));
+                crate::support::check_all::<f64>(&super::cases($block_size));
             }
             #[test]
             fn float32() {
-                super::check_all::<f32>(&super::cases($block_size));
+                crate::support::check_all::<f32>(&super::cases($block_size));
             }
         })+
     };
@@ -97,7 +91,7 @@ fn many_strips() {
         head_dim: 16,
         value_dim: 12,
         key_padding: Padding::Holes,
-        budget: Budget { blocks_per_row: 40.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 },
+        budget: budget(40.0),
         seed: 7,
         ..Case::default()
     };

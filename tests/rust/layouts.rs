@@ -3,28 +3,31 @@
 use mra_attention::{Mode, Tensor};
 use ndarray::Array4;
 
-use crate::support::{Case, Expected, Layout, Number, Padding, Setup, check, compute, levels_for};
+use crate::support::{CAUSAL, Case, Expected, Layout, Number, Padding, Pairs, Setup, check, compute, levels_for};
 
 /// Layouts other than the contiguous one give the same bits.
 fn check_layout<E: Number>(case: &Case, layout: Layout) {
     let data = case.data::<E>();
     let expected = Expected::new::<E>(case, &data);
-    let bits = |array: &Array4<E>| array.mapv(|x| x.exact().to_bits());
     for level in levels_for::<E>() {
         let setup = Setup { layout, ..Setup::new(level) };
         check::<E>(case, &data, &expected, setup);
         let contiguous = compute::<E>(case, &data, &expected, Setup { layout: Layout::Contiguous, ..setup });
         let other = compute::<E>(case, &data, &expected, setup);
-        let pairs = [
-            ("out", &contiguous.out, &other.out),
-            ("the gradient of query", &contiguous.query, &other.query),
-            ("the gradient of key", &contiguous.key, &other.key),
-            ("the gradient of value", &contiguous.value, &other.value),
-        ];
-        for (name, a, b) in pairs {
-            assert_eq!(bits(a), bits(b), "{name} of {} at {}: {layout:?}, {case:?}", E::NAME, level.name());
+        for ((name, a), (_, b)) in contiguous.bits().into_iter().zip(other.bits()) {
+            assert!(a == b, "{name} of {} at {}: {layout:?}, {case:?}", E::NAME, level.name());
         }
     }
+}
+
+/// The block form and the token form, each with a mask, too.
+fn forms(case: Case) -> [Case; 4] {
+    [
+        case.clone(),
+        Case { window: CAUSAL, ..case.clone() },
+        Case { pairs: Pairs::Biased, ..case.clone() },
+        Case { pairs: Pairs::Documents, ..case },
+    ]
 }
 
 #[test]
@@ -42,9 +45,11 @@ fn strided() {
             key_padding,
             ..Case::default()
         };
-        check_layout::<f64>(&case, Layout::TokensFirst);
-        check_layout::<f32>(&case, Layout::TokensFirst);
-        check_layout::<half::bf16>(&case, Layout::TokensFirst);
+        for case in forms(case) {
+            check_layout::<f64>(&case, Layout::TokensFirst);
+            check_layout::<f32>(&case, Layout::TokensFirst);
+            check_layout::<half::bf16>(&case, Layout::TokensFirst);
+        }
     }
 }
 
@@ -67,7 +72,7 @@ fn expanded() {
                 ..Case::default()
             };
             let one_item = Case { batch: 1, key_padding: Padding::Holes, query_padding: Padding::Right, ..all.clone() };
-            for case in [all, one_item] {
+            for case in [all.clone(), one_item, Case { window: CAUSAL, ..all }] {
                 check_layout::<f64>(&case, Layout::Expanded);
                 check_layout::<f32>(&case, Layout::Expanded);
                 check_layout::<half::f16>(&case, Layout::Expanded);

@@ -7,16 +7,19 @@
 #![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
 
 mod append;
-mod causal;
-mod causal_dropout;
-mod causality;
+mod dropout;
 mod errors;
 mod extremes;
+mod forms;
 mod grid;
 mod layouts;
+mod packed;
+mod padding;
 mod random;
 mod reference;
 mod selection;
+mod some_queries;
 mod support;
 mod threads;
 mod tiny;
+mod visibility;

@@ -1,60 +1,61 @@
 //! Which blocks are selected, against the formulas.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Inputs, Options, Plan, Problem, forward, forward_selecting};
-use ndarray::Array4;
+use mra_attention::{Budget, Mode, Window};
+use ndarray::{Array3, s};
 use proptest::prelude::RngExt;
 
-use crate::support::{Case, Data, Layout, Number, Padding, Setup, Stored, levels, options, plan_bits, select};
+use crate::support::{
+    CAUSAL, Case, Data, Layout, Number, Padding, Pairs, Setup, assert_same_blocks, attend, bits, budget, exact_of, levels,
+    select, selected_by, with_problem,
+};
 
-const BUDGETS: [(f64, Option<usize>, usize, usize); 12] = [
-    (0.1, None, 0, 0),
-    (0.5, None, 0, 0),
-    (1.0, None, 0, 1),
-    (1.3, None, 0, 2),
+const BUDGETS: [(f64, Option<usize>, Option<usize>, usize); 12] = [
+    (0.1, None, None, 0),
+    (0.5, None, None, 0),
+    (1.0, None, None, 1),
+    (1.3, None, None, 2),
     // Rounded up at an odd number of rows, and at any number but the multiples of 4.
-    (1.5, None, 0, 0),
-    (1.75, None, 0, 0),
-    (2.0, None, 2, 0),
-    (4.0, None, 1, 5),
-    (1e9, None, 0, 0),
-    (1.0, Some(1), 0, 0),
-    (1.0, Some(17), 0, 3),
-    (1.0, Some(usize::MAX), 0, 0),
+    (1.5, None, None, 0),
+    (1.75, None, None, 0),
+    (2.0, None, Some(2), 0),
+    (4.0, None, Some(1), 5),
+    (f64::INFINITY, None, None, 0),
+    (1.0, Some(1), None, 0),
+    (1.0, Some(17), None, 3),
+    (1.0, Some(usize::MAX), None, 0),
 ];
 
 fn budgets() -> impl Iterator<Item = Budget> {
     BUDGETS.into_iter().map(|(blocks_per_row, num_blocks, first_blocks, diagonal_blocks)| Budget {
-        blocks_per_row,
         num_blocks,
         first_blocks,
         diagonal_blocks,
+        ..budget(blocks_per_row)
     })
 }
 
 fn check<E: Number>(case: &Case, data: &Data) {
-    let expected = data.attention(case).select(&case.budget);
+    let attention = data.attention(case);
+    let expected = attention.exact(&attention.select(&case.budget));
     for level in levels() {
         for layout in [Layout::Contiguous, Layout::TokensFirst] {
             let setup = Setup { layout, ..Setup::new(level) };
-            let selected = select::<E>(case, data, setup);
-            let different: Vec<_> =
-                selected.indexed_iter().zip(&expected).filter(|((_, a), b)| a != b).map(|((at, _), _)| at).collect();
-            assert!(
-                different.is_empty(),
-                "{} at {}: {} blocks differ, the first at {:?}: {setup:?}, {case:?}",
-                E::NAME,
-                level.name(),
-                different.len(),
-                different[0]
-            );
+            let (selected, _) = selected_by::<E>(case, data, setup);
+            assert_same_blocks(&selected, &expected, || format!("{} at {}: {setup:?}, {case:?}", E::NAME, level.name()));
         }
     }
 }
 
+/// The same case in both forms.
+fn both_forms(case: Case) -> [Case; 2] {
+    let pool_queries = false;
+    [case.clone(), Case { pool_queries, ..case }]
+}
+
 #[test]
 fn random_numbers() {
-    let paddings = [Padding::None, Padding::Right, Padding::Holes, Padding::Blocks, Padding::All];
+    let paddings = [Padding::None, Padding::Right, Padding::Holes, Padding::Blocks, Padding::All, Padding::Left];
     for (index, budget) in budgets().enumerate() {
         for (block_size, query_len, key_len) in [(1, 20, 33), (4, 30, 61), (16, 39, 17), (128, 300, 263)] {
             let case = Case {
@@ -65,13 +66,15 @@ fn random_numbers() {
                 key_len,
                 head_dim: [1, 8, 17][index % 3],
                 block_size,
-                query_padding: paddings[index % 5],
-                key_padding: paddings[index / 2 % 5],
-                budget,
+                query_padding: paddings[index % 6],
+                key_padding: paddings[index / 2 % 6],
+                budget: budget.clone(),
                 seed: index as u64,
                 ..Case::default()
             };
-            check::<f64>(&case, &case.data::<f64>());
+            for case in both_forms(case) {
+                check::<f64>(&case, &case.data::<f64>());
+            }
         }
     }
 }
@@ -101,17 +104,19 @@ fn ties_go_to_the_lower_block() {
                 block_size,
                 // Holes of one token leave a count that is no power of two; blocks of one token have count 1.
                 key_padding: if block_size == 1 { Padding::Holes } else { Padding::None },
-                budget,
+                budget: budget.clone(),
                 scale: Some(0.5),
                 seed: index as u64,
                 ..Case::default()
             };
             let mut data = case.data::<f64>();
             integers(&case, &mut data);
-            check::<f64>(&case, &data);
-            check::<f32>(&case, &data);
-            check::<bf16>(&case, &data);
-            check::<f16>(&case, &data);
+            for case in both_forms(case) {
+                check::<f64>(&case, &data);
+                check::<f32>(&case, &data);
+                check::<bf16>(&case, &data);
+                check::<f16>(&case, &data);
+            }
         }
     }
 }
@@ -121,7 +126,7 @@ fn ties_go_to_the_lower_block() {
 fn many_blocks() {
     for num_blocks in [1, 200, 4000, 16_000, 17_000] {
         for scale in [0.0, 1.0] {
-            let budget = Budget { blocks_per_row: 1.0, num_blocks: Some(num_blocks), first_blocks: 0, diagonal_blocks: 0 };
+            let budget = Budget { num_blocks: Some(num_blocks), ..budget(1.0) };
             let case = Case {
                 query_len: 260,
                 key_len: 263,
@@ -141,8 +146,15 @@ fn many_blocks() {
 /// lets fewer through than are wanted.
 #[test]
 fn a_sample_that_misleads() {
-    let budget = Budget { blocks_per_row: 64.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 };
-    let case = Case { query_len: 128, key_len: 128, head_dim: 5, block_size: 1, budget, scale: Some(1.0), ..Case::default() };
+    let case = Case {
+        query_len: 128,
+        key_len: 128,
+        head_dim: 5,
+        block_size: 1,
+        budget: budget(64.0),
+        scale: Some(1.0),
+        ..Case::default()
+    };
     let mut data = case.data::<f32>();
     let one_hot = |place: usize, channel: usize| f64::from(u8::from(place % 5 == channel));
     // <q_i, k_j> is 1 where i * 128 + j is a multiple of 5, else 0.
@@ -162,18 +174,35 @@ fn padding_changes_nothing_on_the_right() {
     (padded.query_mask, padded.key_mask) = (mask(64, 45), mask(96, 37));
     padded.query.fill(f64::NAN);
     padded.key.fill(f64::NAN);
-    padded.query.slice_mut(ndarray::s![.., .., ..45, ..]).assign(&data.query);
-    padded.key.slice_mut(ndarray::s![.., .., ..37, ..]).assign(&data.key);
+    padded.query.slice_mut(s![.., .., ..45, ..]).assign(&data.query);
+    padded.key.slice_mut(s![.., .., ..37, ..]).assign(&data.key);
     for level in levels() {
-        let alone = select::<f32>(&case, &data, Setup::new(level));
-        let among_padding = select::<f32>(&longer, &padded, Setup::new(level));
-        let (nq, nk) = (alone.dim().2, alone.dim().3);
-        assert_eq!(among_padding.slice(ndarray::s![.., .., ..nq, ..nk]), alone, "{}", level.name());
-        assert_eq!(among_padding.iter().filter(|&&x| x).count(), alone.iter().filter(|&&x| x).count(), "{}", level.name());
+        let (alone, _) = selected_by::<f32>(&case, &data, Setup::new(level));
+        let (among_padding, _) = selected_by::<f32>(&longer, &padded, Setup::new(level));
+        assert_same_blocks(&among_padding, &alone, || level.name().to_owned());
     }
 }
 
-/// The plan keeps the selected blocks that have valid tokens, and no others.
+/// Every head has a budget of its own: the selection is the one that it makes when all have it.
+#[test]
+fn budgets_of_heads() {
+    let rates = [1.0, 3.4, f64::INFINITY, 0.2];
+    for form in both_forms(Case { kv_heads: 2, group: 2, query_len: 50, key_len: 61, ..Case::default() }) {
+        let each = Case { budget: Budget { blocks_per_row: rates.to_vec(), ..Budget::default() }, ..form.clone() };
+        let data = each.data::<f64>();
+        check::<f64>(&each, &data);
+        for level in levels() {
+            let (together, _) = selected_by::<f64>(&each, &data, Setup::new(level));
+            for (h, rate) in rates.into_iter().enumerate() {
+                let (alike, _) = selected_by::<f64>(&Case { budget: budget(rate), ..form.clone() }, &data, Setup::new(level));
+                let head = |exact: &[Array3<bool>]| vec![exact[0].slice(s![h..=h, .., ..]).to_owned()];
+                assert_same_blocks(&head(&together), &head(&alike), || format!("head {h} at {}", level.name()));
+            }
+        }
+    }
+}
+
+/// A plan keeps the selected blocks that have valid tokens, and no others.
 #[test]
 fn plans_leave_out_dead_blocks() {
     let case = Case {
@@ -182,55 +211,43 @@ fn plans_leave_out_dead_blocks() {
         key_len: 70,
         query_padding: Padding::Right,
         key_padding: Padding::Blocks,
+        // In the token form a plan has room for no more blocks than the budget asks for.
+        budget: budget(18.0),
         ..Case::default()
     };
-    let data = case.data::<f64>();
-    let valid = |mask: &Option<ndarray::Array2<bool>>, b: usize, block: usize| {
-        mask.as_ref().unwrap().row(b).iter().skip(block * case.block_size).take(case.block_size).any(|&valid| valid)
-    };
-    let all = Array4::from_elem((2, 1, 8, 18), true);
-    let live =
-        all.indexed_iter().filter(|&((b, _, i, j), _)| valid(&data.query_mask, b, i) && valid(&data.key_mask, b, j)).count();
-    assert!(live > 0 && live < all.len());
-    let bytes = |mask: &Option<ndarray::Array2<bool>>| mask.as_ref().unwrap().iter().map(|&x| u8::from(x)).collect::<Vec<_>>();
-    let (query_valid, key_valid) = (bytes(&data.query_mask), bytes(&data.key_mask));
-    let mask = |name: &str, bytes, length| Some(mra_attention::Mask::new(name, bytes, [2, length], [length, 1]).unwrap());
-    let options =
-        Options { query_mask: mask("query_mask", &query_valid, 30), key_mask: mask("key_mask", &key_valid, 70), ..options() };
-    let problem = Problem::new([2, 1, 30, 8], [2, 1, 70, 8], &options).unwrap();
-    assert_eq!(Plan::from_bits(&problem, &plan_bits(all.view())).unwrap().num_blocks(), live);
-    assert_eq!(Plan::from_bits(&problem, &vec![0xff; plan_bits(all.view()).len()]).unwrap().num_blocks(), live);
+    for case in both_forms(case) {
+        let data = case.data::<f64>();
+        let attention = data.attention(&case);
+        let all = attention.selection(|_, _, _, _| true);
+        let live = attention.exact(&all);
+        let count = |exact: &[Array3<bool>]| exact.iter().flatten().filter(|&&x| x).count();
+        assert!(count(&live) > 0 && count(&live) < count(&all));
+        with_problem(&case, &data, Setup::new(levels()[0]), |problem| {
+            let plan = problem.plan_from(|_, _, _, _| true);
+            assert_same_blocks(&exact_of(problem, &plan), &live, || format!("{case:?}"));
+        });
+    }
 }
 
 /// Selecting and attending in one call is the same as one after the other, to the bit.
 #[test]
 fn selecting_on_the_way_changes_nothing() {
+    let pairs = [Pairs::All, Pairs::Biased, Pairs::Documents];
     for level in levels() {
-        for mode in [mra_attention::Mode::Full, mra_attention::Mode::Sparse] {
-            let case = Case { query_len: 50, key_len: 77, mode, seed: 5, ..Case::default() };
-            let data = case.data::<f32>();
-            let selected = select::<f32>(&case, &data, Setup::new(level));
-            let stored =
-                [&data.query, &data.key, &data.value].map(|array| Stored::<f32>::new(array.view(), Layout::Contiguous));
-            let inputs =
-                Inputs { query: stored[0].tensor("query"), key: stored[1].tensor("key"), value: stored[2].tensor("value") };
-            let options = Options { level, mode, ..options() };
-            let problem = Problem::new([1, 1, 50, 8], [1, 1, 77, 8], &options).unwrap();
-            let unset = || {
-                (
-                    Stored::<f32>::unset((1, 1, 50, 8), Layout::Contiguous),
-                    Stored::<f32>::unset((1, 1, 50, 1), Layout::Contiguous),
-                )
-            };
-            let ((mut out, mut lse), (mut other_out, mut other_lse)) = (unset(), unset());
-            let mut bits = vec![0xff; plan_bits(selected.view()).len()];
-            let (mut to, mut lse_to) = (out.tensor_mut("out"), lse.tensor_mut("lse"));
-            forward_selecting(&problem, &inputs, &case.budget, &mut bits, &mut to, &mut lse_to).unwrap();
-            assert_eq!(bits, plan_bits(selected.view()), "{}", level.name());
-            let plan = Plan::from_bits(&problem, &bits).unwrap();
-            forward(&problem, &inputs, &plan, &mut other_out.tensor_mut("out"), &mut other_lse.tensor_mut("lse")).unwrap();
-            assert_eq!(out.read(), other_out.read(), "{}", level.name());
-            assert_eq!(lse.read(), other_lse.read(), "{}", level.name());
+        for (mode, window) in
+            [Mode::Full, Mode::Sparse].into_iter().flat_map(|mode| [(mode, Window::default()), (mode, CAUSAL)])
+        {
+            for pairs in pairs {
+                let case = Case { query_len: 50, key_len: 77, mode, window, pairs, seed: 5, ..Case::default() };
+                let (data, setup) = (case.data::<f32>(), Setup::new(level));
+                let plan = select::<f32>(&case, &data, setup);
+                with_problem(&case, &data, setup, |problem| {
+                    let (out, lse, chosen) = attend::<f32>(problem, &data, None, setup.layout);
+                    assert!(chosen == plan, "{}: {case:?}", level.name());
+                    let (again, lse_again, _) = attend::<f32>(problem, &data, Some(&plan), setup.layout);
+                    assert!(bits(&out) == bits(&again) && bits(&lse) == bits(&lse_again), "{}: {case:?}", level.name());
+                });
+            }
         }
     }
 }

@@ -2,10 +2,10 @@
 //! sees reads of memory that nobody has written, accesses out of bounds, and two threads on the same row.
 
 use half::bf16;
-use mra_attention::{Budget, CausalBudget, Mode};
+use mra_attention::{Mode, Window};
 
 use crate::support::{
-    Case, CausalCase, CausalExpected, Expected, Layout, Number, Padding, Pairs, Setup, check, check_causal, levels_for, select,
+    CAUSAL, Case, Expected, Layout, Number, Padding, Pairs, Setup, assert_same_blocks, budget, check, levels_for, selected_by,
 };
 
 /// One thread; two of them, and rows with gaps between them.
@@ -14,7 +14,7 @@ fn setups<E: Number>() -> impl Iterator<Item = Setup> {
     levels_for::<E>().into_iter().flat_map(move |level| ways.map(|(threads, layout)| Setup { level, threads, layout }))
 }
 
-fn check_two_levels<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
+fn check_block_form<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
     let case = Case {
         group: 2,
         query_len: 6,
@@ -25,47 +25,52 @@ fn check_two_levels<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
         query_padding: padding,
         key_padding: padding,
         pairs,
-        budget: Budget { blocks_per_row: 1.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 },
+        budget: budget(1.0),
         ..Case::default()
     };
     let data = case.data::<E>();
     let expected = Expected::new::<E>(&case, &data);
+    let exact = data.attention(&case).exact(&expected.selected);
     for setup in setups::<E>() {
         check::<E>(&case, &data, &expected, setup);
-        assert_eq!(select::<E>(&case, &data, setup), expected.plan, "{setup:?}, {case:?}");
+        let (selected, _) = selected_by::<E>(&case, &data, setup);
+        assert_same_blocks(&selected, &exact, || format!("{setup:?}, {case:?}"));
     }
 }
 
 #[test]
-fn two_levels() {
-    check_two_levels::<f64>(Mode::Full, Padding::None, Pairs::All);
-    check_two_levels::<f64>(Mode::Sparse, Padding::Holes, Pairs::All);
-    check_two_levels::<f64>(Mode::Full, Padding::Holes, Pairs::Window);
-    check_two_levels::<bf16>(Mode::Full, Padding::None, Pairs::Documents);
-    check_two_levels::<bf16>(Mode::Full, Padding::Holes, Pairs::All);
+fn block_form() {
+    check_block_form::<f64>(Mode::Full, Padding::None, Pairs::All);
+    check_block_form::<f64>(Mode::Sparse, Padding::Holes, Pairs::All);
+    check_block_form::<f64>(Mode::Full, Padding::Holes, Pairs::Biased);
+    check_block_form::<bf16>(Mode::Full, Padding::None, Pairs::Biased);
+    check_block_form::<bf16>(Mode::Full, Padding::Holes, Pairs::All);
 }
 
-fn check_tiny_causal<E: Number>(mode: Mode, offset: i64, key_length: usize) {
-    let case = CausalCase {
+fn check_token_form<E: Number>(mode: Mode, window: Window, pairs: Pairs, offset: i64, key_length: usize) {
+    let case = Case {
         group: 2,
         query_len: 5,
-        key_len: 10,
         head_dim: 3,
         value_dim: 2,
         mode,
+        window,
+        pairs,
         offsets: vec![offset],
-        key_lengths: vec![key_length],
-        budget: CausalBudget { blocks: 2, local_blocks: 1, first_blocks: 0 },
-        ..CausalCase::square(10, 3, 2)
+        key_lengths: (key_length < 10).then(|| vec![key_length]),
+        ..Case::causal(10, 3, 2)
     };
     let data = case.data::<E>();
-    let expected = CausalExpected::new::<E>(&case, &data);
-    setups::<E>().for_each(|setup| check_causal::<E>(&case, &data, &expected, setup));
+    let expected = Expected::new::<E>(&case, &data);
+    setups::<E>().for_each(|setup| check::<E>(&case, &data, &expected, setup));
 }
 
 #[test]
-fn causal() {
-    check_tiny_causal::<f64>(Mode::Full, 5, 10);
-    check_tiny_causal::<f64>(Mode::Sparse, -2, 7);
-    check_tiny_causal::<bf16>(Mode::Full, 9, 8);
+fn token_form() {
+    check_token_form::<f64>(Mode::Full, CAUSAL, Pairs::All, 5, 10);
+    check_token_form::<f64>(Mode::Sparse, CAUSAL, Pairs::All, -2, 7);
+    check_token_form::<bf16>(Mode::Full, CAUSAL, Pairs::All, 9, 8);
+    check_token_form::<f64>(Mode::Full, Window { left: Some(2), right: Some(1) }, Pairs::All, 1, 10);
+    check_token_form::<f64>(Mode::Full, Window::default(), Pairs::Documents, 0, 10);
+    check_token_form::<bf16>(Mode::Sparse, Window::default(), Pairs::Window, 0, 10);
 }

@@ -53,7 +53,13 @@ impl Step {
         self
     }
 
+    /// A step in which each query sees so many first keys, all if `seen` is empty.
     fn run(&mut self, numbers: &[u32], seen: &[u32], decisions: Option<Decisions<'_>>) {
+        let ranges: Vec<[u32; 2]> = seen.iter().map(|&seen| [0, seen]).collect();
+        self.run_on(numbers, if seen.is_empty() { Visible::All } else { Visible::Ranges(&ranges) }, decisions);
+    }
+
+    fn run_on(&mut self, numbers: &[u32], visible: Visible<'_, f32>, decisions: Option<Decisions<'_>>) {
         let (count, columns) = (self.maximum.len(), self.keys.next_multiple_of(f32::lanes(self.level)));
         let mut logits = vec![f32::NAN; 2 * MOST_QUERIES * columns];
         let values = Matrix::new(&self.values, self.keys, self.width, self.width + GAP);
@@ -62,7 +68,7 @@ impl Step {
             keys: Matrix::new(&self.packed, self.channels, columns, columns),
             values,
             numbers,
-            seen,
+            visible,
             decisions,
             maximum: &mut self.maximum,
             sum: &mut self.sum,
@@ -229,6 +235,60 @@ fn dropped_weights_add_nothing_and_count_in_the_sum() {
             decisions.drop_row(query, &mut kept);
             assert!(kept.contains(&0.0) && kept.iter().any(|&factor| factor > 1.0), "some of both");
             after.assert_step(&before, query, seen.get(query).map_or(12, |&seen| seen as usize), |key| f64::from(kept[key]));
+        }
+    }
+}
+
+/// Keys hidden at the front, at the back and in the middle: ranges and biases of `-inf` give the bits of a step over the others alone.
+#[test]
+fn hidden_keys_change_no_bit() {
+    for level in Level::available() {
+        for (keys, from, to) in [(32, 5, 32), (32, 9, 17), (31, 30, 31), (16, 0, 3), (7, 7, 7)] {
+            let whole = || Step::new(level, 3, 4, keys, 2);
+            let mut by_range = whole();
+            let ranges = [[u32::try_from(from).unwrap(), u32::try_from(to).unwrap()]; 3];
+            by_range.run_on(&numbers(3), Visible::Ranges(&ranges), None);
+            let bias: Vec<f32> =
+                (0..3 * keys).map(|index| if (from..to).contains(&(index % keys)) { 0.0 } else { f32::NEG_INFINITY }).collect();
+            let mut by_bias = whole();
+            by_bias.run_on(&numbers(3), Visible::Biased(Matrix::new(&bias, 3, keys, keys)), None);
+            // The other keys, moved to the front: sums of weights run lane by lane, so only those of values keep their order.
+            let mut alone = whole();
+            let columns = alone.packed.len() / 4;
+            for row in alone.packed.chunks_exact_mut(columns) {
+                row.copy_within(from..to, 0);
+            }
+            alone.values.copy_within(from * (alone.width + GAP)..to * (alone.width + GAP), 0);
+            for query in 0..3 {
+                assert_eq!(by_range.row(query), by_bias.row(query), "{}: {from}..{to} of {keys}", level.name());
+                if from == to {
+                    assert_eq!(by_range.row(query), whole().row(query), "{}: nothing seen", level.name());
+                    continue;
+                }
+                let before = whole();
+                let moved = Step { packed: alone.packed.clone(), values: alone.values.clone(), ..whole() };
+                let (maximum, ..) = by_range.row(query);
+                let highest =
+                    (0..to - from).map(|key| moved.logit(query, key)).fold(f64::from(before.maximum[query]), f64::max);
+                assert!((f64::from(maximum) - highest).abs() <= 1e-5, "{maximum} for {highest}");
+                by_range.assert_step(&Step { maximum: before.maximum.clone(), ..moved }, query, to - from, |_| 1.0);
+            }
+        }
+    }
+}
+
+/// A bias is added to logits that it does not hide.
+#[test]
+fn biases_are_added() {
+    for level in Level::available() {
+        let (mut shifted, mut plain) = (Step::new(level, 2, 4, 20, 1), Step::new(level, 2, 4, 20, 1));
+        let bias = vec![0.5; 40];
+        shifted.run_on(&numbers(2), Visible::Biased(Matrix::new(&bias, 2, 20, 20)), None);
+        plain.maximum.iter_mut().for_each(|maximum| *maximum -= 0.5);
+        plain.run(&numbers(2), &[], None);
+        for query in 0..2 {
+            let ((a, x, _), (b, y, _)) = (shifted.row(query), plain.row(query));
+            assert!((a - b - 0.5).abs() <= 1e-5 && (x - y).abs() <= 1e-4 * y, "{}: {x} for {y}", level.name());
         }
     }
 }

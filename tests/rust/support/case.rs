@@ -1,12 +1,15 @@
 //! Random inputs of a given shape.
 
 use mra_attention::reference::Attention;
-use mra_attention::{Budget, Mode};
-use ndarray::{Array2, Array3, Array4, Axis};
+use mra_attention::{Budget, Mode, Window};
+use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use super::Rounded;
+
+/// A query sees no later key.
+pub(crate) const CAUSAL: Window = Window { left: None, right: Some(0) };
 
 /// Which tokens are padding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +18,8 @@ pub(crate) enum Padding {
     None,
     /// Sequences of different lengths.
     Right,
+    /// The same, at the end of the tensor.
+    Left,
     /// A third of the tokens, anywhere.
     Holes,
     /// Every other block, and a few tokens of the others.
@@ -30,12 +35,18 @@ pub(crate) enum Pairs {
     All,
     /// A mask: tokens at most 5 apart.
     Window,
+    /// A mask: no later keys.
+    Causal,
     /// A mask: every other pair.
     Holes,
+    /// A mask that is the same for all queries: every third key, and what is before the fifth one.
+    Keys,
     /// A bias, different for each head.
     Biased,
     /// A bias, and documents of 7 tokens that do not see each other.
     Documents,
+    /// A bias, and such documents by a huge negative number; every query has a key in its document, or sees all.
+    Huge,
 }
 
 /// Everything that a call depends on; the numbers come from the seed.
@@ -51,11 +62,17 @@ pub(crate) struct Case {
     pub(crate) value_dim: usize,
     pub(crate) block_size: usize,
     pub(crate) mode: Mode,
+    pub(crate) window: Window,
+    /// One for all batch items, or one for each.
+    pub(crate) offsets: Vec<i64>,
+    pub(crate) key_lengths: Option<Vec<usize>>,
+    pub(crate) pool_queries: bool,
     pub(crate) query_padding: Padding,
     pub(crate) key_padding: Padding,
     pub(crate) pairs: Pairs,
     pub(crate) budget: Budget,
     pub(crate) scale: Option<f64>,
+    pub(crate) dropout: f64,
     /// Queries are multiplied by this.
     pub(crate) magnitude: f64,
     /// Whether the lse has a gradient.
@@ -77,11 +94,16 @@ impl Default for Case {
             value_dim: 8,
             block_size: 4,
             mode: Mode::Full,
+            window: Window::default(),
+            offsets: vec![0],
+            key_lengths: None,
+            pool_queries: true,
             query_padding: Padding::None,
             key_padding: Padding::None,
             pairs: Pairs::All,
-            budget: Budget { blocks_per_row: 2.0, num_blocks: None, first_blocks: 0, diagonal_blocks: 0 },
+            budget: budget(2.0),
             scale: None,
+            dropout: 0.0,
             magnitude: 1.0,
             grad_lse: true,
             equal_heads: false,
@@ -90,7 +112,13 @@ impl Default for Case {
     }
 }
 
+/// So many exact blocks for each row, and the defaults.
+pub(crate) fn budget(blocks_per_row: f64) -> Budget {
+    Budget { blocks_per_row: vec![blocks_per_row], ..Budget::default() }
+}
+
 /// The numbers of a case, each one exact in the type it is stored in. Padded tokens hold NaN and infinities.
+#[derive(Clone)]
 pub(crate) struct Data {
     pub(crate) query: Array4<f64>,
     pub(crate) key: Array4<f64>,
@@ -103,8 +131,28 @@ pub(crate) struct Data {
 }
 
 impl Case {
+    /// Causal, one batch item with one head of `length` tokens, queries and keys alike.
+    pub(crate) fn causal(length: usize, block_size: usize, blocks: usize) -> Self {
+        Self {
+            query_len: length,
+            key_len: length,
+            block_size,
+            window: CAUSAL,
+            budget: budget(blocks as f64),
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn heads(&self) -> usize {
         self.kv_heads * self.group
+    }
+
+    pub(crate) fn query_shape(&self) -> [usize; 4] {
+        [self.batch, self.heads(), self.query_len, self.head_dim]
+    }
+
+    pub(crate) fn key_shape(&self) -> [usize; 4] {
+        [self.batch, self.kv_heads, self.key_len, self.head_dim]
     }
 
     pub(crate) fn rng(&self) -> TestRng {
@@ -129,11 +177,16 @@ impl Case {
             array
         };
         let query = numbers(self.heads(), self.query_len, self.head_dim, self.magnitude, query_mask.as_ref());
-        let key = numbers(self.kv_heads, self.key_len, self.head_dim, 1.0, key_mask.as_ref());
-        let value = numbers(self.kv_heads, self.key_len, self.value_dim, 1.0, key_mask.as_ref());
+        let mut key = numbers(self.kv_heads, self.key_len, self.head_dim, 1.0, key_mask.as_ref());
+        let mut value = numbers(self.kv_heads, self.key_len, self.value_dim, 1.0, key_mask.as_ref());
         let grad_out = numbers(self.heads(), self.query_len, self.value_dim, 1.0, query_mask.as_ref());
         let grad_lse =
             self.grad_lse.then(|| numbers(self.heads(), self.query_len, 1, 1.0, query_mask.as_ref()).remove_axis(Axis(3)));
+        for (item, &length) in self.key_lengths.iter().flatten().enumerate() {
+            for array in [&mut key, &mut value] {
+                array.slice_mut(s![item, .., length.., ..]).fill(f64::NAN);
+            }
+        }
         let bias = self.bias(&mut rng);
         Data { query, key, value, grad_out, grad_lse, query_mask, key_mask, bias }
     }
@@ -146,9 +199,19 @@ impl Case {
         let bias = match self.pairs {
             Pairs::All => return None,
             Pairs::Window => Array4::from_shape_fn(shape, |(_, _, t, s)| hide(t.abs_diff(s) > 5, 0.0)),
+            Pairs::Causal => Array4::from_shape_fn(shape, |(_, _, t, s)| hide(s > t, 0.0)),
             Pairs::Holes => Array4::from_shape_fn(shape, |(b, h, t, s)| hide((b + h + t + s) % 2 == 1, 0.0)),
+            Pairs::Keys => Array4::from_shape_fn(shape, |(b, _, _, s)| hide(s < 5 * b || s % 3 == 1, 0.0)),
             Pairs::Biased => Array4::from_shape_simple_fn(shape, number),
             Pairs::Documents => Array4::from_shape_fn(shape, |(_, _, t, s)| hide(t / 7 != s / 7, number())),
+            Pairs::Huge => {
+                Array4::from_shape_fn(
+                    shape,
+                    |(_, _, t, s)| {
+                        if t / 7 == s / 7 || t / 7 * 7 >= self.key_len { number() } else { HUGE }
+                    },
+                )
+            }
         };
         Some(bias)
     }
@@ -161,12 +224,16 @@ impl Case {
         match padding {
             Padding::None => None,
             Padding::Right => mask(&mut |b, t, _| t < length * (batch - b) / (batch + 1)),
+            Padding::Left => mask(&mut |b, t, _| t >= length * (b + 1) / (batch + 1)),
             Padding::Holes => mask(&mut |_, _, rng| rng.random_range(0..3) > 0),
             Padding::Blocks => mask(&mut |b, t, rng| (t / block + b) % 2 == 1 && rng.random_range(0..5) > 0),
             Padding::All => mask(&mut |_, _, _| false),
         }
     }
 }
+
+/// Far below every logit, and exact in float32.
+pub(crate) const HUGE: f64 = -1e9;
 
 /// Fills padded tokens with what must never reach a result.
 pub(crate) fn poison(array: &mut Array4<f64>, mask: Option<&Array2<bool>>) {
@@ -180,7 +247,7 @@ pub(crate) fn poison(array: &mut Array4<f64>, mask: Option<&Array2<bool>>) {
 
 impl Data {
     /// The same call, by the formulas.
-    pub(crate) fn attention<'a>(&'a self, case: &Case) -> Attention<'a> {
+    pub(crate) fn attention<'a>(&'a self, case: &'a Case) -> Attention<'a> {
         Attention {
             query: self.query.view(),
             key: self.key.view(),
@@ -188,6 +255,10 @@ impl Data {
             query_mask: self.query_mask.as_ref().map(|array| array.view()),
             key_mask: self.key_mask.as_ref().map(|array| array.view()),
             bias: self.bias.as_ref().map(|array| array.view()),
+            window: case.window,
+            offsets: &case.offsets,
+            key_lengths: case.key_lengths.as_deref(),
+            pool_queries: case.pool_queries,
             block_size: case.block_size,
             scale: case.scale,
             mode: case.mode,

@@ -1,19 +1,17 @@
 //! What the tests share: random cases, how they are computed, and how far results may be from the formulas.
 
 mod bounds;
+mod call;
 mod case;
-mod causal;
-mod compute;
+mod check;
 mod levels;
 mod number;
 mod stored;
 
 pub(crate) use bounds::Bounds;
-pub(crate) use case::{Case, Data, Padding, Pairs};
-pub(crate) use causal::{
-    CausalCase, CausalData, CausalExpected, CausalOutcome, bits, check_causal, compute_causal, select_causal,
-};
-pub(crate) use compute::{Expected, Outcome, Setup, check, compute, options, plan_bits, select, select_and_forward};
+pub(crate) use call::{Setup, attend, differentiate, exact_of, options, plan_of, select, with_problem};
+pub(crate) use case::{CAUSAL, Case, Data, Padding, Pairs, budget};
+pub(crate) use check::{Expected, Outcome, assert_same_blocks, bits, check, check_all, compute, selected_by};
 pub(crate) use levels::{levels, levels_for, levels_required, rounds_weights};
 pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};

@@ -1,0 +1,111 @@
+"""The arguments of a call, checked and brought to the form that the operators take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias
+
+from .._ops import Inputs, Settings
+from .._plan import use_plan
+from ..config import SETTINGS, MRAConfig, configure
+from . import block_mask, causal_bias, masks, numbers, shapes, tensors
+from .arguments import Arguments
+from .autocast import autocast
+
+
+class Prepared(NamedTuple):
+    """A call that has passed all checks."""
+
+    inputs: Inputs
+    settings: Settings
+    lead: shapes.Shape | None
+    """The shape of everything before (length, channels), where it is not simply that of the 4-D inputs."""
+
+
+def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
+    """Check the arguments of a call with dense query, key and, unless it only selects, value."""
+    attn_mask, query_padding_mask = arguments.attn_mask, arguments.query_padding_mask
+    config = configure(arguments.config, arguments.settings)
+    dropout_p = numbers.dropout(arguments.dropout_p)
+    causal = causal_bias.is_requested(arguments.is_causal, attn_mask)
+    window = visible_window(arguments.window_size, causal)
+    numbers.check_bool("enable_gqa", arguments.enable_gqa)
+    if torch.is_autocast_enabled("cpu"):
+        inputs = autocast(inputs)
+        if not isinstance(attn_mask, CausalBias):
+            (attn_mask,) = autocast((attn_mask,))
+    tensors.check_inputs(*inputs)
+    arranged, lead = shapes.arrange(inputs, arguments.enable_gqa)
+    call = Inputs(arranged[0], arranged[1], arranged[-1])
+    if attn_mask is not None or query_padding_mask is not None:
+        call = _with_masks(call, lead, attn_mask, query_padding_mask)
+    lower_right = causal_bias.is_lower_right(attn_mask, call.query.shape[2], call.key.shape[2])
+    scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
+    ready = settings(config, call.query.shape[1], scale, window, lower_right, dropout_p)
+    if arguments.plan is not None:
+        given = arguments.settings if arguments.config is None else SETTINGS
+        call, ready = use_plan(arguments.plan, config, given, call, ready)
+    return Prepared(call, ready, lead)
+
+
+def finish(result: Tensor, lead: shapes.Shape | None) -> Tensor:
+    """Bring a result of the operators, (B, H, ...), to the leading dimensions of the inputs."""
+    return result if lead is None else result.reshape(*lead, *result.shape[2:])
+
+
+def visible_window(window_size: Any, causal: bool) -> tuple[int, int]:
+    """Check `window_size`; return the limits of what a token sees on its left and on its right, -1 for none."""
+    left, right = numbers.window(window_size)
+    return left, 0 if causal else right
+
+
+def settings(
+    config: MRAConfig, heads: int, scale: float, window: tuple[int, int], lower_right: bool, dropout_p: float
+) -> Settings:
+    """Return the settings of the operators."""
+    rates = config.blocks_per_row
+    per_head = list(rates) if isinstance(rates, tuple) else [rates]
+    if len(per_head) not in (1, heads):
+        raise ValueError(
+            f"blocks_per_row must be one number, or one for each of the {heads} heads of query, got {len(per_head)}"
+        )
+    return Settings(
+        scale=scale,
+        block_size=config.block_size,
+        sparse=config.mode == "sparse",
+        pool_queries=config.pool_queries,
+        window_left=window[0],
+        window_right=window[1],
+        lower_right=lower_right,
+        blocks_per_row=per_head,  # pyright: ignore[reportArgumentType] : checked when the config was made
+        num_blocks=config.num_blocks,
+        first_blocks=config.first_blocks,
+        diagonal_blocks=config.diagonal_blocks,
+        local_blocks=config.local_blocks,
+        dropout_p=dropout_p,
+    )
+
+
+def _with_masks(inputs: Inputs, lead: shapes.Shape | None, attn_mask: Any, query_padding_mask: Any) -> Inputs:
+    batch, heads, query_length, _ = inputs.query.shape
+    key_length = inputs.key.shape[2]
+    full = (batch, heads) if lead is None else lead
+    key_mask = bias = tiles = query_mask = None
+    if block_mask.is_block_mask(attn_mask):
+        bias, tiles = block_mask.grid_and_tiles(attn_mask, batch, heads, query_length, key_length)
+    elif attn_mask is not None and not isinstance(attn_mask, CausalBias):
+        key_mask, bias = masks.key_mask_or_bias(attn_mask, inputs.query.dtype, full, query_length, key_length)
+    if query_padding_mask is not None:
+        query_mask = masks.query_mask(query_padding_mask, full, query_length)
+    return inputs._replace(key_mask=key_mask, query_mask=query_mask, attn_bias=bias, mask_tiles=tiles)
+
+
+def draw_seed() -> Tensor:
+    """Draw a seed of dropout from torch's default generator; a call without dropout must leave that alone.
+
+    A tensor, so that a compiler does not take it for a constant.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")

@@ -1,0 +1,146 @@
+"""One test for every argument that is a number or a switch; it names the argument, its value and what would do.
+
+A wrong type raises TypeError, a wrong value ValueError, and what is not implemented yet NotImplementedError. Each test
+begins with the cheapest condition that a valid call meets; only a call that fails it pays for finding out why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 8, 128
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Check that a switch is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_mode(mode: Any) -> None:
+    """Check `mode`."""
+    if not isinstance(mode, str):
+        raise TypeError(f"mode must be the string 'full' or 'sparse', got {mode!r}")
+    if mode not in ("full", "sparse"):
+        raise ValueError(f"mode must be 'full' or 'sparse', got {mode!r}")
+
+
+def _as_float(name: str, value: Any, accepted: str) -> float:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and not value.requires_grad:
+        return float(value)  # as torch's own functions take it
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def dropout(dropout_p: Any) -> float:
+    """Check `dropout_p`; True and False are 1 and 0, as for torch."""
+    if type(dropout_p) is float and dropout_p == 0.0:
+        return 0.0
+    if dropout_p is True or dropout_p is False:
+        return float(dropout_p)
+    number = _as_float("dropout_p", dropout_p, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    return number
+
+
+def scale_or_default(scale: Any, head_dim: int) -> float:
+    """Check `scale` and put its default in its place."""
+    if scale is None:
+        return 1.0 / head_dim**0.5
+    if isinstance(scale, torch.SymFloat):  # a float that is known later, while torch traces
+        return scale  # pyright: ignore[reportReturnType]
+    number = scale if type(scale) is float else _as_float("scale", scale, "None or a number")
+    if number != number:
+        raise ValueError(f"scale must be None or a number, got {scale!r}")
+    return number
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """Check a whole number that is not below a minimum."""
+    number = value
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        number = int(value)
+    if not minimum <= number < 2**63:
+        raise ValueError(f"{name} must be an integer of at least {minimum} (and below 2**63), got {value!r}")
+    return number
+
+
+def optional_integer(name: str, value: Any, minimum: int) -> int | None:
+    """Check a whole number that may be left out."""
+    return None if value is None else integer(name, value, minimum)
+
+
+def _rate(name: str, value: Any) -> float:
+    number = value if type(value) is float else _as_float(name, value, "a positive number")
+    if not number > 0.0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return number
+
+
+def budget(blocks_per_row: Any) -> float | tuple[float, ...]:
+    """Check `blocks_per_row`: a positive number, or one for each head."""
+    if type(blocks_per_row) is float and blocks_per_row > 0.0:
+        return blocks_per_row
+    if isinstance(blocks_per_row, Tensor) and blocks_per_row.dim() == 1:
+        blocks_per_row = cast("Any", blocks_per_row.tolist())  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(blocks_per_row, (tuple, list)):
+        return _rate("blocks_per_row", blocks_per_row)
+    rates = tuple(_rate(f"blocks_per_row[{i}]", x) for i, x in enumerate(cast("Sequence[Any]", blocks_per_row)))
+    if not rates:
+        raise ValueError("blocks_per_row must be a positive number, or one for each head, got none")
+    return rates
+
+
+def window(window_size: Any) -> tuple[int, int]:
+    """Check `window_size`: how many tokens on the left and on the right are visible, -1 for all."""
+    if not isinstance(window_size, (tuple, list)) or len(cast("Sequence[Any]", window_size)) != 2:
+        raise TypeError(f"window_size must be two integers (left, right), -1 for no limit, got {window_size!r}")
+    left, right = cast("Sequence[Any]", window_size)
+    return integer("window_size[0]", left, -1), integer("window_size[1]", right, -1)
+
+
+def resolutions(given: Any) -> tuple[int, ...]:
+    """Check `resolutions`."""
+    if type(given) is tuple and len(cast("tuple[Any, ...]", given)) == 2:
+        size, last = cast("tuple[Any, Any]", given)
+        if type(size) is int and type(last) is int and last == 1 and MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
+            return size, last
+    return _ladder(given)
+
+
+def _ladder(given: Any) -> tuple[int, ...]:
+    accepted = f"(block_size, 1) with {MIN_BLOCK_SIZE} <= block_size <= {MAX_BLOCK_SIZE}, for example (32, 1)"
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"resolutions must be a tuple of integers {accepted}; got {given!r}")
+    given = tuple(cast("Sequence[Any]", given))
+    for size in given:
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"resolutions must be a tuple of integers {accepted}; got {given!r}")
+    sizes = [int(size) for size in given]
+    if len(sizes) < 2 or sizes[-1] != 1:
+        raise ValueError(f"resolutions must end in 1 and have at least two entries: {accepted}; got {given!r}")
+    for larger, smaller in itertools.pairwise(sizes):
+        if smaller < 1 or larger <= smaller or larger % smaller:
+            raise ValueError(
+                f"resolutions must decrease, each dividing the one before: {smaller} does not follow {larger} in "
+                f"{given!r}; accepted now: {accepted}"
+            )
+    if len(sizes) > 2:
+        raise NotImplementedError(f"resolutions={given!r}: more than two resolutions are for later; now: {accepted}")
+    if not MIN_BLOCK_SIZE <= sizes[0] <= MAX_BLOCK_SIZE:
+        raise ValueError(f"resolutions must be {accepted}; got {given!r}")
+    return tuple(sizes)

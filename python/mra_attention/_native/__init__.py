@@ -1,0 +1,1 @@
+"""How tensors and threads reach the native module."""

@@ -1,0 +1,6 @@
+"""The torch operators: one family, `forward`, `backward` and `select`, for dense and for packed tensors."""
+
+from .arguments import Inputs, Settings
+from .register import forward, forward_out, select
+
+__all__ = ["Inputs", "Settings", "forward", "forward_out", "select"]

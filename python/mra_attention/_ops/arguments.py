@@ -1,0 +1,134 @@
+"""The arguments of the operators, written once: names, order and types, from which schemas and calls are made.
+
+`forward` takes `Inputs`, then `Settings`; `select` the tensors of it that a selection depends on, then `Settings`;
+`backward` the gradients of out and lse, `Inputs` with the plan that was used, out, lse, then `Settings`.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call.
+
+    Dense: query `(B, H, Lq, D)`, key `(B, Hk, Lk, D)`, value `(B, Hk, Lk, Dv)`. With `cu_seqlens_q` and `cu_seqlens_k`,
+    the boundaries of packed sequences, the lengths are the totals and `B` is 1. The native module reads the boundaries
+    when the operator runs, so that a compiler need not know them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None = None
+    """bool `(B, Lk)`: which keys are valid."""
+    query_mask: Tensor | None = None
+    """bool `(B, Lq)`: which queries are valid."""
+    attn_bias: Tensor | None = None
+    """bool or float, broadcasts to `(B, H, Lq, Lk)`; with `mask_tiles` an int32 grid of blocks."""
+    mask_tiles: Tensor | None = None
+    """bool `(N, BQ, BK)`: the masks of the blocks whose number in the grid is not negative; -1: hidden, -2: visible."""
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    plan: Tensor | None = None
+    """uint8 `(B, bytes)`: a selection made before."""
+    seed: Tensor | None = None
+    """int64 `(1,)`: the seed of dropout; a tensor, so that a compiled graph draws a new one at every call."""
+
+
+class Settings(NamedTuple):
+    """All else, in the form in which the native module reads it."""
+
+    scale: float
+    block_size: int
+    sparse: bool = False
+    pool_queries: bool = True
+    window_left: int = -1
+    window_right: int = -1
+    """Keys up to this far on the right are visible, -1 for all; 0 is causal."""
+    lower_right: bool = False
+    """Whether the last query is beside the last key, and not the first beside the first."""
+    blocks_per_row: list[float] = [4.0]  # noqa: RUF012 : the default of a field, never changed
+    num_blocks: int | None = None
+    first_blocks: int | None = None
+    diagonal_blocks: int = 0
+    local_blocks: int = 1
+    dropout_p: float = 0.0
+
+
+COUNT = len(Inputs._fields)
+_LEFT_OUT_BY_SELECT = ("value", "plan", "seed")
+SELECT_FIELDS = tuple(name for name in Inputs._fields if name not in _LEFT_OUT_BY_SELECT)
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    list[float]: "float[]",
+    int: "SymInt",
+    int | None: "SymInt?",
+    bool: "bool",
+}
+
+
+def _parameters(fields: type, names: tuple[str, ...]) -> list[str]:
+    hints = typing.get_type_hints(fields)
+    return [f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in names]
+
+
+_INPUTS, _SETTINGS = _parameters(Inputs, Inputs._fields), _parameters(Settings, Settings._fields)
+FORWARD_SCHEMA = f"({', '.join(_INPUTS + _SETTINGS)}) -> (Tensor out, Tensor lse, Tensor plan_out)"
+BACKWARD_SCHEMA = (
+    f"({', '.join(['Tensor grad_out', 'Tensor? grad_lse', *_INPUTS, 'Tensor out', 'Tensor lse', *_SETTINGS])})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+SELECT_SCHEMA = f"({', '.join(_parameters(Inputs, SELECT_FIELDS) + _SETTINGS)}) -> Tensor"
+
+
+class Call(NamedTuple):
+    """The arguments of `forward` or `select`, sorted."""
+
+    inputs: Inputs
+    settings: Settings
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `backward`, sorted."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    inputs: Inputs
+    out: Tensor
+    lse: Tensor
+    settings: Settings
+
+
+def of_forward(args: tuple[Any, ...]) -> Call:
+    """Sort the arguments of `forward`."""
+    return Call(Inputs(*args[:COUNT]), Settings(*args[COUNT:]))
+
+
+def of_select(args: tuple[Any, ...]) -> Call:
+    """Sort the arguments of `select`; the key stands for the value, which no selection depends on."""
+    given = dict(zip(SELECT_FIELDS, args, strict=False))
+    return Call(Inputs(**given, value=given["key"]), Settings(*args[len(SELECT_FIELDS) :]))
+
+
+def of_backward(args: tuple[Any, ...]) -> BackwardCall:
+    """Sort the arguments of `backward`."""
+    end = 2 + COUNT
+    inputs, settings = Inputs(*args[2:end]), Settings(*args[end + 2 :])
+    return BackwardCall(args[0], args[1], inputs, args[end], args[end + 1], settings)
+
+
+def for_backward(inputs: Inputs, out: Tensor, lse: Tensor, plan: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the tensors that `backward` takes behind the two gradients."""
+    return (*inputs._replace(plan=plan), out, lse)
+
+
+def for_select(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Return the tensors that `select` takes."""
+    return tuple(getattr(inputs, name) for name in SELECT_FIELDS)

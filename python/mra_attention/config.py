@@ -1,0 +1,207 @@
+"""Every setting that says how attention is approximated, as one value."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, TypeVar
+
+from torch import Tensor
+
+from ._checks import numbers
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+__all__ = ["MRAConfig", "MRASettings", "Unpack"]
+
+
+class MRASettings(TypedDict, total=False):
+    """The fields of `MRAConfig` as keywords of the public functions."""
+
+    resolutions: Sequence[int]
+    blocks_per_row: float | Sequence[float] | Tensor
+    num_blocks: int | None
+    mode: Literal["full", "sparse"]
+    first_blocks: int | None
+    diagonal_blocks: int
+    local_blocks: int
+    pool_queries: bool
+
+
+@dataclass(frozen=True)
+class MRAConfig:
+    """How attention is approximated: which blocks are computed exactly, and what becomes of the others.
+
+    Every function of this package takes its settings either as keywords or as `config=MRAConfig(...)`. Where both are
+    given, a keyword takes the place of the config's field for that call. Configs are compared and hashed by value;
+    values are checked, and brought to one spelling, when a config is made.
+
+    There are two forms of attention. In the *block form* the queries of a block are averaged to choose its key blocks,
+    and the budget is shared by the rows of a head; it is used where nothing is hidden but padding. In the *token form*
+    every token chooses for itself; it is used wherever a token does not see some other token, be it by `is_causal`, a
+    window or a mask.
+
+    Parameters
+    ----------
+    resolutions : sequence of int, default (32, 1)
+        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
+    blocks_per_row : float, sequence of float or Tensor, default 4.0
+        The budget: one number, or one for each head of the query. In the block form, the exact blocks for each query
+        block, on average over the query blocks of a head that have a valid token:
+        `floor(blocks_per_row * query_blocks + 0.5)` blocks of the head are exact. In the token form,
+        `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token. `math.inf` makes every block exact.
+    num_blocks : int, optional
+        The budget as the number of exact blocks of a head, in place of `blocks_per_row`; in the token form each token
+        gets its share, `num_blocks / query_blocks`. Either budget is raised to the blocks that are always exact, and
+        limited to those that have a valid query and a valid key.
+    mode : {"full", "sparse"}, default "full"
+        Whether blocks that are not exact enter through their averages or are left out.
+    first_blocks : int, optional
+        The number of first key blocks that are always exact: those that a token sees, in the token form; also the
+        blocks of the first rows, in the block form. By default 0 in the block form and 1 in the token form, since
+        trained decoders attend to the first tokens whatever these are.
+    diagonal_blocks : int, default 0
+        If positive, blocks `(i, j)` with `|i - j| <= diagonal_blocks // 2` are always exact. So is, in the block form,
+        the best block of every row.
+    local_blocks : int, default 1
+        In the token form, the blocks at a distance of less than `local_blocks` from that of the token are always exact.
+        In the block form a number above 1 does the same; the diagonal is not always exact there.
+    pool_queries : bool, default True
+        Whether the block form may be used. With False every token chooses for itself also where nothing is hidden.
+
+    Raises
+    ------
+    TypeError
+        If a setting has the wrong type.
+    ValueError
+        If a setting has a value that is not accepted.
+    NotImplementedError
+        For more than two resolutions.
+
+    Notes
+    -----
+    Definition: docs/definitions.md, sections 2 to 4.
+
+    Examples
+    --------
+    >>> from mra_attention import MRAConfig
+    >>> config = MRAConfig(blocks_per_row=8, mode="sparse")
+    >>> config == MRAConfig.from_json(config.to_json())
+    True
+    """
+
+    resolutions: Sequence[int] = (32, 1)
+    blocks_per_row: float | Sequence[float] | Tensor = 4.0
+    num_blocks: int | None = None
+    mode: Literal["full", "sparse"] = "full"
+    first_blocks: int | None = None
+    diagonal_blocks: int = 0
+    local_blocks: int = 1
+    pool_queries: bool = True
+
+    def __post_init__(self) -> None:
+        _set(self, "resolutions", numbers.resolutions(self.resolutions))
+        _set(self, "blocks_per_row", numbers.budget(self.blocks_per_row))
+        _set(self, "num_blocks", numbers.optional_integer("num_blocks", self.num_blocks, 1))
+        numbers.check_mode(self.mode)
+        _set(self, "first_blocks", numbers.optional_integer("first_blocks", self.first_blocks, 0))
+        _set(self, "diagonal_blocks", numbers.integer("diagonal_blocks", self.diagonal_blocks, 0))
+        _set(self, "local_blocks", numbers.integer("local_blocks", self.local_blocks, 1))
+        numbers.check_bool("pool_queries", self.pool_queries)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.resolutions[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as values that JSON has: lists for tuples, "inf" for infinity."""
+        return {name: _plain(getattr(self, name)) for name in SETTINGS}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> MRAConfig:
+        """Return the config of settings that `to_dict` returned; what is left out has its default.
+
+        Parameters
+        ----------
+        settings : mapping of str to value
+            Names and values; an unknown name raises TypeError.
+        """
+        return configure(None, {name: _from_plain(value) for name, value in settings.items()})
+
+    def to_json(self) -> str:
+        """Return the settings as a JSON object."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> MRAConfig:
+        """Return the config of settings that `to_json` returned.
+
+        Parameters
+        ----------
+        text : str
+            A JSON object; an unknown name raises TypeError.
+        """
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"text must be a JSON object of settings, got {text!r}")
+        return cls.from_dict(settings)  # pyright: ignore[reportUnknownArgumentType]
+
+
+SETTINGS = tuple(MRAConfig.__dataclass_fields__)
+"""The names of all settings."""
+
+
+def _set(config: MRAConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)  # the class is frozen for everybody else
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_plain(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
+    return math.inf if value == "inf" else value
+
+
+_DEFAULT = MRAConfig()
+
+
+def configure(config: Any, settings: Mapping[str, Any]) -> MRAConfig:
+    """Return the config of a call: its argument `config`, with its keywords in place of the fields of that name."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise TypeError(f"{name!r} is no argument and no setting; the settings are {', '.join(SETTINGS)}")
+    if config is None:
+        return MRAConfig(**settings) if settings else _DEFAULT
+    if not isinstance(config, MRAConfig):
+        raise TypeError(f"config must be None or a mra_attention.MRAConfig, got {type(config).__name__}")
+    if not settings:
+        return config
+    return MRAConfig(**({name: getattr(config, name) for name in SETTINGS} | dict(settings)))
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def with_settings(function: _Function) -> _Function:
+    """Let `inspect.signature` and `help` show every setting with its default in place of `**settings`."""
+    signature = inspect.signature(function)
+    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for name, field in MRAConfig.__dataclass_fields__.items()
+    ]
+    setattr(function, "__signature__", signature.replace(parameters=[*fixed, *settings]))  # noqa: B010
+    return function

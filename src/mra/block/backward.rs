@@ -1,0 +1,241 @@
+//! Backward: the gradients of queries, keys and values in closed form (docs/definitions.md, section 3, Backward).
+//!
+//! ```text
+//! delta_t = <g_t, out_t> - dlse_t                                               once per query
+//! coarse level: the same gradient among pooled tokens, with summed g            mra::block::coarse_backward
+//! exact blocks: for each tile of queries, for each batch of its selected keys    mra::attend
+//! dq_t = exact + dqh_i / count_i        dk_s, dv_s likewise
+//! ```
+//!
+//! Nothing is kept from forward but out, lse and the plan. Where there are enough heads for the threads, a task is a
+//! group of heads that share keys, and computes all three gradients in one pass: 5 products per block. Otherwise rows of the
+//! plan drive dq and columns dk and dv: 7 products, but a task for each block. Both give the same bits, because every
+//! sum is in the same order.
+
+use std::ops::Range;
+
+use super::coarse_backward::{CoarseGradients, coarse_backward, one_pass};
+use crate::exec::{Buffer, threads};
+use crate::kernels::Stream;
+use crate::mra::attend::{BiasTile, GradientTile, KeyBatch, KeySource, KeySums, QueryTerms, tile_columns, tiles};
+use crate::mra::inputs::{Gradients, Inputs};
+use crate::mra::problem::{Batch, Mode, Problem};
+use crate::mra::query_terms::{finish, finish_keys};
+use crate::mra::select::BlockPlan;
+use crate::simd::{Element, Scalar};
+use crate::tensor::Tensor;
+
+/// Computes the gradients of the segments of this form. Shapes are those of the problem.
+pub(crate) fn backward<E: Element>(
+    problem: &Problem<'_>,
+    batch: &Batch<'_>,
+    inputs: &Inputs<'_, E>,
+    grad_out: &Tensor<'_, E>,
+    terms: &[QueryTerms<E::Compute>],
+    plan: &[u8],
+    gradients: &Gradients<'_, E>,
+) {
+    let value_dim = inputs.value.shape()[3];
+    let plan = &BlockPlan::read(problem, batch, plan);
+    let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, batch, inputs, grad_out, terms, plan));
+    let zeros = vec![E::default(); problem.head_dim.max(value_dim)];
+    let pass = Pass { problem, batch, inputs, grad_out, terms, plan, coarse, gradients, value_dim, zeros };
+    let products = plan.num_blocks() * problem.block_size.pow(2) * 3;
+    let threads = problem.threads_for(products * (problem.head_dim + value_dim));
+    if one_pass(batch.groups(), threads) {
+        pass.by_groups(threads);
+    } else {
+        pass.by_rows(threads);
+        pass.by_columns(threads);
+    }
+}
+
+/// What a thread computes a block in.
+struct Buffers<T> {
+    tile: GradientTile<T>,
+    keys: KeyBatch<T>,
+    bias: BiasTile<T>,
+}
+
+/// The exact blocks of all heads, and the writing of the results.
+struct Pass<'a, 'g, E: Element> {
+    problem: &'a Problem<'a>,
+    batch: &'a Batch<'a>,
+    inputs: &'a Inputs<'a, E>,
+    grad_out: &'a Tensor<'a, E>,
+    terms: &'a [QueryTerms<E::Compute>],
+    plan: &'a BlockPlan,
+    coarse: Option<CoarseGradients<E::Compute>>,
+    gradients: &'a Gradients<'g, E>,
+    value_dim: usize,
+    /// Takes the place of the rows of idle queries.
+    zeros: Vec<E>,
+}
+
+impl<E: Element> Pass<'_, '_, E> {
+    /// One task for each group of heads that share keys: all gradients in one pass.
+    fn by_groups(&self, threads: usize) {
+        let scratch = || {
+            let buffers = self.buffers();
+            let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
+            let keys = self.batch.most_keys();
+            (buffers, Buffer::scratch(keys * key_width), Buffer::scratch(keys * value_width))
+        };
+        threads::for_each(threads, self.batch.groups(), scratch, |(buffers, dk, dv), group| {
+            let segment = self.batch.segment_of_group(group);
+            let source = self.source(group);
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+            for head in self.batch.heads_of(group) {
+                for i in 0..segment.rows.len() {
+                    // SAFETY: each task has its own heads.
+                    unsafe { self.row(head, i, buffers, &source, Some(&mut KeySums { dk, dv, first: 0 })) };
+                }
+            }
+            for block in 0..segment.keys.len() {
+                // SAFETY: each task has its own group of heads.
+                unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: 0 }) };
+            }
+        });
+    }
+
+    /// One task for each block of queries: dq.
+    fn by_rows(&self, threads: usize) {
+        threads::for_each(
+            threads,
+            self.batch.rows(),
+            || self.buffers(),
+            |buffers, task| {
+                let (head, i) = self.batch.row_at(task);
+                let source = self.source(self.batch.group(head));
+                // SAFETY: each task has its own block of queries.
+                unsafe { self.row(head, i, buffers, &source, None) };
+            },
+        );
+    }
+
+    /// One task for each block of keys: dk and dv.
+    fn by_columns(&self, threads: usize) {
+        let problem = self.problem;
+        let scratch = || {
+            let buffers = self.buffers();
+            let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
+            (buffers, Buffer::scratch(problem.block_size * key_width), Buffer::scratch(problem.block_size * value_width))
+        };
+        threads::for_each(threads, self.batch.columns(), scratch, |(Buffers { tile, keys, bias }, dk, dv), task| {
+            let (group, block) = self.batch.column_at(task);
+            let source = self.source(group);
+            let numbers = source.numbers(block);
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+            keys.clear();
+            keys.push(&source, numbers.clone());
+            for head in self.batch.heads_of(group) {
+                for &i in self.plan.column(self.batch, head, block) {
+                    for queries in tiles(self.batch.segment(head).rows.numbers(i as usize)) {
+                        self.start(head, queries.clone(), tile);
+                        let sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: numbers.start };
+                        tile.add(keys, &source, false, Some(sums), |logits, columns| {
+                            bias.apply(problem, self.batch, head, &queries, keys, logits, columns);
+                        });
+                    }
+                }
+            }
+            // SAFETY: each task has its own block of keys.
+            unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
+        });
+    }
+
+    fn buffers(&self) -> Buffers<E::Compute> {
+        let columns = tile_columns::<E::Compute>(self.problem);
+        Buffers {
+            tile: GradientTile::for_tensors::<E>(self.problem, columns, self.value_dim),
+            keys: KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim),
+            bias: BiasTile::new(self.problem, columns),
+        }
+    }
+
+    /// The keys and values of a group of heads.
+    fn source(&self, group: usize) -> KeySource<'_, E> {
+        let (item, kv_head) = self.batch.item_and_kv_head(group);
+        let (keys, values) = (self.inputs.key.head(item, kv_head), self.inputs.value.head(item, kv_head));
+        KeySource::new(self.problem, keys, values, &self.batch.segment_of_group(group).keys)
+    }
+
+    fn start(&self, head: usize, queries: Range<usize>, tile: &mut GradientTile<E::Compute>) {
+        let (item, head_of_item) = self.batch.item_and_head(head);
+        let rows = &self.batch.segment(head).rows;
+        tile.set_biased(self.batch.segment(head).is_biased());
+        let (query, grad) = (self.inputs.query.head(item, head_of_item), self.grad_out.head(item, head_of_item));
+        let terms = &self.terms[(item * self.problem.heads + head_of_item) * self.problem.query_len..];
+        let tokens = queries.map(|number| rows.token(number));
+        let query_row = |token: usize| if terms[token].idle { &self.zeros[..self.problem.head_dim] } else { query.row(token) };
+        let grad_row = |token: usize| if terms[token].idle { &self.zeros[..self.value_dim] } else { grad.row(token) };
+        tile.start(tokens.clone().map(query_row), tokens.clone().map(grad_row), tokens.clone().map(|token| terms[token]));
+        let first = rows.tokens().start;
+        tile.number_queries(Stream::Exact, self.batch.dropout_head(head), tokens.map(|token| token - first));
+    }
+
+    /// One block of queries against its selected keys: dq, and dk and dv if wanted.
+    ///
+    /// # Safety
+    /// - Nothing else holds the rows of this block in the gradient of the queries.
+    unsafe fn row(
+        &self,
+        head: usize,
+        i: usize,
+        buffers: &mut Buffers<E::Compute>,
+        source: &KeySource<'_, E>,
+        mut sums: Option<&mut KeySums<'_, E::Compute>>,
+    ) {
+        let Buffers { tile, keys, bias } = buffers;
+        let (item, head_of_item) = self.batch.item_and_head(head);
+        let segment = self.batch.segment(head);
+        let rows = &segment.rows;
+        if rows.count(i) < rows.range(i).len() {
+            for token in rows.range(i) {
+                // SAFETY: the caller's.
+                unsafe { self.gradients.query.row_mut(item, head_of_item, token) }.fill(E::default());
+            }
+        }
+        for queries in tiles(rows.numbers(i)) {
+            self.start(head, queries.clone(), tile);
+            let mut step = |tile: &mut GradientTile<E::Compute>, keys: &KeyBatch<E::Compute>| {
+                tile.add(keys, source, true, sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
+                    bias.apply(self.problem, self.batch, head, &queries, keys, logits, columns);
+                });
+            };
+            keys.clear();
+            for &j in self.plan.row(self.batch, head, i) {
+                let numbers = source.numbers(j as usize);
+                if !keys.push(source, numbers.clone()) {
+                    step(tile, keys);
+                    keys.clear();
+                    assert!(keys.push(source, numbers), "an empty batch has room for a block");
+                }
+            }
+            if keys.rows() > 0 {
+                step(tile, keys);
+            }
+            let pooled = self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i));
+            for (query, number) in queries.enumerate() {
+                let row = &mut tile.dq[query * tile.key_width..][..self.problem.head_dim];
+                let token = rows.token(number);
+                // SAFETY: the caller's.
+                let to = unsafe { self.gradients.query.row_mut(item, head_of_item, token) };
+                finish(row, pooled.filter(|_| segment.queries.counts(token)), segment.queries.count(i), to);
+            }
+        }
+    }
+
+    /// Writes dk and dv of a block of keys.
+    ///
+    /// # Safety
+    /// - Nothing else holds the rows of this block in the gradients of keys and values.
+    unsafe fn finish_keys(&self, group: usize, block: usize, sums: &KeySums<'_, E::Compute>) {
+        let pooled =
+            self.coarse.as_ref().map(|coarse| (coarse.dk(self.batch, group, block), coarse.dv(self.batch, group, block)));
+        // SAFETY: the caller's.
+        unsafe { finish_keys(self.problem, self.batch, self.gradients, (group, block), sums, pooled) };
+    }
+}

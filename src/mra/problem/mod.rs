@@ -1,0 +1,242 @@
+//! Inputs and options, validated once; who sees whom.
+//!
+//! A call has one or more *segments*: sequences that know nothing of each other. Batch items, padded ones, packed sequences and those of
+//! a cache are all segments, and differ in where their tokens lie and which of them count.
+
+mod batch;
+mod block_bias;
+mod blocks;
+mod budget;
+mod mask;
+mod options;
+mod padding;
+mod segment;
+mod sight;
+mod token_kinds;
+
+pub(crate) use batch::Batch;
+pub(crate) use blocks::Blocks;
+pub use budget::Budget;
+pub(crate) use budget::TokenBudget;
+pub use mask::{Bias, BiasData, Mask};
+pub use options::{Layout, Mode, Options};
+use segment::Place;
+pub(crate) use segment::{Form, Segment};
+pub use sight::Window;
+pub(crate) use sight::{Kind, Sight};
+
+use crate::error::{Error, Result};
+use crate::kernels::Dropout;
+use crate::simd::{Level, Scalar};
+
+/// One validated call.
+#[derive(Debug)]
+pub struct Problem<'a> {
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) query_len: usize,
+    pub(crate) key_len: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) block_size: usize,
+    pub(crate) scale: f64,
+    pub(crate) mode: Mode,
+    pub(crate) threads: usize,
+    pub(crate) level: Level,
+    pub(crate) window: Window,
+    pub(crate) bias: Option<Bias<'a>>,
+    pub(crate) budget: Budget,
+    pub(crate) dropout: Option<Dropout>,
+    pub(crate) segments: Vec<Segment>,
+    /// Whether masks may decide which form a segment has.
+    pub(crate) form_is_open: bool,
+    /// How many sequences are packed, if they are.
+    pub(crate) packed: Option<usize>,
+    pub(crate) plan_starts: Vec<usize>,
+}
+
+impl<'a> Problem<'a> {
+    /// The largest block size.
+    pub const MAX_BLOCK: usize = 128;
+
+    /// Checks the shapes (batch, head, token, channel) of query and key, and reads masks.
+    ///
+    /// # Errors
+    /// If they do not fit each other or the options; the message names what is wrong.
+    pub fn new(query: [usize; 4], key: [usize; 4], options: &Options<'a>) -> Result<Self> {
+        let [batch, heads, query_len, head_dim] = query;
+        let [key_batch, kv_heads, key_len, key_dim] = key;
+        if batch != key_batch || head_dim != key_dim {
+            return Err(Error::new(format!(
+                "key: shape {key:?} does not fit query of shape {query:?}: batch and head_dim must be equal"
+            )));
+        }
+        if heads != kv_heads && (kv_heads == 0 || heads % kv_heads != 0) {
+            return Err(Error::new(format!("key: {kv_heads} heads, expected as many as query or a divisor of its {heads}")));
+        }
+        if !(1..=Self::MAX_BLOCK).contains(&options.block_size) {
+            return Err(Error::new(format!("block_size: {}, expected 1 to {}", options.block_size, Self::MAX_BLOCK)));
+        }
+        if options.threads == 0 {
+            return Err(Error::new("threads: 0, expected at least 1"));
+        }
+        let scale = options.scale.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt());
+        if scale.is_nan() {
+            return Err(Error::new("scale: NaN, expected a number"));
+        }
+        if !(0.0..=1.0).contains(&options.dropout) {
+            return Err(Error::new(format!("dropout: {}, expected a probability", options.dropout)));
+        }
+        options.budget.validate(heads)?;
+        for (name, mask, length) in [("query_mask", options.query_mask, query_len), ("key_mask", options.key_mask, key_len)] {
+            if let Some(mask) = mask.filter(|mask| mask.shape != [batch, length]) {
+                return Err(Error::new(format!("{name}: shape {:?}, expected {:?}", mask.shape, [batch, length])));
+            }
+        }
+        let expected = [batch, heads, query_len, key_len];
+        if let Some(bias) = options.bias.filter(|bias| bias.shape != expected) {
+            return Err(Error::new(format!("bias: shape {:?}, expected {expected:?}", bias.shape)));
+        }
+        let places = places(batch, query_len, key_len, options)?;
+        let mut problem = Self {
+            batch,
+            heads,
+            kv_heads,
+            query_len,
+            key_len,
+            head_dim,
+            block_size: options.block_size,
+            // Without channels every logit is 0.
+            scale: if head_dim == 0 { 0.0 } else { scale },
+            mode: options.mode,
+            threads: options.threads,
+            level: options.level,
+            window: options.window,
+            bias: options.bias,
+            budget: options.budget.clone(),
+            dropout: Dropout::new(options.dropout, options.seed),
+            segments: segments(&places, options),
+            form_is_open: options.window.is_unlimited() && options.pool_queries,
+            packed: matches!(options.layout, Layout::Packed { .. }).then_some(places.len()),
+            plan_starts: Vec::new(),
+        };
+        problem.plan_starts = problem.find_plan_starts();
+        Ok(problem)
+    }
+
+    /// Threads worth starting for products of `multiplications` in all: below some tens of microseconds of work the
+    /// hand-over costs more than it brings.
+    pub(crate) fn threads_for(&self, multiplications: usize) -> usize {
+        threads_for(self.threads, multiplications)
+    }
+
+    /// Threads worth starting to read `elements` for a single operation each, as long as several multiplications.
+    pub(crate) fn threads_to_read(&self, elements: usize) -> usize {
+        self.threads_for(elements.saturating_mul(8))
+    }
+
+    /// Checks that a tensor has this shape.
+    pub(crate) fn expect(name: &str, shape: [usize; 4], expected: [usize; 4]) -> Result<()> {
+        if shape == expected { Ok(()) } else { Err(Error::new(format!("{name}: shape {shape:?}, expected {expected:?}"))) }
+    }
+
+    /// A number of channels rounded up to whole vectors.
+    pub(crate) fn padded<T: Scalar>(&self, channels: usize) -> usize {
+        channels.next_multiple_of(T::lanes(self.level))
+    }
+
+    /// Whether an additive bias belongs to the logits.
+    pub(crate) fn additive_bias(&self) -> Option<&Bias<'a>> {
+        self.bias.as_ref().filter(|bias| bias.is_additive())
+    }
+
+    /// What a query of a head sees; token form.
+    pub(crate) fn sight<'s>(&self, segment: &'s Segment, head: usize, token: usize) -> Sight<'s> {
+        segment.sight(&self.window, head, token, self.block_size)
+    }
+
+    /// The budget of the tokens of a head of a segment.
+    pub(crate) fn token_budget(&self, segment: &Segment, head: usize) -> TokenBudget {
+        self.budget.of_token(head, segment.live_rows())
+    }
+}
+
+/// See [`Problem::threads_for`].
+pub(crate) fn threads_for(threads: usize, multiplications: usize) -> usize {
+    const WORTH_A_THREAD: usize = 1 << 20;
+    threads.min(multiplications / WORTH_A_THREAD + 1)
+}
+
+/// Where the segments lie.
+fn places(batch: usize, query_len: usize, key_len: usize, options: &Options<'_>) -> Result<Vec<Place>> {
+    match options.layout {
+        Layout::Dense { offsets, key_lengths } => {
+            if offsets.len() != 1 && offsets.len() != batch {
+                return Err(Error::new(format!("offsets: {} numbers, expected 1 or {batch}", offsets.len())));
+            }
+            if let Some(lengths) = key_lengths {
+                if lengths.len() != batch {
+                    return Err(Error::new(format!("key_lengths: {} numbers, expected {batch}", lengths.len())));
+                }
+                if let Some(length) = lengths.iter().find(|&&length| length > key_len) {
+                    return Err(Error::new(format!("key_lengths: {length}, expected at most the {key_len} keys of key")));
+                }
+            }
+            Ok((0..batch)
+                .map(|item| Place {
+                    index: item,
+                    batch: item,
+                    queries: 0..query_len,
+                    keys: 0..key_lengths.map_or(key_len, |lengths| lengths[item]),
+                    offset: offsets[item.min(offsets.len() - 1)],
+                })
+                .collect())
+        }
+        Layout::Packed { queries, keys, lower_right } => {
+            check_boundaries("queries", queries, query_len)?;
+            check_boundaries("keys", keys, key_len)?;
+            if batch != 1 || queries.len() != keys.len() {
+                return Err(Error::new(format!(
+                    "queries and keys: {} and {} boundaries and a batch of {batch}, expected as many boundaries and a batch of 1",
+                    queries.len(),
+                    keys.len()
+                )));
+            }
+            if options.key_mask.is_some() || options.query_mask.is_some() || options.bias.is_some() {
+                return Err(Error::new("key_mask, query_mask, bias: given, expected none of them for packed sequences"));
+            }
+            Ok((0..queries.len() - 1)
+                .map(|index| {
+                    let (queries, keys) = (queries[index]..queries[index + 1], keys[index]..keys[index + 1]);
+                    let offset = if lower_right { blocks::to_i64(keys.len()) - blocks::to_i64(queries.len()) } else { 0 };
+                    Place { index, batch: 0, queries, keys, offset }
+                })
+                .collect())
+        }
+    }
+}
+
+fn check_boundaries(name: &str, boundaries: &[usize], total: usize) -> Result<()> {
+    let rising = boundaries.is_sorted() && boundaries.first() == Some(&0) && boundaries.last() == Some(&total);
+    if rising {
+        Ok(())
+    } else {
+        Err(Error::new(format!("{name}: boundaries {boundaries:?}, expected to rise from 0 to {total}")))
+    }
+}
+
+/// The segments at these places. Where all batch items have the same mask and nothing else tells them apart, it is read once.
+fn segments(places: &[Place], options: &Options<'_>) -> Vec<Segment> {
+    let same = options.key_mask.is_none() && options.query_mask.is_none();
+    let shared = same && options.bias.is_some_and(|bias| bias.is_same_for_items());
+    let alike = |a: &Place, b: &Place| (&a.queries, &a.keys, a.offset) == (&b.queries, &b.keys, b.offset);
+    let mut segments: Vec<Segment> = Vec::with_capacity(places.len());
+    for place in places {
+        let segment = match (segments.first(), places.first()) {
+            (Some(first), Some(of_first)) if shared && alike(place, of_first) => first.at(place),
+            _ => Segment::new(place, options),
+        };
+        segments.push(segment);
+    }
+    segments
+}

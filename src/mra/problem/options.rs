@@ -1,0 +1,92 @@
+//! What a call depends on besides its tensors.
+
+use super::budget::Budget;
+use super::mask::{Bias, Mask};
+use super::sight::Window;
+use crate::simd::Level;
+
+/// Which terms the softmax has (docs/definitions.md, section 3.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Selected blocks exactly, all others by their pooled logit and value: MRA-2.
+    Full,
+    /// Selected blocks only: MRA-2-s.
+    Sparse,
+}
+
+/// How the tokens of the tensors are cut into sequences.
+#[derive(Debug, Clone, Copy)]
+pub enum Layout<'a> {
+    /// A batch item is a sequence.
+    Dense {
+        /// The position of the first query of each batch item, or one number for all of them; keys count from 0. A query at a
+        /// negative position is before the first key.
+        offsets: &'a [i64],
+        /// How many keys each batch item has; those behind are never read. `None`: all.
+        key_lengths: Option<&'a [usize]>,
+    },
+    /// Several sequences lie one behind the other in tensors whose batch size is 1.
+    Packed {
+        /// Boundaries of the queries, from 0 to their number.
+        queries: &'a [usize],
+        /// Boundaries of the keys, as many.
+        keys: &'a [usize],
+        /// Whether the last query of a sequence has the position of its last key, rather than the first that of the first.
+        lower_right: bool,
+    },
+}
+
+/// What does not follow from the tensors.
+#[derive(Debug, Clone)]
+pub struct Options<'a> {
+    /// Tokens per block, 1 to [`Problem::MAX_BLOCK`](super::Problem::MAX_BLOCK).
+    pub block_size: usize,
+    /// The factor of the logits; `None` is `1 / sqrt(D)`.
+    pub scale: Option<f64>,
+    /// Which terms the softmax has.
+    pub mode: Mode,
+    /// Whether queries are averaged where nothing is hidden (block form), rather than each token choosing for itself (token form).
+    pub pool_queries: bool,
+    /// Which keys a token sees by their position.
+    pub window: Window,
+    /// How the tensors are cut into sequences.
+    pub layout: Layout<'a>,
+    /// Valid keys.
+    pub key_mask: Option<Mask<'a>>,
+    /// Valid queries; outputs and gradients of the others are 0.
+    pub query_mask: Option<Mask<'a>>,
+    /// Which pairs of a query and a key count, or what is added to their logits.
+    pub bias: Option<Bias<'a>>,
+    /// How many blocks are exact.
+    pub budget: Budget,
+    /// The probability with which a weight is dropped, 0 to 1; 0 is no dropout.
+    pub dropout: f64,
+    /// Decides, with the place of a weight, whether it is dropped; the same for forward and backward.
+    pub seed: u64,
+    /// Threads to compute on, at least 1. The result does not depend on it.
+    pub threads: usize,
+    /// The instruction set. Results of different levels differ by rounding.
+    pub level: Level,
+}
+
+impl Options<'_> {
+    /// Blocks of 32 tokens, 4 exact ones per row, nothing hidden, one thread.
+    pub fn new(level: Level) -> Self {
+        Self {
+            block_size: 32,
+            scale: None,
+            mode: Mode::Full,
+            pool_queries: true,
+            window: Window::default(),
+            layout: Layout::Dense { offsets: &[0], key_lengths: None },
+            key_mask: None,
+            query_mask: None,
+            bias: None,
+            budget: Budget::default(),
+            dropout: 0.0,
+            seed: 0,
+            threads: 1,
+            level,
+        }
+    }
+}

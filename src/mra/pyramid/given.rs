@@ -1,0 +1,121 @@
+//! Means of the blocks of keys and values for the token form: computed here, or brought by the caller.
+
+use super::{Pooled, Side};
+use crate::error::{Error, Result};
+use crate::exec::Buffer;
+use crate::mra::inputs::Inputs;
+use crate::mra::problem::{Batch, Problem};
+use crate::simd::{Element, Scalar};
+use crate::tensor::{Rows, Tensor};
+
+/// Means of the blocks of keys and values, as [`append`](super::append) writes them: of all blocks of which a query sees every key but
+/// its own, at least.
+#[derive(Debug, Clone, Copy)]
+pub struct PooledInputs<'a, T> {
+    /// `(B, Hk, NB, D)`.
+    pub key: Tensor<'a, T>,
+    /// `(B, Hk, NB, Dv)`; only full mode needs them.
+    pub value: Option<Tensor<'a, T>>,
+}
+
+/// The means that a call reads.
+pub(crate) struct Means<'a, T> {
+    keys: Source<'a, T>,
+    values: Option<Source<'a, T>>,
+}
+
+enum Source<'a, T> {
+    Own(Pooled<T>),
+    Given(Tensor<'a, T>),
+}
+
+impl<T: Scalar> Source<'_, T> {
+    fn of(&self, batch: &Batch<'_>, group: usize) -> Rows<'_, T> {
+        match self {
+            Self::Own(pooled) => pooled.of_group(batch, group),
+            Self::Given(tensor) => {
+                let (item, head) = batch.item_and_kv_head(group);
+                tensor.head(item, head)
+            }
+        }
+    }
+}
+
+impl<'a, T: Scalar> Means<'a, T> {
+    /// The means that the caller brings, or else those of the inputs; `with_values` says whether those of values are needed.
+    pub(crate) fn new<E: Element<Compute = T>>(
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
+        inputs: &Inputs<'_, E>,
+        given: Option<&PooledInputs<'a, T>>,
+        with_values: bool,
+    ) -> Self {
+        let Some(given) = given else {
+            if with_values {
+                let [keys, values] = Pooled::each(problem, batch, [(&inputs.key, Side::Keys), (&inputs.value, Side::Keys)]);
+                return Self { keys: Source::Own(keys), values: Some(Source::Own(values)) };
+            }
+            let [keys] = Pooled::each(problem, batch, [(&inputs.key, Side::Keys)]);
+            return Self { keys: Source::Own(keys), values: None };
+        };
+        // Products read whole vectors of channels of the values.
+        let whole = problem.padded::<T>(inputs.value.shape()[3]) == inputs.value.shape()[3];
+        let values = given
+            .value
+            .filter(|_| with_values)
+            .map(|value| if whole { Source::Given(value) } else { Source::Own(copied(problem, batch, &value)) });
+        Self { keys: Source::Given(given.key), values }
+    }
+
+    /// The means of the keys of a group.
+    pub(crate) fn keys(&self, batch: &Batch<'_>, group: usize) -> Rows<'_, T> {
+        self.keys.of(batch, group)
+    }
+
+    /// The means of the values of a group, in rows of whole vectors.
+    pub(crate) fn values(&self, batch: &Batch<'_>, group: usize) -> Option<Rows<'_, T>> {
+        self.values.as_ref().map(|values| values.of(batch, group))
+    }
+}
+
+/// Copies means to rows of whole vectors.
+fn copied<T: Scalar>(problem: &Problem<'_>, batch: &Batch<'_>, means: &Tensor<'_, T>) -> Pooled<T> {
+    let channels = means.shape()[3];
+    let width = problem.padded::<T>(channels);
+    let mut copy = Buffer::zeros(batch.columns() * width);
+    for index in 0..batch.columns() {
+        let (group, block) = batch.column_at(index);
+        let (item, head) = batch.item_and_kv_head(group);
+        let rows = means.head(item, head);
+        if block < rows.len() {
+            copy[index * width..][..channels].copy_from_slice(rows.row(block));
+        }
+    }
+    Pooled { means: copy, width }
+}
+
+/// Checks means that the caller brings.
+pub(crate) fn check<T>(
+    problem: &Problem<'_>,
+    given: &PooledInputs<'_, T>,
+    needed: usize,
+    value_dim: usize,
+    full: bool,
+) -> Result<()> {
+    let check = |name: &str, shape: [usize; 4], channels: usize| {
+        let [batch, heads, blocks, dim] = shape;
+        if (batch, heads, dim) == (problem.batch, problem.kv_heads, channels) && blocks >= needed {
+            return Ok(());
+        }
+        let expected = [problem.batch, problem.kv_heads, needed, channels];
+        Err(Error::new(format!("{name}: shape {shape:?}, expected {expected:?} with at least so many blocks")))
+    };
+    check("pooled_key", given.key.shape(), problem.head_dim)?;
+    match &given.value {
+        Some(value) => check("pooled_value", value.shape(), value_dim),
+        None if full => {
+            Err(Error::new("pooled_value: None, expected the means of values: full mode with pooled_key needs them"))
+        }
+        None => Ok(()),
+    }
+}

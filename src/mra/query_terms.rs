@@ -1,0 +1,115 @@
+//! What backward needs to know of every query beforehand, and how it writes a gradient at the end.
+
+use super::attend::{KeySums, QueryTerms};
+use super::inputs::{Gradients, Saved};
+use super::problem::{Batch, Problem};
+use crate::exec::{Buffer, Chunks, threads};
+use crate::simd::{Element, Scalar};
+
+/// Lse and delta of every query, at the flat index of its batch item, head and token.
+pub(crate) fn query_terms<E: Element>(problem: &Problem<'_>, saved: &Saved<'_, E>) -> Vec<QueryTerms<E::Compute>> {
+    let (length, heads) = (problem.query_len, problem.batch * problem.heads);
+    // A padded query is idle, too.
+    let idle = QueryTerms { lse: E::Compute::INFINITY, delta: E::Compute::ZERO, idle: true };
+    let mut terms = vec![idle; heads * length];
+    let value_dim = saved.out.shape()[3];
+    let chunks = Chunks::new(&mut terms, length);
+    let threads = problem.threads_to_read(heads * length * value_dim);
+    let scratch = || (Buffer::scratch(value_dim), Buffer::scratch(value_dim));
+    threads::for_each(threads, if length == 0 { 0 } else { heads }, scratch, |(grad_line, out_line), task| {
+        let (item, head) = (task / problem.heads, task % problem.heads);
+        let (grads, outs, lses) = (saved.grad_out.head(item, head), saved.out.head(item, head), saved.lse.head(item, head));
+        let grad_lses = saved.grad_lse.map(|tensor| tensor.head(item, head));
+        // SAFETY: each task has its own head.
+        let terms = unsafe { chunks.get_mut(task) };
+        let start = problem.segments.partition_point(|segment| segment.batch < item);
+        let end = problem.segments.partition_point(|segment| segment.batch <= item);
+        for segment in &problem.segments[start..end] {
+            for number in 0..segment.rows.total() {
+                let token = segment.rows.token(number);
+                E::widen(grads.row(token), grad_line);
+                let grad_lse = grad_lses.map_or(E::Compute::ZERO, |grad_lses| grad_lses.row(token)[0]);
+                if grad_lse == E::Compute::ZERO && grad_line.iter().all(|&g| g == E::Compute::ZERO) {
+                    continue;
+                }
+                E::widen(outs.row(token), out_line);
+                let product = dot(grad_line, out_line);
+                let lse = lses.row(token)[0];
+                terms[token] = QueryTerms {
+                    // A query that saw no key has weights exp(x - inf) = 0.
+                    lse: if lse == E::Compute::NEG_INFINITY { E::Compute::INFINITY } else { lse },
+                    delta: if grad_lses.is_some() { product - grad_lse } else { product },
+                    idle: false,
+                };
+            }
+        }
+    });
+    terms
+}
+
+/// A sum of products. Several chains, since each addition waits for the one before.
+fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
+    const CHAINS: usize = 16;
+    let mut sums = [T::ZERO; CHAINS];
+    for (x, y) in x.chunks(CHAINS).zip(y.chunks(CHAINS)) {
+        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+    sums.into_iter().fold(T::ZERO, |total, sum| total + sum)
+}
+
+/// Adds a token's share of its block's pooled gradient and writes the sum.
+pub(crate) fn finish<E: Element>(row: &mut [E::Compute], pooled: Option<&[E::Compute]>, count: usize, to: &mut [E]) {
+    if let Some(pooled) = pooled {
+        let share = E::Compute::from_f64(1.0 / count as f64);
+        for (x, &p) in row.iter_mut().zip(pooled) {
+            *x += share * p;
+        }
+    }
+    E::narrow(row, to);
+}
+
+/// What there is of keys and of values.
+pub(crate) type KeyAndValue<R> = (R, R);
+
+/// Writes dk and dv of a block of keys of a group, from the sums of its tokens and the gradients of its means.
+///
+/// # Safety
+/// - Nothing else holds the rows of this block in the gradients of keys and values.
+pub(crate) unsafe fn finish_keys<E: Element>(
+    problem: &Problem<'_>,
+    batch: &Batch<'_>,
+    gradients: &Gradients<'_, E>,
+    (group, block): (usize, usize),
+    sums: &KeySums<'_, E::Compute>,
+    pooled: Option<KeyAndValue<&[E::Compute]>>,
+) {
+    let (item, kv_head) = batch.item_and_kv_head(group);
+    let blocks = &batch.segment_of_group(group).keys;
+    let count = blocks.count(block);
+    let outputs =
+        [(&gradients.key, &*sums.dk, pooled.map(|(dk, _)| dk)), (&gradients.value, &*sums.dv, pooled.map(|(_, dv)| dv))];
+    for (output, sums_of_all, pooled) in outputs {
+        let channels = output.shape()[3];
+        let width = problem.padded::<E::Compute>(channels);
+        if count < blocks.range(block).len() {
+            for token in blocks.range(block) {
+                // SAFETY: the caller's.
+                unsafe { output.row_mut(item, kv_head, token) }.fill(E::default());
+            }
+        }
+        let mut line = [E::Compute::ZERO; 256];
+        for number in blocks.numbers(block) {
+            // SAFETY: the caller's.
+            let to = unsafe { output.row_mut(item, kv_head, blocks.token(number)) };
+            let row = &sums_of_all[(number - sums.first) * width..][..channels];
+            for start in (0..channels).step_by(line.len()) {
+                let part = start..(start + line.len()).min(channels);
+                let line = &mut line[..part.len()];
+                line.copy_from_slice(&row[part.clone()]);
+                finish(line, pooled.map(|pooled| &pooled[part.clone()]), count, &mut to[part]);
+            }
+        }
+    }
+}

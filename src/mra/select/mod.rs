@@ -1,0 +1,11 @@
+//! Which blocks are computed exactly: scores, choices, and the plan that holds them.
+
+mod per_row;
+mod per_token;
+mod plan;
+mod scores;
+
+pub(crate) use per_row::{select_rows, select_rows_then};
+pub(crate) use per_token::Chooser;
+pub(crate) use plan::{BlockPlan, number, selected};
+pub(crate) use scores::{Scores, add_mean_bias};

@@ -1,0 +1,258 @@
+//! Backward of the token form: the gradients of queries, keys and values in closed form.
+//!
+//! ```text
+//! delta_t = <g_t, out_t> - dlse_t                                                    once per query
+//! for each tile of queries:  p_tj = count_j exp(c_tj - lse_t)  of open blocks that are not exact for t
+//!     dC = p (<g_t, vh_j> - delta_t)      dq_t += scale dC kh_j   dkh_j += scale dC q_t   dvh_j += p g_t
+//! for each exact block, for the queries that compute it:              the same with its keys and values
+//! dk_s += dkh_j / count_j             dv_s likewise
+//! ```
+//!
+//! Where there are enough groups of heads for the threads, a task is a group and computes all of it in one pass: 5 products.
+//! Otherwise ranges of queries give dq, then blocks of keys dk and dv: 7 products. Both give the same bits, because every sum
+//! is in the same order and in the same pieces.
+
+use std::ops::Range;
+
+use super::backward_range::{BlockBuffers, GroupSums, Scratch};
+use super::coarse::matrix;
+use super::forward::{RANGE_QUERIES, range_for_threads};
+use super::queries_of_block::QueriesOfBlocks;
+use crate::exec::{Buffer, Chunks, threads};
+use crate::kernels::AllFinite;
+use crate::mra::attend::{KeySource, KeySums, QueryTerms, TILE_QUERIES, nth_tile};
+use crate::mra::block::one_pass;
+use crate::mra::inputs::{Gradients, Inputs};
+use crate::mra::problem::{Batch, Mode, Problem};
+use crate::mra::pyramid::Means;
+use crate::mra::query_terms::{KeyAndValue, finish_keys};
+use crate::simd::{Element, Scalar};
+use crate::tensor::{Rows, Tensor};
+
+/// Computes the gradients of the segments of this form. Shapes are those of the problem.
+pub(crate) fn backward<E: Element>(
+    problem: &Problem<'_>,
+    batch: &Batch<'_>,
+    inputs: &Inputs<'_, E>,
+    grad_out: &Tensor<'_, E>,
+    terms: &[QueryTerms<E::Compute>],
+    plan: &[u8],
+    gradients: &Gradients<'_, E>,
+) {
+    let everything = problem.budget.is_everything();
+    let means = (problem.mode == Mode::Full && !everything).then(|| Means::new(problem, batch, inputs, None, true));
+    let finite_means = means.as_ref().map_or_else(Vec::new, |means| finite_means(problem, batch, means));
+    let value_dim = inputs.value.shape()[3];
+    let pass = Pass { problem, batch, inputs, grad_out, terms, plan, means, finite_means, gradients, value_dim };
+    let products = batch.segments.iter().map(|segment| {
+        let blocks = segment.keys.len();
+        let exact = if everything { blocks } else { problem.plan_width(segment) };
+        segment.rows.tokens().len().saturating_mul(exact * problem.block_size + blocks).saturating_mul(3)
+    });
+    let products = products.fold(0, usize::saturating_add).saturating_mul(problem.heads);
+    let threads = problem.threads_for(products.saturating_mul(problem.head_dim + pass.value_dim));
+    if one_pass(batch.groups(), threads) {
+        pass.by_groups(threads);
+    } else {
+        pass.by_ranges(threads);
+        pass.by_blocks(threads);
+    }
+}
+
+/// Whether the means of each block of keys, and of its values, are finite.
+fn finite_means<T: Scalar>(problem: &Problem<'_>, batch: &Batch<'_>, means: &Means<'_, T>) -> Vec<bool> {
+    let is_finite = |rows: Rows<'_, T>, block: usize| T::run(problem.level, AllFinite(matrix(&rows, block..block + 1)));
+    let columns = (0..batch.columns()).map(|index| {
+        let (group, block) = batch.column_at(index);
+        is_finite(means.keys(batch, group), block) && means.values(batch, group).is_none_or(|values| is_finite(values, block))
+    });
+    columns.collect()
+}
+
+/// One call.
+pub(crate) struct Pass<'a, 'g, E: Element> {
+    pub(crate) problem: &'a Problem<'a>,
+    pub(crate) batch: &'a Batch<'a>,
+    pub(crate) inputs: &'a Inputs<'a, E>,
+    pub(crate) grad_out: &'a Tensor<'a, E>,
+    pub(crate) terms: &'a [QueryTerms<E::Compute>],
+    pub(crate) plan: &'a [u8],
+    pub(crate) means: Option<Means<'a, E::Compute>>,
+    /// Whether the means of a block of keys and of its values are finite, by flat index.
+    pub(crate) finite_means: Vec<bool>,
+    pub(crate) gradients: &'a Gradients<'g, E>,
+    pub(crate) value_dim: usize,
+}
+
+impl<'a, E: Element> Pass<'a, '_, E> {
+    /// One task for each group of heads that share keys: all gradients in one pass.
+    fn by_groups(&self, threads: usize) {
+        let batch = self.batch;
+        let (key_width, value_width) = self.widths();
+        let pooled = if self.means.is_some() { batch.most_columns() } else { 0 };
+        let scratch = || {
+            let of = |rows| (Buffer::scratch(rows * key_width), Buffer::scratch(rows * value_width));
+            (self.scratch(), of(batch.most_keys()), of(pooled))
+        };
+        threads::for_each(threads, batch.groups(), scratch, |(scratch, sums, pooled), group| {
+            for buffer in [&mut sums.0, &mut sums.1, &mut pooled.0, &mut pooled.1] {
+                buffer.fill(E::Compute::ZERO);
+            }
+            let mut sums = GroupSums {
+                exact: KeySums { dk: &mut sums.0, dv: &mut sums.1, first: 0 },
+                pooled: KeySums { dk: &mut pooled.0, dv: &mut pooled.1, first: 0 },
+            };
+            for head in batch.heads_of(group) {
+                for range in batch.segment(head).ranges(RANGE_QUERIES) {
+                    // SAFETY: each task has its own heads.
+                    unsafe { self.range(head, range, scratch, Some(&mut sums)) };
+                }
+            }
+            for block in 0..batch.segment_of_group(group).keys.len() {
+                let pooled = self.means.is_some().then(|| pooled_row(&sums.pooled, block, key_width, value_width));
+                // SAFETY: each task has its own group of heads.
+                unsafe { finish_keys(self.problem, batch, self.gradients, (group, block), &sums.exact, pooled) };
+            }
+        });
+    }
+
+    /// One task for each range of queries: dq.
+    fn by_ranges(&self, threads: usize) {
+        let size = range_for_threads(self.problem, threads);
+        let mut tasks: Vec<(usize, Range<usize>)> = Vec::new();
+        for head in 0..self.batch.flat_heads() {
+            let first = tasks.len();
+            tasks.extend(self.batch.segment(head).ranges(size).map(|range| (head, range)));
+            tasks[first..].reverse();
+        }
+        threads::for_each(
+            threads,
+            tasks.len(),
+            || self.scratch(),
+            |scratch, task| {
+                let (head, range) = tasks[task].clone();
+                // SAFETY: each task has its own queries.
+                unsafe { self.range(head, range, scratch, None) };
+            },
+        );
+    }
+
+    /// One task for each block of keys: dk and dv.
+    fn by_blocks(&self, threads: usize) {
+        let (problem, batch, (key_width, value_width)) = (self.problem, self.batch, self.widths());
+        let pooled = self.pooled_by_blocks(threads);
+        let ranges: Vec<(usize, Range<usize>)> = (0..batch.flat_heads())
+            .flat_map(|head| batch.segment(head).ranges(RANGE_QUERIES).map(move |range| (head, range)))
+            .collect();
+        let lists = self.all_lists(threads, &ranges);
+        let scratch = || {
+            let of = |width| Buffer::scratch(problem.block_size * width);
+            (self.scratch(), of(key_width), of(value_width))
+        };
+        threads::for_each(threads, batch.columns(), scratch, |(scratch, dk, dv), task| {
+            let (group, block) = batch.column_at(task);
+            let source = self.source(group);
+            let first = source.numbers(block).start;
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+            let heads = batch.heads_of(group);
+            let start = ranges.partition_point(|&(head, _)| head < heads.start);
+            let end = ranges.partition_point(|&(head, _)| head < heads.end);
+            for ((head, range), lists) in ranges[start..end].iter().zip(&lists[start..end]) {
+                let Some(place) = lists.find(block) else { continue };
+                let Scratch { tile, rows, keys, bias, sights, plan, .. } = &mut *scratch;
+                let range = self.query_range(*head, range.clone(), sights, plan);
+                self.fill(&range, lists.all_of(place), rows);
+                let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first };
+                self.exact(&range, rows, lists, place, &source, BlockBuffers { tile, keys, bias }, Some(&mut sums), None);
+            }
+            let pooled = pooled.as_ref().map(|(pooled_dk, pooled_dv)| {
+                (&pooled_dk[task * key_width..][..key_width], &pooled_dv[task * value_width..][..value_width])
+            });
+            // SAFETY: each task has its own block of keys.
+            unsafe { finish_keys(problem, batch, self.gradients, (group, block), &KeySums { dk, dv, first }, pooled) };
+        });
+    }
+
+    /// The gradients of pooled keys and values, one task for each few of them.
+    fn pooled_by_blocks(&self, threads: usize) -> Option<KeyAndValue<Buffer<E::Compute>>> {
+        self.means.as_ref()?;
+        let (batch, (key_width, value_width)) = (self.batch, self.widths());
+        let (mut all_dk, mut all_dv) = (
+            Buffer::<E::Compute>::scratch(batch.columns() * key_width),
+            Buffer::<E::Compute>::scratch(batch.columns() * value_width),
+        );
+        let (to_dk, to_dv) = (Chunks::new(&mut all_dk, key_width), Chunks::new(&mut all_dv, value_width));
+        let tasks: Vec<(usize, usize)> = (0..batch.groups())
+            .flat_map(|group| {
+                (0..batch.segment_of_group(group).keys.len().div_ceil(TILE_QUERIES)).map(move |part| (group, part))
+            })
+            .collect();
+        let scratch = || {
+            let of = |width| Buffer::scratch(TILE_QUERIES * width);
+            (self.scratch(), of(key_width), of(value_width))
+        };
+        threads::for_each(threads, tasks.len(), scratch, |(scratch, dk, dv), task| {
+            let (group, part) = tasks[task];
+            let blocks = nth_tile(part, batch.segment_of_group(group).keys.len());
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+            for head in batch.heads_of(group) {
+                for tokens in batch.segment(head).ranges(RANGE_QUERIES) {
+                    let Scratch { tile, rows, sights, plan, numbers, .. } = &mut *scratch;
+                    let range = self.query_range(head, tokens, sights, plan);
+                    self.fill(&range, &numbers[..range.tokens.len()], rows);
+                    let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: blocks.start };
+                    self.coarse(&range, rows, numbers, &blocks, tile, Some(&mut sums), None);
+                }
+            }
+            for (row, block) in blocks.enumerate() {
+                // SAFETY: each task has its own blocks.
+                unsafe {
+                    to_dk.get_mut(batch.column(group, block)).copy_from_slice(&dk[row * key_width..][..key_width]);
+                    to_dv.get_mut(batch.column(group, block)).copy_from_slice(&dv[row * value_width..][..value_width]);
+                }
+            }
+        });
+        Some((all_dk, all_dv))
+    }
+
+    /// The lists of these ranges.
+    fn all_lists(&self, threads: usize, ranges: &[(usize, Range<usize>)]) -> Vec<QueriesOfBlocks> {
+        let mut lists: Vec<QueriesOfBlocks> = ranges.iter().map(|_| QueriesOfBlocks::default()).collect();
+        let chunks = Chunks::new(&mut lists, 1);
+        let scratch = || (Vec::new(), Vec::new());
+        threads::for_each(threads, ranges.len(), scratch, |(sights, plan), task| {
+            let (head, range) = ranges[task].clone();
+            let range = self.query_range(head, range, sights, plan);
+            // SAFETY: each task has its own lists.
+            let lists = unsafe { &mut chunks.get_mut(task)[0] };
+            lists.build(range.segment.keys.len(), range.sights, range.plan, range.width);
+        });
+        lists
+    }
+
+    /// Channels of keys and values, rounded up to whole vectors.
+    pub(crate) fn widths(&self) -> (usize, usize) {
+        (self.problem.padded::<E::Compute>(self.problem.head_dim), self.problem.padded::<E::Compute>(self.value_dim))
+    }
+
+    /// The terms of the queries of a flat head, by token.
+    pub(crate) fn terms_of(&self, head: usize) -> &'a [QueryTerms<E::Compute>] {
+        let (item, head_of_item) = self.batch.item_and_head(head);
+        let length = self.problem.query_len;
+        &self.terms[(item * self.problem.heads + head_of_item) * length..][..length]
+    }
+
+    /// The keys and values of a group of heads.
+    pub(crate) fn source(&self, group: usize) -> KeySource<'_, E> {
+        let (item, kv_head) = self.batch.item_and_kv_head(group);
+        let (keys, values) = (self.inputs.key.head(item, kv_head), self.inputs.value.head(item, kv_head));
+        KeySource::new(self.problem, keys, values, &self.batch.segment_of_group(group).keys)
+    }
+}
+
+/// The gradients of the means of a block.
+fn pooled_row<'s, T>(sums: &'s KeySums<'_, T>, block: usize, key_width: usize, value_width: usize) -> KeyAndValue<&'s [T]> {
+    (&sums.dk[block * key_width..][..key_width], &sums.dv[block * value_width..][..value_width])
+}

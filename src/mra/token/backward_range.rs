@@ -1,0 +1,269 @@
+//! Backward of a range of queries: against pooled blocks tile by tile, then against exact blocks one after the other.
+
+use std::ops::Range;
+
+use super::backward::Pass;
+use super::coarse::{exclude, for_steps, matrix, span_of_open};
+use super::exact::dropout_key;
+use super::forward::RANGE_QUERIES;
+use super::gradient::{GradientTile, KeyRows, RangeRows};
+use super::queries_of_block::QueriesOfBlocks;
+use super::query_tile::for_query_tiles;
+use super::visible_keys::{BiasColumns, Viewer};
+use crate::exec::Buffer;
+use crate::kernels::{AllFinite, Matrix, Stream};
+use crate::mra::attend::{KeyBatch, KeySource, KeySums, TILE_QUERIES};
+use crate::mra::problem::{Segment, Sight};
+use crate::mra::weigh;
+use crate::simd::{Element, Scalar};
+
+/// A range of queries of a flat head, with what they see and what they have chosen.
+pub(crate) struct QueryRange<'a> {
+    /// The flat head.
+    pub(crate) head: usize,
+    pub(crate) segment: &'a Segment,
+    pub(crate) tokens: Range<usize>,
+    pub(crate) sights: &'a [Sight<'a>],
+    pub(crate) plan: &'a [i32],
+    /// How many numbers of the plan each query has.
+    pub(crate) width: usize,
+    pub(crate) viewer: Viewer<'a>,
+    /// What dropout calls the head and the first token.
+    place: (usize, usize),
+}
+
+/// What a thread reuses.
+pub(crate) struct Scratch<'a, T> {
+    pub(crate) tile: GradientTile<T>,
+    pub(crate) rows: RangeRows<T>,
+    pub(crate) keys: KeyBatch<T>,
+    pub(crate) lists: QueriesOfBlocks,
+    pub(crate) bias: BiasColumns<T>,
+    pub(crate) sights: Vec<Sight<'a>>,
+    pub(crate) plan: Vec<i32>,
+    /// The queries of a range, counted.
+    pub(crate) numbers: Vec<u32>,
+    /// The gradient of the queries of a range: a row of whole vectors for each.
+    pub(crate) dq: Buffer<T>,
+}
+
+/// The part of the scratch that a block of keys is computed in.
+pub(crate) struct BlockBuffers<'s, T> {
+    pub(crate) tile: &'s mut GradientTile<T>,
+    pub(crate) keys: &'s mut KeyBatch<T>,
+    pub(crate) bias: &'s mut BiasColumns<T>,
+}
+
+/// Sums of the gradients of all tokens of a group, and of all its pooled ones.
+pub(crate) struct GroupSums<'a, T> {
+    pub(crate) exact: KeySums<'a, T>,
+    pub(crate) pooled: KeySums<'a, T>,
+}
+
+impl<'a, E: Element> Pass<'a, '_, E> {
+    pub(crate) fn scratch(&self) -> Scratch<'a, E::Compute> {
+        let (problem, (key_width, value_width)) = (self.problem, self.widths());
+        let queries = problem.query_len.min(RANGE_QUERIES);
+        Scratch {
+            tile: GradientTile::new(problem, queries, self.value_dim),
+            rows: RangeRows::new(queries, key_width, value_width),
+            keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
+            lists: QueriesOfBlocks::default(),
+            bias: BiasColumns::new(problem, problem.padded::<E::Compute>(TILE_QUERIES)),
+            sights: Vec::with_capacity(queries),
+            plan: Vec::new(),
+            numbers: (0..u32::try_from(queries).expect("a size of a range")).collect(),
+            dq: Buffer::scratch(queries * key_width),
+        }
+    }
+
+    /// What the queries of a range see, and their plan. Idle ones see nothing.
+    pub(crate) fn query_range<'s>(
+        &self,
+        head: usize,
+        tokens: Range<usize>,
+        sights: &'s mut Vec<Sight<'a>>,
+        plan: &'s mut Vec<i32>,
+    ) -> QueryRange<'s>
+    where
+        'a: 's,
+    {
+        let (problem, batch) = (self.problem, self.batch);
+        let (segment, (_, head_of_item), terms) = (batch.segment(head), batch.item_and_head(head), self.terms_of(head));
+        let sight = |token: usize| {
+            if terms[token].idle { Sight::default() } else { problem.sight(segment, head_of_item, token) }
+        };
+        sights.clear();
+        sights.extend(tokens.clone().map(sight));
+        let (width, first) = (problem.plan_width(segment), segment.rows.tokens().start);
+        let start = problem.plan_range(segment, head_of_item).start + 4 * (tokens.start - first) * width;
+        let bytes = &self.plan[start..start + 4 * tokens.len() * width];
+        plan.clear();
+        plan.extend(bytes.chunks_exact(4).map(crate::mra::select::number));
+        let (place, viewer) = ((batch.dropout_head(head), tokens.start - first), Viewer::new(problem, batch, head));
+        QueryRange { head, segment, tokens, sights, plan, width, viewer, place }
+    }
+
+    /// A range of queries: dq, and the sums for keys and values if wanted.
+    ///
+    /// # Safety
+    /// - Nothing else holds the rows of these queries in the gradient of the queries.
+    pub(crate) unsafe fn range(
+        &self,
+        head: usize,
+        tokens: Range<usize>,
+        scratch: &mut Scratch<'a, E::Compute>,
+        mut sums: Option<&mut GroupSums<'_, E::Compute>>,
+    ) {
+        let Scratch { tile, rows, keys, lists, bias, sights, plan, numbers, dq } = scratch;
+        let range = self.query_range(head, tokens, sights, plan);
+        let blocks = range.segment.keys.len();
+        self.fill(&range, &numbers[..range.tokens.len()], rows);
+        let key_width = self.widths().0;
+        dq[..range.tokens.len() * key_width].fill(E::Compute::ZERO);
+        let pooled = sums.as_mut().map(|sums| &mut sums.pooled);
+        self.coarse(&range, rows, numbers, &(0..blocks), tile, pooled, Some(dq));
+        lists.build(blocks, range.sights, range.plan, range.width);
+        let source = self.source(self.batch.group(head));
+        for place in 0..lists.present().len() {
+            let sums = sums.as_mut().map(|sums| &mut sums.exact);
+            let buffers = BlockBuffers { tile, keys, bias };
+            self.exact(&range, rows, lists, place, &source, buffers, sums, Some(dq));
+        }
+        let (item, head_of_item) = self.batch.item_and_head(head);
+        for (query, token) in range.tokens.clone().enumerate() {
+            // SAFETY: the caller's.
+            let to = unsafe { self.gradients.query.row_mut(item, head_of_item, token) };
+            E::narrow(&dq[query * key_width..][..to.len()], to);
+        }
+    }
+
+    /// Copies the rows of some queries of a range.
+    pub(crate) fn fill(&self, range: &QueryRange<'_>, numbers: &[u32], rows: &mut RangeRows<E::Compute>) {
+        let (item, head_of_item) = self.batch.item_and_head(range.head);
+        let (query, grad) = (self.inputs.query.head(item, head_of_item), self.grad_out.head(item, head_of_item));
+        let terms = &self.terms_of(range.head)[range.tokens.clone()];
+        rows.fill(self.problem.level, range.tokens.len(), numbers, |number| {
+            let token = range.tokens.start + number;
+            (query.row(token), grad.row(token), terms[number])
+        });
+    }
+
+    /// What some pooled keys and values contribute. `numbers` are those of the queries of the range.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
+    pub(crate) fn coarse(
+        &self,
+        range: &QueryRange<'_>,
+        rows: &RangeRows<E::Compute>,
+        numbers: &[u32],
+        blocks: &Range<usize>,
+        tile: &mut GradientTile<E::Compute>,
+        mut sums: Option<&mut KeySums<'_, E::Compute>>,
+        mut dq: Option<&mut Buffer<E::Compute>>,
+    ) {
+        let (problem, segment, group) = (self.problem, range.segment, self.batch.group(range.head));
+        let Some(means) = &self.means else { return };
+        let (keys, Some(values)) = (means.keys(self.batch, group), means.values(self.batch, group)) else { return };
+        let (_, head) = self.batch.item_and_head(range.head);
+        let dropping = problem.dropout.is_some();
+        for tokens in segment.tiles(range.tokens.clone(), TILE_QUERIES) {
+            let queries = tokens.start - range.tokens.start..tokens.end - range.tokens.start;
+            let sights = &range.sights[queries.clone()];
+            let open = span_of_open(sights);
+            let visible = blocks.start.max(open.start)..blocks.end.min(open.end);
+            if visible.is_empty() {
+                continue;
+            }
+            let plan = &range.plan[queries.start * range.width..queries.end * range.width];
+            let numbers = &numbers[queries];
+            // Gradient 0 times a mean or a query that is not finite would be NaN. All that is multiplied decides, so that what
+            // some query does not see has no say in how the others are computed.
+            let column = self.batch.column(group, 0);
+            let finite_means = &self.finite_means[column + visible.start..column + visible.end];
+            let guard = !(rows.are_finite(numbers) && finite_means.iter().all(|&finite| finite));
+            tile.start(rows, numbers, Stream::Coarse, range.place);
+            for_steps(&visible, |part| {
+                #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
+                let names: Vec<u32> = part.clone().filter(|_| dropping).map(|block| block as u32).collect();
+                let of_part = KeyRows {
+                    keys: matrix(&keys, part.clone()),
+                    values: matrix(&values, part.clone()),
+                    first: part.start,
+                    names: &names,
+                    guard,
+                };
+                tile.add(rows, numbers, of_part, sums.as_deref_mut(), dq.as_deref_mut(), |logits, columns| {
+                    hide(segment, head, &tokens, sights, &part, logits, columns);
+                    weigh(logits, columns, &segment.keys, part.clone());
+                    exclude(logits, columns, sights, plan, range.width, &part);
+                });
+            });
+        }
+    }
+
+    /// What a block of keys and values, given by its place among those present, contributes to the queries that compute it, and they
+    /// to it.
+    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
+    pub(crate) fn exact(
+        &self,
+        range: &QueryRange<'_>,
+        rows: &RangeRows<E::Compute>,
+        lists: &QueriesOfBlocks,
+        place: usize,
+        source: &KeySource<'_, E>,
+        BlockBuffers { tile, keys, bias }: BlockBuffers<'_, E::Compute>,
+        mut sums: Option<&mut KeySums<'_, E::Compute>>,
+        mut dq: Option<&mut Buffer<E::Compute>>,
+    ) {
+        let numbers = source.numbers(lists.present()[place]);
+        keys.clear();
+        assert!(keys.push(source, numbers.clone()), "an empty batch has room for a block");
+        let Some(part) = keys.parts(source).next() else { return };
+        let dropping = self.problem.dropout.is_some();
+        let names: Vec<u32> = numbers.clone().filter(|_| dropping).map(|number| dropout_key(source, number)).collect();
+        let finite = |matrix: Matrix<'_, E::Compute>| E::Compute::run(self.problem.level, AllFinite(matrix));
+        let mut keys_are_finite = None;
+        for_query_tiles(lists, place, |queries| {
+            // Gradient 0 times a key or a query that is not finite would be NaN.
+            let guard = queries.partly
+                && !(rows.are_finite(queries.queries)
+                    && *keys_are_finite.get_or_insert_with(|| finite(part.keys) && finite(part.values)));
+            GradientTile::prefetch(rows, dq.as_deref(), queries.next);
+            tile.start(rows, queries.queries, Stream::Exact, range.place);
+            let of_block = KeyRows { keys: part.keys, values: part.values, first: numbers.start, names: &names, guard };
+            let (sums, dq) = (sums.as_deref_mut(), dq.as_deref_mut());
+            tile.add(rows, queries.queries, of_block, sums, dq, |logits, columns| {
+                if queries.partly || range.viewer.is_biased() {
+                    let seen = queries
+                        .queries
+                        .iter()
+                        .map(|&query| (range.tokens.start + query as usize, &range.sights[query as usize]));
+                    bias.apply(&range.viewer, seen, &numbers, logits, columns);
+                }
+            });
+        });
+    }
+}
+
+/// Adds mean biases to the logits of some blocks, and sets those that a query does not see all of to `-inf`.
+fn hide<T: Scalar>(
+    segment: &Segment,
+    head: usize,
+    tokens: &Range<usize>,
+    sights: &[Sight<'_>],
+    blocks: &Range<usize>,
+    logits: &mut [T],
+    columns: usize,
+) {
+    for (lane, (sight, token)) in sights.iter().zip(tokens.clone()).enumerate() {
+        let means = segment.mean_biases(head, token);
+        for block in blocks.clone() {
+            let logit = &mut logits[(block - blocks.start) * columns + lane];
+            if !sight.is_open(block) {
+                *logit = T::NEG_INFINITY;
+            } else if let Some(means) = means {
+                *logit += T::from_f64(means[block]);
+            }
+        }
+    }
+}

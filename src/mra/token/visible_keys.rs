@@ -1,0 +1,100 @@
+//! What queries see of a block that some of them see partly, and the biases of its keys.
+
+use std::ops::Range;
+
+use crate::exec::Buffer;
+use crate::kernels::{AddBias, Matrix, MatrixMut, pack_transposed};
+use crate::mra::problem::{Batch, Problem, Segment, Sight};
+use crate::simd::{SQUARE, Scalar};
+
+/// A flat head whose queries see keys through a window, a mask or a bias.
+#[derive(Clone, Copy)]
+pub(crate) struct Viewer<'a> {
+    problem: &'a Problem<'a>,
+    segment: &'a Segment,
+    item: usize,
+    head: usize,
+}
+
+impl<'a> Viewer<'a> {
+    pub(crate) fn new(problem: &'a Problem<'a>, batch: &Batch<'a>, head: usize) -> Self {
+        let (item, head_of_item) = batch.item_and_head(head);
+        Self { problem, segment: batch.segment(head), item, head: head_of_item }
+    }
+
+    /// Whether biases are added to the logits of all keys, whoever sees them.
+    pub(crate) fn is_biased(&self) -> bool {
+        self.segment.is_biased()
+    }
+
+    /// Whether a window alone says what a query sees.
+    pub(crate) fn is_window(&self) -> bool {
+        self.segment.kinds.is_none()
+    }
+
+    /// The keys of a block, counted from its first one, that the window leaves to a query.
+    pub(crate) fn range(sight: &Sight<'_>, numbers: &Range<usize>) -> Range<usize> {
+        let place = |number: usize| number.clamp(numbers.start, numbers.end) - numbers.start;
+        place(sight.keys.start)..place(sight.keys.end)
+    }
+
+    /// Writes what is added to the logits of a query on the keys of a block: `-inf` where it does not see the key.
+    pub(crate) fn read_row<T: Scalar>(&self, token: usize, sight: &Sight<'_>, numbers: &Range<usize>, row: &mut [T]) {
+        match &self.problem.bias {
+            Some(bias) => bias.read([self.item, self.head, token], &self.segment.keys, numbers.clone(), row),
+            None => row.fill(T::ZERO),
+        }
+        let seen = Self::range(sight, numbers);
+        row[..seen.start].fill(T::NEG_INFINITY);
+        row[seen.end..].fill(T::NEG_INFINITY);
+    }
+}
+
+/// The biases of a tile of queries on the keys of a block, in the layout of transposed logits.
+pub(crate) struct BiasColumns<T> {
+    rows: Buffer<T>,
+    packed: Buffer<T>,
+    lines: Buffer<T>,
+}
+
+impl<T: Scalar> BiasColumns<T> {
+    /// Buffers for tiles of at most `columns` queries; none where there is no mask.
+    pub(crate) fn new(problem: &Problem<'_>, columns: usize) -> Self {
+        let masked = problem.segments.iter().any(|segment| segment.kinds.is_some());
+        let size = if masked { problem.block_size } else { 0 };
+        Self {
+            rows: Buffer::scratch(size * columns),
+            packed: Buffer::scratch(size * columns),
+            lines: Buffer::scratch(SQUARE * size),
+        }
+    }
+
+    /// Makes the logits of a block, one row for each key and a lane for each of `queries`, those of what each query sees.
+    pub(crate) fn apply<'s>(
+        &mut self,
+        viewer: &Viewer<'_>,
+        queries: impl ExactSizeIterator<Item = (usize, &'s Sight<'s>)>,
+        numbers: &Range<usize>,
+        logits: &mut [T],
+        columns: usize,
+    ) {
+        if viewer.is_window() {
+            for (lane, (_, sight)) in queries.enumerate() {
+                let seen = Viewer::range(sight, numbers);
+                for key in (0..seen.start).chain(seen.end..numbers.len()) {
+                    logits[key * columns + lane] = T::NEG_INFINITY;
+                }
+            }
+            return;
+        }
+        let (count, level, lanes) = (numbers.len(), viewer.problem.level, queries.len());
+        for (row, (token, sight)) in self.rows.chunks_exact_mut(count).zip(queries) {
+            viewer.read_row(token, sight, numbers, row);
+        }
+        let rows = self.rows.chunks_exact(count).take(lanes);
+        let mut packed = MatrixMut::new(&mut self.packed, count, columns, columns);
+        pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
+        let bias = Matrix::new(&self.packed, count, columns, columns);
+        T::run(level, AddBias { logits: MatrixMut::new(logits, count, columns, columns), bias });
+    }
+}

@@ -1,0 +1,128 @@
+//! The settings of a call, taken whole, and the problem that they make with its masks.
+
+use pyo3::prelude::*;
+
+use super::borrow::Descriptor;
+use crate::{Budget, Error, Layout, Level, Mode, Options, Problem, Window};
+
+/// Everything that says how attention is computed, as the Python package has it.
+#[derive(FromPyObject)]
+pub(super) struct Settings {
+    scale: f64,
+    block_size: usize,
+    sparse: bool,
+    pool_queries: bool,
+    /// -1: no limit.
+    window_left: i64,
+    /// -1: no limit; 0 is causal.
+    window_right: i64,
+    lower_right: bool,
+    blocks_per_row: Vec<f64>,
+    num_blocks: Option<usize>,
+    first_blocks: Option<usize>,
+    diagonal_blocks: usize,
+    local_blocks: usize,
+    dropout_p: f64,
+}
+
+/// Boundaries of packed queries and of packed keys.
+pub(super) type Boundaries = (Vec<usize>, Vec<usize>);
+
+/// How the tensors of a call are cut into sequences.
+pub(super) enum Sequences {
+    Packed(Boundaries),
+    Dense { offsets: Vec<i64>, key_lengths: Option<Vec<usize>> },
+}
+
+impl Sequences {
+    /// From the boundaries of packed sequences, if they are packed.
+    pub(super) fn new(
+        sequences: Option<Boundaries>,
+        settings: &Settings,
+        query: &Descriptor,
+        key: &Descriptor,
+    ) -> crate::Result<Self> {
+        let ([.., queries, _], [.., keys, _]) = (query.shape("query")?, key.shape("key")?);
+        Ok(Self::of_lengths(sequences, settings, queries, keys))
+    }
+
+    /// The same for queries and keys of these lengths.
+    pub(super) fn of_lengths(sequences: Option<Boundaries>, settings: &Settings, queries: usize, keys: usize) -> Self {
+        if let Some(boundaries) = sequences {
+            return Self::Packed(boundaries);
+        }
+        let signed = |length: usize| i64::try_from(length).expect("a length of a tensor");
+        let offset = if settings.lower_right { signed(keys) - signed(queries) } else { 0 };
+        Self::Dense { offsets: vec![offset], key_lengths: None }
+    }
+
+    fn layout(&self, lower_right: bool) -> Layout<'_> {
+        match self {
+            Self::Packed((queries, keys)) => Layout::Packed { queries, keys, lower_right },
+            Self::Dense { offsets, key_lengths } => Layout::Dense { offsets, key_lengths: key_lengths.as_deref() },
+        }
+    }
+}
+
+/// What hides tokens or pairs of them.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Masks<'a> {
+    pub(super) key: Option<&'a Descriptor>,
+    pub(super) query: Option<&'a Descriptor>,
+    pub(super) bias: Option<&'a Descriptor>,
+    pub(super) tiles: Option<&'a Descriptor>,
+}
+
+impl<'a> Masks<'a> {
+    /// The masks with the names of their arguments.
+    pub(super) fn named(self) -> [(&'static str, Option<&'a Descriptor>); 4] {
+        [("key_mask", self.key), ("query_mask", self.query), ("attn_bias", self.bias), ("mask_tiles", self.tiles)]
+    }
+}
+
+impl Settings {
+    /// # Safety
+    /// - The masks belong to tensors that live, unchanged, as long as the problem.
+    pub(super) unsafe fn problem<'p>(
+        &self,
+        [query, key]: [[usize; 4]; 2],
+        masks: Masks<'_>,
+        sequences: &'p Sequences,
+        seed: u64,
+        threads: usize,
+    ) -> crate::Result<Problem<'p>> {
+        let [batch, heads, query_len, _] = query;
+        let limit = |name: &str, limit: i64| match usize::try_from(limit) {
+            Ok(limit) => Ok(Some(limit)),
+            Err(_) if limit == -1 => Ok(None),
+            Err(_) => Err(Error::new(format!("{name}: {limit}, expected -1 (no limit) or more"))),
+        };
+        // SAFETY: the caller's; `Descriptor` checks the rest.
+        let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
+        let pairs = [batch, heads, query_len, key[2]];
+        let options = Options {
+            block_size: self.block_size,
+            scale: Some(self.scale),
+            mode: if self.sparse { Mode::Sparse } else { Mode::Full },
+            pool_queries: self.pool_queries,
+            window: Window { left: limit("window_left", self.window_left)?, right: limit("window_right", self.window_right)? },
+            layout: sequences.layout(self.lower_right),
+            key_mask: mask("key_mask", masks.key)?,
+            query_mask: mask("query_mask", masks.query)?,
+            // SAFETY: the caller's; `Descriptor` checks the rest.
+            bias: masks.bias.map(|bias| unsafe { bias.bias("attn_bias", pairs, masks.tiles) }).transpose()?,
+            budget: Budget {
+                blocks_per_row: self.blocks_per_row.clone(),
+                num_blocks: self.num_blocks,
+                first_blocks: self.first_blocks,
+                diagonal_blocks: self.diagonal_blocks,
+                local_blocks: self.local_blocks,
+            },
+            dropout: self.dropout_p,
+            seed,
+            threads,
+            level: Level::current()?,
+        };
+        Problem::new(query, key, &options)
+    }
+}

@@ -1,0 +1,72 @@
+"""The gradients in closed form: docs/definitions.md, section 3, "Backward", and its counterpart in section 4."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from oracle_terms import Item, Terms, mean
+from torch import Tensor
+
+
+def gradients_of_item(
+    x: Item,
+    terms: Terms,
+    value: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    active: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one batch item, every query head by itself. `active` are the queries with an incoming gradient."""
+    dtype = x.query.dtype
+    lse = torch.where(active, lse, math.inf)  # exp(P - inf) = 0: no other query contributes
+    delta = torch.where(active, (grad_out * torch.where(active[..., None], out, 0.0)).sum(-1) - grad_lse, 0.0)
+    prob = (x.logits.masked_fill(~terms.keys, -math.inf) - lse[..., None]).exp()
+    ds = prob * (grad_out @ value.transpose(-1, -2) - delta[..., None])
+    dq, dk = x.scale * (ds @ x.key), x.scale * (ds.transpose(-1, -2) @ x.query)
+    dv = prob.transpose(-1, -2) @ grad_out
+    coarse = _block_form if x.g.form == "block" else _token_form
+    dq_coarse, dkh, dvh = coarse(x, terms, mean(value, x.g.member), grad_out, delta, lse)
+    share = (x.g.member.to(dtype) / x.g.count.clamp(min=1)[:, None]).T
+    return dq + dq_coarse, dk + share @ dkh, dv + share @ dvh
+
+
+def _token_form(
+    x: Item, terms: Terms, value_mean: Tensor, grad_out: Tensor, delta: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dkh and dvh of the coarse blocks of each token."""
+    prob = (terms.block_logits.masked_fill(~terms.blocks, -math.inf) - lse[..., None]).exp() * x.g.count
+    dc = prob * (grad_out @ value_mean.transpose(-1, -2) - delta[..., None])
+    return (
+        x.scale * (dc @ x.key_mean),
+        x.scale * (dc.transpose(-1, -2) @ x.query),
+        prob.transpose(-1, -2) @ grad_out,
+    )
+
+
+def _block_form(
+    x: Item, terms: Terms, value_mean: Tensor, grad_out: Tensor, delta: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dkh and dvh of the coarse blocks, from pooled sums."""
+    dtype = x.query.dtype
+    rows = x.g.pooled.shape[0]
+    in_row = (x.g.row_of == torch.arange(rows)[:, None]) & x.g.answers
+    # Of every row, which of its blocks are coarse: what any of its queries says, for they all say the same.
+    coarse = in_row.double() @ terms.blocks.double() > 0
+    pooled = x.coarse_logits.masked_fill(~coarse, -math.inf)
+    largest = pooled.amax(-1) if pooled.shape[-1] else pooled.new_full(pooled.shape[:-1], -math.inf)
+    factor = (largest[:, x.g.row_of] - lse).exp() if rows else torch.zeros_like(lse)
+    largest = largest.masked_fill(largest == -math.inf, 0.0)
+    sums = in_row.to(dtype)
+    big_g = sums @ (factor[..., None] * grad_out)
+    big_e = (sums @ (factor * delta)[..., None]).squeeze(-1)
+    w = (pooled - largest[..., None]).exp()
+    count = x.g.count.to(dtype)
+    dc = count * w * (big_g @ value_mean.transpose(-1, -2) - big_e[..., None])
+    dqh = x.scale * (dc @ x.key_mean)
+    dkh = x.scale * (dc.transpose(-1, -2) @ x.query_mean)
+    dvh = count[:, None] * (w.transpose(-1, -2) @ big_g)
+    share = (x.g.pooled.to(dtype) / x.g.pooled.sum(-1).clamp(min=1)[:, None]).T
+    return share @ dqh, dkh, dvh

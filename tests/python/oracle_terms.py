@@ -1,0 +1,99 @@
+"""The terms of every query's softmax: keys of exact blocks, and coarse blocks (docs/definitions.md, 3.6 and 4.5)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from oracle_geometry import Geometry, Settings
+from torch import Tensor
+
+
+class Item(NamedTuple):
+    """A batch item with heads expanded, and zeros where nothing is to be read: NaN stored there cannot spread."""
+
+    g: Geometry
+    query: Tensor
+    query_mean: Tensor
+    key: Tensor
+    key_mean: Tensor
+    scale: float
+
+    @property
+    def coarse_logits(self) -> Tensor:
+        """(H, rows, nk): the logit of every block for every row, selected or not."""
+        rows = self.query_mean if self.g.form == "block" else self.query
+        return self.scale * (rows @ self.key_mean.transpose(-1, -2)) + self.g.mean_bias.to(rows.dtype)
+
+    @property
+    def logits(self) -> Tensor:
+        """(H, Lq, Lk): the logit of every pair."""
+        return self.scale * (self.query @ self.key.transpose(-1, -2)) + self.g.bias.to(self.query.dtype)
+
+
+def mean(x: Tensor, member: Tensor) -> Tensor:
+    """The means (..., blocks, D) of some of the tokens (..., L, D)."""
+    return (member.to(x.dtype) @ x) / member.sum(-1).clamp(min=1)[:, None].to(x.dtype)
+
+
+def repeat(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], dim=0)
+
+
+def clean(x: Tensor, wanted: Tensor) -> Tensor:
+    return torch.where(wanted[..., None], x, torch.zeros((), dtype=x.dtype))
+
+
+def item_of(
+    query: Tensor,
+    key: Tensor,
+    settings: Settings,
+    g: Geometry,
+    dtype: torch.dtype,
+    active: Tensor | None = None,
+) -> Item:
+    """One batch item. Queries that are not active, (H, Lq), are read for the means of their blocks alone."""
+    heads, _, dim = query.shape
+    query = clean(query.to(dtype), g.answers)
+    key = repeat(clean(key.to(dtype), g.key_valid), heads)
+    some = g.visible.any(-1)
+    # A row that nobody active reads may hold anything.
+    used = g.pooled[None].expand(heads, -1, -1)
+    if active is not None:
+        some = some & active
+        in_row = (g.row_of == torch.arange(g.pooled.shape[0])[:, None]) & active[:, None]
+        used = used & in_row.any(-1, keepdim=True)
+    readable = clean(query, used.any(1))
+    query_mean = mean(readable, g.pooled)
+    scale = 1.0 / math.sqrt(max(dim, 1)) if settings.scale is None else settings.scale
+    return Item(g, clean(query, some), query_mean, key, mean(key, g.member), scale)
+
+
+def cropped(selected: Tensor, g: Geometry) -> Tensor:
+    return selected[:, : g.is_open.shape[1], : g.is_open.shape[2]]
+
+
+def of_queries(rows: Tensor, g: Geometry) -> Tensor:
+    """(H, Lq, nk) from (H, rows, nk): what every query's row says; without a row, nothing."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(rows.shape[0], g.row_of.shape[0], rows.shape[2])
+    return rows[:, g.row_of]
+
+
+class Terms(NamedTuple):
+    """The terms of every query's softmax: keys of exact blocks, (H, Lq, Lk), and coarse blocks, (H, Lq, nk)."""
+
+    keys: Tensor
+    blocks: Tensor
+    block_logits: Tensor
+
+
+def terms_of(x: Item, selected: Tensor, mode: str) -> Terms:
+    g = x.g
+    exact = of_queries(cropped(selected, g) & g.is_open | g.is_cut, g)
+    coarse = (of_queries(g.is_open, g) & ~exact) & g.visible.any(-1, keepdim=True)
+    if mode == "sparse":
+        coarse = torch.zeros_like(coarse)
+    keys = (exact.double() @ g.member.double() > 0) & g.visible
+    return Terms(keys, coarse, of_queries(x.coarse_logits, g))

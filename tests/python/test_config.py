@@ -1,0 +1,139 @@
+"""MRAConfig: one value with every setting, equal to the keywords."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from mra_attention import KVCache, MRAConfig, can_run, plan, scaled_dot_product_attention, varlen_attention
+from mra_attention.config import SETTINGS
+
+OTHERS: dict[str, Any] = {
+    "resolutions": (16, 1),
+    "blocks_per_row": (1.0, 2.5),
+    "num_blocks": 5,
+    "mode": "sparse",
+    "first_blocks": 2,
+    "diagonal_blocks": 3,
+    "local_blocks": 2,
+    "pool_queries": False,
+}
+QUERY, KEY, VALUE = torch.randn(3, 1, 2, 100, 8).unbind()
+
+
+def test_the_table_above_has_every_setting():
+    assert tuple(OTHERS) == SETTINGS
+    assert all(OTHERS[name] != getattr(MRAConfig(), name) for name in SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_config_is_the_same_as_its_settings_in_every_entry_point(name, is_causal):
+    settings: dict[str, Any] = {name: OTHERS[name]}
+    config, starts = MRAConfig(**settings), [0, 30, 100]
+    packed = [x[0].transpose(0, 1) for x in (QUERY, KEY, VALUE)]
+
+    def results(cache_settings: dict[str, Any], **more: Any) -> list[torch.Tensor]:
+        cache = KVCache(1, 2, 8, **cache_settings)
+        cache.append(KEY, VALUE)
+        return [
+            scaled_dot_product_attention(QUERY, KEY, VALUE, is_causal=is_causal, **more),
+            plan(QUERY, KEY, is_causal=is_causal, **more).data,
+            varlen_attention(*packed, starts, starts, is_causal=is_causal, **more),
+            cache.attend(QUERY),
+            KVCache_of_blocks(config).attend(QUERY, **more),
+        ]
+
+    def KVCache_of_blocks(config: MRAConfig) -> KVCache:  # noqa: N802
+        cache = KVCache(1, 2, 8, resolutions=config.resolutions)
+        cache.append(KEY, VALUE)
+        return cache
+
+    by_keyword, by_config = results(settings, **settings), results({"config": config}, config=config)
+    override = MRAConfig(**settings | {name: getattr(MRAConfig(), name)})
+    both = results({"config": override} | settings, config=override, **settings)
+    for a, b, c in zip(by_keyword, by_config, both, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert can_run(QUERY, KEY, VALUE, config=config) is None
+
+
+def test_configs_are_values():
+    config = MRAConfig(**OTHERS)
+    assert config == MRAConfig(**OTHERS)
+    assert hash(config) == hash(MRAConfig(**OTHERS))
+    assert config != MRAConfig()
+    assert {config: 1}[MRAConfig(**OTHERS)] == 1
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert dataclasses.replace(config, mode="full").mode == "full"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mode = "full"  # pyright: ignore[reportAttributeAccessIssue]
+    assert repr(MRAConfig(blocks_per_row=2)).startswith("MRAConfig(resolutions=(32, 1), blocks_per_row=2.0, ")
+    assert MRAConfig(resolutions=(64, 1)).block_size == 64
+
+
+def test_one_spelling_of_equal_values():
+    assert MRAConfig(resolutions=[16, 1], blocks_per_row=2) == MRAConfig(resolutions=(16, 1), blocks_per_row=2.0)
+    spelled = [(1, 2.5), [1.0, 2.5], torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.5], dtype=torch.float64)]
+    assert len({MRAConfig(blocks_per_row=rates) for rates in spelled}) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, OTHERS, {"blocks_per_row": math.inf}, {"blocks_per_row": (math.inf, 1.5)}])
+def test_to_json_and_back(settings):
+    config = MRAConfig(**settings)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert tuple(json.loads(config.to_json(), parse_constant=refuse)) == SETTINGS
+    assert MRAConfig.from_json(config.to_json()) == config
+    assert MRAConfig.from_dict(config.to_dict()) == config
+    assert json.loads(config.to_json()) == config.to_dict()
+
+
+def test_what_is_left_out_has_its_default():
+    assert MRAConfig.from_json('{"mode": "sparse"}') == MRAConfig(mode="sparse")
+    assert MRAConfig.from_dict({}) == MRAConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ('{"modes": "full"}', TypeError, "'modes' is no argument and no setting; the settings are resolutions, "),
+        ('{"mode": "dense"}', ValueError, "mode must be 'full' or 'sparse', got 'dense'"),
+        ('{"blocks_per_row": "4"}', TypeError, "blocks_per_row must be a positive number, got '4'"),
+        ('{"resolutions": [64, 8, 1]}', NotImplementedError, "more than two resolutions"),
+        ("[1]", ValueError, r"text must be a JSON object of settings, got '\[1\]'"),
+        ("{", ValueError, "Expecting property name"),
+    ],
+)
+def test_what_is_no_config_is_refused(text, error, words):
+    with pytest.raises(error, match=words):
+        MRAConfig.from_json(text)
+
+
+def test_rates_of_heads_are_those_of_each_head_alone():
+    rates = (1.5, 3.0)
+    for arguments in ({}, {"is_causal": True}, {"mode": "sparse"}, {"pool_queries": False}):
+        settings: dict[str, Any] = {"resolutions": (8, 1)} | arguments
+        out = scaled_dot_product_attention(QUERY, KEY, VALUE, blocks_per_row=rates, **settings)
+        for head, rate in enumerate(rates):
+            alone = (x[:, head : head + 1] for x in (QUERY, KEY, VALUE))
+            assert torch.equal(
+                out[:, head : head + 1], scaled_dot_product_attention(*alone, blocks_per_row=rate, **settings)
+            )
+
+
+def test_local_blocks_do_in_the_block_form_what_the_diagonal_does():
+    """In the token form they cover it: no setting loses its meaning with the form."""
+    given: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 1}
+    chosen = plan(QUERY, KEY, local_blocks=3, **given).block_mask()
+    rows = torch.arange(13)
+    assert chosen[..., (rows[:, None] - rows).abs() < 3].all()
+    assert torch.equal(chosen, plan(QUERY, KEY, diagonal_blocks=4, **given).block_mask())
