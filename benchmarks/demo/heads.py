@@ -42,7 +42,7 @@ def view_head(model: Encoder, batch: MaskedBatch, make_plan: Callable[[Tensor, T
     block_size = 0
     for layer, (query, key) in enumerate(attention_inputs(model, batch)):
         plan = make_plan(query, key)
-        selected, block_size = plan.block_mask()[0], plan.block_size
+        selected, block_size = plan.block_mask()[0], plan.config.block_size
         attention = (query @ key.transpose(-2, -1) * HEAD_DIM**-0.5).softmax(dim=-1)[0]
         mass = block_sums(attention, block_size) / attention.shape[-2] * selected
         captured.append(mass.sum(dim=(-2, -1)).tolist())

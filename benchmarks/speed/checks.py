@@ -19,11 +19,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check_forward(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[str, object], tolerance: float) -> None:
-    """Compare some blocks of query rows with docs/definitions.md, section 2.6, for the plan that is selected."""
+    """Compare some blocks of query rows with docs/definitions.md, section 3.6, for the plan that is selected."""
     keywords = dict(keywords)
     mode = keywords.pop("mode", "full")
     plan = mra_attention.plan(query, key, **keywords)
-    block = plan.block_size
+    block = plan.config.block_size
     out = mra_attention.scaled_dot_product_attention(query, key, value, plan=plan, mode=mode, resolutions=(block, 1))
     blocks = torch.linspace(0, query.shape[2] // block - 1, ROWS_CHECKED).long()
     expected = torch.cat([_dense_rows(query, key, value, plan, int(i), mode) for i in blocks], dim=2)
@@ -37,7 +37,7 @@ def check_forward(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[s
 
 def _dense_rows(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.Plan, i: int, mode: object) -> Tensor:
     """Return the output of query block i, all lengths being multiples of the block size."""
-    b = plan.block_size
+    b = plan.config.block_size
     q, k, v = (x.double() for x in (query[:, :, i * b : (i + 1) * b], key, value))
     scale = query.shape[-1] ** -0.5
     logits = scale * q @ k.transpose(-1, -2)
@@ -51,7 +51,7 @@ def _dense_rows(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.P
 
 
 def check_causal(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[str, object], tolerance: float) -> None:
-    """Compare some tokens with docs/definitions.md, section 3, for the plan that is selected."""
+    """Compare some tokens with docs/definitions.md, section 4, for the plan that is selected."""
     plan = mra_attention.plan(query, key, is_causal=True, **keywords)
     out = mra_attention.scaled_dot_product_attention(query, key, value, is_causal=True, **keywords)
     tokens = [0, 31, 32, query.shape[2] // 2 + 5, query.shape[2] - 1]
@@ -61,9 +61,9 @@ def check_causal(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[st
         raise AssertionError(f"causal forward of {tuple(query.shape)} {keywords}: error {error:.1e} > {tolerance:.1e}")
 
 
-def _causal_token(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.CausalPlan, token: int) -> Tensor:
+def _causal_token(query: Tensor, key: Tensor, value: Tensor, plan: mra_attention.Plan, token: int) -> Tensor:
     """Return the output of one token."""
-    b = plan.block_size
+    b = plan.config.block_size
     q, k, v = query[:, :, token].double(), key[:, :, : token + 1].double(), value[:, :, : token + 1].double()
     past = token // b  # blocks that are wholly visible
     selected = plan.block_mask()[:, :, token]
@@ -94,9 +94,7 @@ def check_gradients(
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        out = mra_attention.scaled_dot_product_attention(
-            *leaves, is_causal=causal, plan=plan, mode=mode, resolutions=(plan.block_size, 1)
-        )
+        out = mra_attention.scaled_dot_product_attention(*leaves, is_causal=causal, plan=plan, mode=mode)
         return torch.autograd.grad(out, leaves, grad_out.to(dtype))
 
     for name, actual, expected in zip("qkv", gradients(tensors[0].dtype), gradients(torch.float64), strict=True):
@@ -105,3 +103,24 @@ def check_gradients(
             raise AssertionError(
                 f"d{name} of {tuple(tensors[0].shape)} {keywords}: error {error:.1e} > {tolerance:.1e}"
             )
+
+
+def check_masked(
+    tensors: tuple[Tensor, ...], mask: Tensor, keywords: Mapping[str, object], tolerance: float, *, backward: bool
+) -> None:
+    """Compare some rows, and gradients of their sum, with softmax attention over what the mask leaves, in float64."""
+    rows = torch.linspace(0, tensors[0].shape[2] - 1, 97).long()
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        query, key, value = leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        if dtype is torch.float64:
+            logits = query.shape[-1] ** -0.5 * query[:, :, rows] @ key.transpose(-1, -2)
+            out = logits.masked_fill(~mask[rows], -torch.inf).softmax(-1) @ value
+        else:
+            out = mra_attention.scaled_dot_product_attention(query, key, value, **keywords)[:, :, rows]
+        return (out, *torch.autograd.grad(out.sum(), leaves)) if backward else (out,)
+
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), run(torch.float32), run(torch.float64), strict=False):
+        error = relative_error(actual, expected)
+        if not error <= tolerance:
+            raise AssertionError(f"{name} with a mask, {list(keywords)}: error {error:.1e} > {tolerance:.1e}")

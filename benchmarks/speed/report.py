@@ -39,16 +39,21 @@ def machine() -> str:
 
 
 def table(rows: Sequence[Row], errors: dict[str, dict[int, float]]) -> str:
-    """Return the results as text."""
-    lines = [machine(), "", f"{'case':48} {'SDPA':>10} {'ours':>10} {'ratio':>8} {'error':>9}  wanted"]
+    """Return the results as text, beside the ratios of the last record of this CPU."""
+    before = last_ratios()
+    head = f"{'case':52} {'SDPA':>10} {'ours':>10} {'ratio':>8} {'before':>8} {'peak %':>7} {'error':>9}  aim"
+    lines = [machine(), "", head]
     for row in rows:
         peer = "" if row.peer is None else f"{row.peer:.2f} {row.unit}"
-        verdict = {True: "holds", False: "DOES NOT HOLD", None: "for information"}[row.holds]
+        verdict = {True: "reached", False: "not reached", None: "for information"}[row.holds]
         error = "" if row.error is None else f"{row.error:.1e}"
-        ours = f"{row.ours:.2f} {row.unit}"
-        lines.append(f"{row.name:48} {peer:>10} {ours:>10} {row.ratio:8.2f} {error:>9}  {row.wanted} {verdict}")
+        share = "" if row.share is None else f"{row.share:.0f}"
+        last = f"{before[row.name]:.2f}" if row.name in before else ""
+        numbers = f"{f'{row.ours:.2f} {row.unit}':>10} {row.ratio:8.2f} {last:>8} {share:>7} {error:>9}"
+        lines.append(f"{row.name:52} {peer:>10} {numbers}  {row.wanted} {verdict}")
     lines += [
         "",
+        "before: the ratio in the last record of this CPU. peak %: products of exact pairs, of the peak of all cores.",
         "error: relative error of the output against exact attention with the same arguments on real queries, keys and",
         "values, mean over 24 heads, tests/data/minilm_qkv.npz (512 tokens, 16 blocks in a row); by blocks_per_row:",
     ]
@@ -59,10 +64,19 @@ def table(rows: Sequence[Row], errors: dict[str, dict[int, float]]) -> str:
 
 
 def folder() -> Path:
-    """Return the folder of this CPU's records, made if need be."""
-    path = RECORD / re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
+    """Return the folder of this CPU, made if need be; its name may say little, so its best instruction set follows."""
+    path = RECORD / re.sub(r"[^a-z0-9]+", "-", f"{cpu()} {_core.available_isas()[-1]}".lower()).strip("-")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def last_ratios() -> dict[str, float]:
+    """Return the ratios in the last record of this CPU, by name; none if there is no record."""
+    records = sorted(folder().glob("*.csv"))
+    if not records:
+        return {}
+    with records[-1].open(newline="") as file:
+        return {row["name"]: float(row["ratio"]) for row in csv.DictReader(file)}
 
 
 def write_record(rows: Sequence[Row], text: str) -> Path:
