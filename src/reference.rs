@@ -18,7 +18,7 @@ mod head;
 mod segment;
 mod select;
 
-use ndarray::{Array3, Array4, ArrayView2, ArrayView3, ArrayView4, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, s};
 
 use self::head::{Head, HeadGradients};
 use self::segment::Segment;
@@ -39,6 +39,12 @@ pub struct Attention<'a> {
     pub key_mask: Option<ArrayView2<'a, bool>>,
     /// `(B, H, Lq, Lk)`, added to the logits; `-inf` hides a pair. `None` is 0 everywhere.
     pub bias: Option<ArrayView4<'a, f64>>,
+    /// The bound of the logits, before biases are added.
+    pub softcap: Option<f64>,
+    /// `(B, H)`: a bias of minus the slope times the distance of query and key. `None` is 0 everywhere.
+    pub alibi_slopes: Option<&'a [f64]>,
+    /// `(B, H)`: one more logit, in the denominator only.
+    pub sinks: Option<&'a [f64]>,
     /// Which keys a query sees before and behind its own position.
     pub window: Window,
     /// The place of the first query among the keys, one number for all batch items or one for each.
@@ -77,6 +83,8 @@ pub struct Gradients {
     pub key: Array4<f64>,
     /// `(B, Hk, Lk, Dv)`.
     pub value: Array4<f64>,
+    /// `(B, H)`; 0 without sinks.
+    pub sinks: Array2<f64>,
 }
 
 /// How a batch item is computed (section 2).
@@ -146,6 +154,7 @@ impl<'a> Attention<'a> {
             query: Array4::zeros(self.query.raw_dim()),
             key: Array4::zeros(self.key.raw_dim()),
             value: Array4::zeros(self.value.raw_dim()),
+            sinks: Array2::zeros((self.query.dim().0, self.query.dim().1)),
         };
         for (b, segment) in self.segments().iter().enumerate() {
             for h in 0..self.query.dim().1 {
@@ -162,6 +171,7 @@ impl<'a> Attention<'a> {
                         query: gradients.query.slice_mut(s![b, h, .., ..]),
                         key: gradients.key.slice_mut(s![b, kv, .., ..]),
                         value: gradients.value.slice_mut(s![b, kv, .., ..]),
+                        sink: &mut gradients.sinks[[b, h]],
                     },
                 );
             }
@@ -189,6 +199,9 @@ impl<'a> Attention<'a> {
             key: self.key.slice_move(s![b, kv, .., ..]),
             value: self.value.slice_move(s![b, kv, .., ..]),
             bias: self.bias.map(|bias| bias.slice_move(s![b, h, .., ..])),
+            softcap: self.softcap,
+            slope: self.alibi_slopes.map_or(0.0, |slopes| slopes[b * self.query.dim().1 + h]),
+            sink: self.sinks.map(|sinks| sinks[b * self.query.dim().1 + h]),
             scale: self.scale.unwrap_or(1.0 / (self.query.dim().3.max(1) as f64).sqrt()),
             mode: self.mode,
         }

@@ -111,6 +111,7 @@ pub fn backward(
                 query: view_mut("grad_query", &gradients[0])?,
                 key: view_mut("grad_key", &gradients[1])?,
                 value: view_mut("grad_value", &gradients[2])?,
+                sinks: None,
             };
             crate::backward(&problem, &inputs, &saved, plan, &mut to)
         }

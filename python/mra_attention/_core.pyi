@@ -29,6 +29,10 @@ __all__ = [
 # (data pointer, sizes, strides in elements, dtype code, the tensor, which is kept alive during the call)
 # dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 bool or uint8, 5 int32
 _Descriptor: TypeAlias = tuple[int, Sequence[int], Sequence[int], int, object]
+# key_mask, query_mask, attn_bias, mask_tiles
+_Masks: TypeAlias = tuple[_Descriptor | None, _Descriptor | None, _Descriptor | None, _Descriptor | None]
+# alibi_slopes and sinks, float64 (B, H)
+_HeadTerms: TypeAlias = tuple[_Descriptor | None, _Descriptor | None]
 # Boundaries of packed queries and keys; None for dense tensors.
 _Sequences: TypeAlias = tuple[list[int], list[int]] | None
 
@@ -49,6 +53,8 @@ class _Settings(Protocol):
     def window_right(self) -> int: ...
     @property
     def lower_right(self) -> bool: ...
+    @property
+    def softcap(self) -> float | None: ...
     @property
     def blocks_per_row(self) -> list[float]: ...
     @property
@@ -73,10 +79,8 @@ __version__: Final[str]
 def select(
     query: _Descriptor,
     key: _Descriptor,
-    key_mask: _Descriptor | None,
-    query_mask: _Descriptor | None,
-    attn_bias: _Descriptor | None,
-    mask_tiles: _Descriptor | None,
+    masks: _Masks,
+    head_terms: _HeadTerms,
     plan: _Descriptor,
     *,
     settings: _Settings,
@@ -87,10 +91,8 @@ def forward(
     query: _Descriptor,
     key: _Descriptor,
     value: _Descriptor,
-    key_mask: _Descriptor | None,
-    query_mask: _Descriptor | None,
-    attn_bias: _Descriptor | None,
-    mask_tiles: _Descriptor | None,
+    masks: _Masks,
+    head_terms: _HeadTerms,
     plan_in: _Descriptor | None,
     plan_out: _Descriptor | None,
     out: _Descriptor,
@@ -107,16 +109,15 @@ def backward(
     query: _Descriptor,
     key: _Descriptor,
     value: _Descriptor,
-    key_mask: _Descriptor | None,
-    query_mask: _Descriptor | None,
-    attn_bias: _Descriptor | None,
-    mask_tiles: _Descriptor | None,
+    masks: _Masks,
+    head_terms: _HeadTerms,
     plan: _Descriptor,
     out: _Descriptor,
     lse: _Descriptor,
     grad_query: _Descriptor,
     grad_key: _Descriptor,
     grad_value: _Descriptor,
+    grad_sinks: _Descriptor | None,
     *,
     settings: _Settings,
     sequences: _Sequences,
@@ -129,6 +130,7 @@ def attend_cache(
     value: _Descriptor,
     key_means: _Descriptor,
     value_means: _Descriptor,
+    head_terms: _HeadTerms,
     out: _Descriptor,
     lse: _Descriptor | None,
     *,
@@ -153,10 +155,7 @@ def append(
 def exact_blocks(
     query_shape: Sequence[int],
     key_shape: Sequence[int],
-    key_mask: _Descriptor | None,
-    query_mask: _Descriptor | None,
-    attn_bias: _Descriptor | None,
-    mask_tiles: _Descriptor | None,
+    masks: _Masks,
     plan: _Descriptor,
     *,
     settings: _Settings,

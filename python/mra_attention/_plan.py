@@ -71,7 +71,7 @@ class Plan:
         exact = _core.exact_blocks(
             self.query_shape,
             self.key_shape,
-            *describe_masks(self.query_shape, self.key_shape, self.masks),
+            describe_masks(self.query_shape, self.key_shape, self.masks),
             describe(self.data.contiguous()),
             settings=self.settings,
             sequences=None,
@@ -163,7 +163,9 @@ def use_plan(
         raise ValueError(
             f"plan was made {made} an attn_mask of pairs, but is used {used} one; pass the masks that it was made with"
         )
-    settings = plan.settings._replace(scale=settings.scale, sparse=settings.sparse, dropout_p=settings.dropout_p)
+    settings = plan.settings._replace(
+        scale=settings.scale, softcap=settings.softcap, sparse=settings.sparse, dropout_p=settings.dropout_p
+    )
     return inputs._replace(plan=_checked_data(plan)), settings
 
 

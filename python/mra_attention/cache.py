@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._cache_memory import Memory
-from ._checks import calls, numbers, tensors
+from ._checks import calls, head_terms, numbers, tensors
 from ._ops import cpu
 from .config import MRAConfig, MRASettings, Unpack, configure, with_settings
 
@@ -185,6 +185,9 @@ class KVCache:
         scale: float | None = None,
         enable_gqa: bool = False,
         window_size: tuple[int, int] = (-1, -1),
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
         return_lse: Literal[False] = False,
         config: MRAConfig | None = None,
         **settings: Unpack[MRASettings],
@@ -199,6 +202,9 @@ class KVCache:
         scale: float | None = None,
         enable_gqa: bool = False,
         window_size: tuple[int, int] = (-1, -1),
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
         return_lse: Literal[True],
         config: MRAConfig | None = None,
         **settings: Unpack[MRASettings],
@@ -212,6 +218,9 @@ class KVCache:
         scale: float | None = None,
         enable_gqa: bool = False,
         window_size: tuple[int, int] = (-1, -1),
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
         return_lse: bool = False,
         config: MRAConfig | None = None,
         **settings: Unpack[MRASettings],
@@ -226,7 +235,7 @@ class KVCache:
         lengths : sequence of int or Tensor, optional
             As in `append`: how many of the `n` queries of each sequence are its last tokens, the first ones; the rest
             is padding and gets the output 0 and the lse -inf. `n` for each by default.
-        scale, enable_gqa, window_size, return_lse
+        scale, enable_gqa, window_size, softcap, alibi_slopes, sinks, return_lse
             As in `mra_attention.scaled_dot_product_attention` with `is_causal=True`.
         config : MRAConfig, optional
             How attention is approximated in this call, in place of the cache's own config; of the same resolutions.
@@ -264,7 +273,11 @@ class KVCache:
             self._memory.descriptors,
             offsets,
             ends,
-            calls.settings(chosen, query.shape[1], scale, window, lower_right=False, dropout_p=0.0),
+            calls.settings(chosen, query.shape[1], scale, softcap, window, lower_right=False, dropout_p=0.0),
+            head_terms=(
+                self._check_head_terms("alibi_slopes", alibi_slopes, query),
+                self._check_head_terms("sinks", sinks, query),
+            ),
             with_lse=return_lse,
         )
         for item, valid in enumerate(new or ()):
@@ -272,6 +285,12 @@ class KVCache:
             if lse is not None:
                 lse[item, :, valid:] = -torch.inf
         return out if lse is None else (out, lse)
+
+    def _check_head_terms(self, name: str, given: Any, query: Tensor) -> Tensor | None:
+        checked = head_terms.check(name, given, *query.shape[:2])
+        if checked is not None and checked.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires a gradient, but a KVCache keeps none; call under torch.no_grad()")
+        return checked
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Let sequence `i` be what sequence `indices[i]` was, as beam search wants it.

@@ -31,6 +31,9 @@ def scaled_dot_product_attention(
     *,
     window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     plan: Plan | None = None,
     return_lse: Literal[False] = False,
     config: MRAConfig | None = None,
@@ -51,6 +54,9 @@ def scaled_dot_product_attention(
     *,
     window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     plan: Plan | None = None,
     return_lse: Literal[True],
     config: MRAConfig | None = None,
@@ -71,6 +77,9 @@ def scaled_dot_product_attention(
     *,
     window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
     config: MRAConfig | None = None,
@@ -121,6 +130,16 @@ def scaled_dot_product_attention(
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0. Without it, and with
         `Lq == Lk`, padded keys are taken for padded queries, which take no part in averages and budgets.
+    softcap : float, optional
+        A bound on the logits: `x` becomes `softcap * tanh(x / softcap)`, before biases are added, as in Gemma 2. 0 is
+        none, as in flash-attention.
+    alibi_slopes : Tensor, optional
+        Floating point `(H,)`: the bias `-alibi_slopes[h] * |p - s|` for the query at position `p` and the key at `s`,
+        as in ALiBi, without a mask of pairs. The position of query `t` is `t`, with `causal_lower_right`
+        `t + Lk - Lq`. It takes no gradient.
+    sinks : Tensor, optional
+        Floating point `(H,)`: one more logit for every query of a head, which counts in the denominator only, as in
+        GPT-OSS. It has a gradient, and no say in the selection.
     plan : Plan, optional
         A selection made by `mra_attention.plan` with the same masks, used in place of a new one. Settings other than
         `mode` are then those of the plan; one that is given and differs is refused.
@@ -155,8 +174,8 @@ def scaled_dot_product_attention(
     Definition: docs/definitions.md, sections 2 to 4 and 6 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
     Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
 
-    A query without a visible key gets the output 0, the lse -inf and the gradient 0. What is stored at padded positions
-    never reaches a result, not even a NaN; nor does what a query does not see.
+    A query without a visible key gets the output 0, the lse -inf and the gradient 0, with sinks too. What is stored at
+    padded positions never reaches a result, not even a NaN; nor does what a query does not see.
 
     The result and the gradients are deterministic: the same bits on every run, for any number of threads; with dropout,
     after the same `torch.manual_seed`. As many threads are used as `torch.get_num_threads()` says. Under
@@ -182,6 +201,9 @@ def scaled_dot_product_attention(
         window_size,
         query_padding_mask,
         plan,
+        softcap,
+        alibi_slopes,
+        sinks,
         config=config,
         settings=settings,
     )
@@ -207,6 +229,8 @@ def plan(
     *,
     window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     config: MRAConfig | None = None,
     **settings: Unpack[MRASettings],
 ) -> Plan:
@@ -234,6 +258,8 @@ def plan(
         How many keys before and behind its own position a query sees; -1 for all.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
+    softcap, alibi_slopes
+        As in `scaled_dot_product_attention`.
     config : MRAConfig, optional
         How attention is approximated. The selection is the same in both modes.
     **settings
@@ -271,6 +297,8 @@ def plan(
         enable_gqa,
         window_size,
         query_padding_mask,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
         config=config,
         settings=settings,
     )
@@ -300,6 +328,9 @@ def can_run(
     *,
     window_size: tuple[int, int] = (-1, -1),
     query_padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
     config: MRAConfig | None = None,
@@ -314,7 +345,7 @@ def can_run(
     ----------
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size, query_padding_mask
         As for `scaled_dot_product_attention`.
-    plan, return_lse, config, **settings
+    softcap, alibi_slopes, sinks, plan, return_lse, config, **settings
         Likewise.
 
     Returns
@@ -350,6 +381,9 @@ def can_run(
         window_size,
         query_padding_mask,
         plan,
+        softcap,
+        alibi_slopes,
+        sinks,
         config=config,
         settings=settings,
     )

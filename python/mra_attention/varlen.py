@@ -27,6 +27,9 @@ def varlen_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     config: MRAConfig | None = None,
     **settings: Unpack[MRASettings],
@@ -47,6 +50,9 @@ def varlen_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     config: MRAConfig | None = None,
     **settings: Unpack[MRASettings],
@@ -67,6 +73,9 @@ def varlen_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     config: MRAConfig | None = None,
     **settings: Unpack[MRASettings],
@@ -87,7 +96,7 @@ def varlen_attention(
     cu_seqlens_q, cu_seqlens_k : Tensor or sequence of int
         Boundaries of the sequences, `[0, l_0, l_0 + l_1, ..., total]`: a tensor of int32 or int64, or integers. A
         sequence may be empty. The number of sequences must be the same for both.
-    dropout_p, is_causal, scale, enable_gqa, window_size, return_lse
+    dropout_p, is_causal, scale, enable_gqa, window_size, softcap, alibi_slopes, sinks, return_lse
         As in `scaled_dot_product_attention`, for every sequence.
     causal_alignment : {"upper_left", "lower_right"}, default "upper_left"
         With `is_causal=True` or a window, whether the first queries or the last queries of a sequence are beside its
@@ -134,6 +143,9 @@ def varlen_attention(
         scale=scale,
         enable_gqa=enable_gqa,
         window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         config=config,
         settings=settings,
     )

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each few queries t:
-//!     logits[t, s] = <queries[t], keys[.., s]>, or -inf where t does not see s
+//!     logits[t, s] = <queries[t], keys[.., s]>, capped and with their bias, or -inf where t does not see s
 //!     m = max(maximum[t], logits[t, ..])
 //!     rescale = exp(maximum[t] - m)
 //!     weights[t, s] = exp(logits[t, s] - m)
@@ -22,7 +22,7 @@ use std::ops::Range;
 use super::dot_tile::dot_tile;
 use super::dropout::Decisions;
 use super::gemm::{for_column_tiles, for_row_tiles};
-use super::{Matrix, MatrixMut};
+use super::{Matrix, MatrixMut, Softcap};
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// Queries that go through all steps together, at most: two register tiles of the widest kind.
@@ -49,6 +49,8 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) values: Matrix<'a, T>,
     /// Which queries, each once.
     pub(crate) numbers: &'a [u32],
+    /// The bound of the logits; see [`Softcap`](super::Softcap).
+    pub(crate) softcap: Option<T>,
     /// What they see. Values of hidden keys must be finite: they are multiplied by 0.
     pub(crate) visible: Visible<'a, T>,
     /// Which weights are dropped, one row of decisions for each of `numbers`.
@@ -104,6 +106,10 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
             // SAFETY: by the assertions above these are listed queries, whose rows are in bounds, as is the scratch for them.
             unsafe {
                 self.multiply_keys(simd, &chunk);
+                if let Some(cap) = self.softcap {
+                    let logits = &mut self.logits[..chunk.numbers.len() * chunk.columns];
+                    Softcap { logits, cap, slopes: None }.run(simd);
+                }
                 self.hide(&chunk);
                 let mut rescale = [T::from_f64(1.0); MOST_QUERIES];
                 match chunk.columns / S::LANES {

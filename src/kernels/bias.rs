@@ -30,6 +30,34 @@ impl<T: Scalar> Kernel<T> for AddBias<'_, T> {
     }
 }
 
+/// Adds to logits a bias by distance: minus the slope times how far apart query and key are.
+pub(crate) struct AddDistances<'a, T> {
+    /// One row per key, one column per query.
+    pub(crate) logits: &'a mut [T],
+    pub(crate) slope: T,
+    /// The position of each query.
+    pub(crate) queries: &'a [T],
+    /// The position of each key.
+    pub(crate) keys: &'a [T],
+}
+
+impl<T: Scalar> Kernel<T> for AddDistances<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, _: S) {
+        assert_eq!(self.logits.len(), self.keys.len() * self.queries.len(), "a logit for each pair");
+        for (row, &key) in self.logits.chunks_exact_mut(self.queries.len().max(1)).zip(self.keys) {
+            // The compiler makes vectors of this loop.
+            for (logit, &query) in row.iter_mut().zip(self.queries) {
+                let ahead = query - key;
+                let distance = if ahead < T::ZERO { key - query } else { ahead };
+                *logit = *logit - self.slope * distance;
+            }
+        }
+    }
+}
+
 /// Takes the bias of one query into the range and the sum of each key's biases so far. NaN counts for the sum alone.
 pub(crate) struct Extend<'a, T> {
     /// Of each key.
@@ -42,7 +70,7 @@ pub(crate) struct Extend<'a, T> {
     pub(crate) sums: &'a mut [f64],
 }
 
-impl<T: Scalar + Into<f64>> Kernel<T> for Extend<'_, T> {
+impl<T: Scalar> Kernel<T> for Extend<'_, T> {
     type Output = ();
 
     #[inline(always)]

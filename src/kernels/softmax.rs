@@ -1,6 +1,6 @@
 //! The softmax of a batch of logits, and its gradient, one lane per query.
 
-use super::MatrixMut;
+use super::{Matrix, MatrixMut};
 use crate::simd::{Kernel, MOST_LANES, Scalar, Simd};
 
 /// One step of the running softmax over keys that arrive batch by batch.
@@ -165,7 +165,7 @@ unsafe fn exponentials<T: Scalar, S: Simd<T>, const N: usize>(
 /// gradients[s, t] = factor * weights[s, t] * (gradients[s, t] - delta[t])        (was <g_t, v_s>)
 /// ```
 ///
-/// docs/definitions.md, section 3, Backward. With `guard`, weight and gradient are 0 where the logit is `-inf` or the weight
+/// times the slope of the logit where there is a softcap; docs/definitions.md, section 3, Backward. With `guard`, weight and gradient are 0 where the logit is `-inf` or the weight
 /// 0, even where NaN is among the other numbers.
 pub(crate) struct LogitGradient<'a, T> {
     /// One row per key, one column per query: logits, become the weights.
@@ -178,6 +178,8 @@ pub(crate) struct LogitGradient<'a, T> {
     pub(crate) delta: &'a [T],
     /// The scale of the logits.
     pub(crate) factor: T,
+    /// What else the gradient is multiplied by, in the layout of `weights`.
+    pub(crate) slopes: Option<Matrix<'a, T>>,
     /// Whether a pair without weight counts for nothing, whatever is stored there.
     pub(crate) guard: bool,
 }
@@ -192,6 +194,9 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
         assert_eq!(queries % S::LANES, 0, "queries are whole vectors");
         assert!(queries <= self.lse.len() && queries <= self.delta.len(), "an lse for each query");
         let (weights, gradients) = (self.weights.as_mut_ptr(), self.gradients.as_mut_ptr());
+        let layout = (keys, queries, stride);
+        assert!(self.slopes.is_none_or(|slopes| (slopes.rows, slopes.cols, slopes.stride) == layout), "equal layouts");
+        let slopes = self.slopes.map(|slopes| slopes.as_ptr());
         let factor = simd.splat(self.factor);
         for query in (0..queries).step_by(S::LANES) {
             // SAFETY: a whole vector of queries, by the assertions above; rows of the matrices are in bounds.
@@ -203,7 +208,10 @@ impl<T: Scalar> Kernel<T> for LogitGradient<'_, T> {
                     let logit = simd.load(weight);
                     let w = simd.exp(simd.sub(logit, lse));
                     simd.store(weight, w);
-                    let g = simd.mul(simd.mul(w, factor), simd.sub(simd.load(gradient), delta));
+                    let mut g = simd.mul(simd.mul(w, factor), simd.sub(simd.load(gradient), delta));
+                    if let Some(slopes) = slopes {
+                        g = simd.mul(g, simd.load(slopes.add(key * stride + query)));
+                    }
                     simd.store(gradient, g);
                     if self.guard {
                         clear_hidden(simd, logit, lse, weight, gradient);
@@ -341,6 +349,7 @@ mod tests {
                 lse: &lse,
                 delta: &delta,
                 factor,
+                slopes: None,
                 guard: false,
             };
             f32::run(level, kernel);

@@ -1,7 +1,7 @@
 //! The tensors of a call, and their shapes checked against the problem.
 
 use super::problem::Problem;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::TensorMut;
 use crate::simd::Element;
 use crate::tensor::Tensor;
@@ -39,6 +39,8 @@ pub struct Gradients<'a, E> {
     pub key: TensorMut<'a, E>,
     /// `(B, Hk, Lk, Dv)`.
     pub value: TensorMut<'a, E>,
+    /// `(B, H)`, if the gradients of the sinks are wanted.
+    pub sinks: Option<&'a mut [f64]>,
 }
 
 impl Problem<'_> {
@@ -72,7 +74,11 @@ impl<E: Element> Saved<'_, E> {
 
 impl<E: Element> Gradients<'_, E> {
     /// Checks the shapes.
-    pub(crate) fn validate(&self, inputs: &Inputs<'_, E>) -> Result<()> {
+    pub(crate) fn validate(&self, problem: &Problem<'_>, inputs: &Inputs<'_, E>) -> Result<()> {
+        let heads = problem.batch * problem.heads;
+        if let Some(sinks) = self.sinks.as_ref().filter(|sinks| sinks.len() != heads) {
+            return Err(Error::new(format!("grad_sinks: {} numbers, expected {heads}", sinks.len())));
+        }
         Problem::expect("grad_query", self.query.shape(), inputs.query.shape())?;
         Problem::expect("grad_key", self.key.shape(), inputs.key.shape())?;
         Problem::expect("grad_value", self.value.shape(), inputs.value.shape())

@@ -120,7 +120,7 @@ pub fn forward<E: Element>(
     Ok(())
 }
 
-/// Computes the gradients with respect to query, key and value, for the plan of forward.
+/// Computes the gradients with respect to query, key and value, and to the sinks if wanted, for the plan of forward.
 ///
 /// Deterministic: the same bits for any number of threads. Gradients of padded tokens are 0.
 ///
@@ -135,10 +135,13 @@ pub fn backward<E: Element>(
 ) -> Result<()> {
     let value_dim = inputs.validate(problem)?;
     saved.validate(problem, value_dim)?;
-    gradients.validate(inputs)?;
+    gradients.validate(problem, inputs)?;
     problem.check_plan(plan)?;
     let terms = query_terms::query_terms(problem, saved);
     clear_behind_keys(problem, gradients);
+    if let Some(sinks) = &mut gradients.sinks {
+        query_terms::sink_gradients(problem, &terms, sinks);
+    }
     let (blocks, tokens) = (Batch::new(problem, Form::Block), Batch::new(problem, Form::Token));
     if !blocks.segments.is_empty() {
         block::backward(problem, &blocks, inputs, &saved.grad_out, &terms, plan, gradients);

@@ -47,6 +47,19 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem<'_>, saved: &Saved<'_, E
     terms
 }
 
+/// Computes the gradient of the sink of every head of every batch item: a sink has a weight in each query's softmax, and no value.
+pub(crate) fn sink_gradients<T: Scalar>(problem: &Problem<'_>, terms: &[QueryTerms<T>], to: &mut [f64]) {
+    to.fill(0.0);
+    if problem.query_len == 0 {
+        return;
+    }
+    for (index, (to, terms)) in to.iter_mut().zip(terms.chunks_exact(problem.query_len)).enumerate() {
+        let Some(sink) = problem.sink(index / problem.heads, index % problem.heads) else { continue };
+        let of_query = |terms: &QueryTerms<T>| ((T::from_f64(sink) - terms.lse).exp() * terms.delta).into();
+        *to -= terms.iter().filter(|terms| !terms.idle).map(of_query).sum::<f64>();
+    }
+}
+
 /// A sum of products. Several chains, since each addition waits for the one before.
 fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
     const CHAINS: usize = 16;

@@ -4,7 +4,7 @@ use numpy::{IntoPyArray, PyArray3};
 use pyo3::prelude::*;
 
 use super::borrow::{Descriptor, Dtype, Named, Stored, check_disjoint};
-use super::settings::{Boundaries, Masks, Sequences, Settings};
+use super::settings::{Boundaries, HeadTerms, Masks, Sequences, Settings};
 use crate::{Error, Gradients, Inputs, Level, PooledInputs, Saved, Scalar, Selection, TensorMut};
 
 /// Those of the tensors that were passed.
@@ -13,28 +13,24 @@ fn named<'a>(tensors: impl IntoIterator<Item = (&'a str, Option<&'a Descriptor>)
 }
 
 #[pyfunction]
-#[pyo3(signature = (query, key, key_mask, query_mask, attn_bias, mask_tiles, plan, *, settings, sequences, threads))]
+#[pyo3(signature = (query, key, masks, head_terms, plan, *, settings, sequences, threads))]
 pub(super) fn select(
     py: Python<'_>,
     query: Descriptor,
     key: Descriptor,
-    key_mask: Option<Descriptor>,
-    query_mask: Option<Descriptor>,
-    attn_bias: Option<Descriptor>,
-    mask_tiles: Option<Descriptor>,
+    masks: Masks,
+    head_terms: HeadTerms,
     plan: Descriptor,
     settings: Settings,
     sequences: Option<Boundaries>,
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let masks =
-            Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref(), tiles: mask_tiles.as_ref() };
-        let reads = named([("query", Some(&query)), ("key", Some(&key))].into_iter().chain(masks.named()));
+        let reads = named([("query", Some(&query)), ("key", Some(&key))].into_iter().chain(masks.named()).chain(head_terms.named()));
         check_disjoint(&[("plan", &plan)], &reads)?;
         let sequences = Sequences::new(sequences, &settings, &query, &key)?;
         // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
-        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], masks, &sequences, 0, threads) }?;
+        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], &masks, &head_terms, &sequences, 0, threads) }?;
         with_element!(query.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             let (query, key, plan) = unsafe { (query.tensor::<E>("query")?, key.tensor::<E>("key")?, plan.contiguous_mut::<u8>("plan")?) };
@@ -62,16 +58,14 @@ unsafe fn lse_or_own<'a, T: Scalar + Stored>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (query, key, value, key_mask, query_mask, attn_bias, mask_tiles, plan_in, plan_out, out, lse, *, settings, sequences, seed, threads))]
+#[pyo3(signature = (query, key, value, masks, head_terms, plan_in, plan_out, out, lse, *, settings, sequences, seed, threads))]
 pub(super) fn forward(
     py: Python<'_>,
     query: Descriptor,
     key: Descriptor,
     value: Descriptor,
-    key_mask: Option<Descriptor>,
-    query_mask: Option<Descriptor>,
-    attn_bias: Option<Descriptor>,
-    mask_tiles: Option<Descriptor>,
+    masks: Masks,
+    head_terms: HeadTerms,
     plan_in: Option<Descriptor>,
     plan_out: Option<Descriptor>,
     out: Descriptor,
@@ -82,15 +76,13 @@ pub(super) fn forward(
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let masks =
-            Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref(), tiles: mask_tiles.as_ref() };
         let inputs = [("query", Some(&query)), ("key", Some(&key)), ("value", Some(&value)), ("plan_in", plan_in.as_ref())];
-        let reads = named(inputs.into_iter().chain(masks.named()));
+        let reads = named(inputs.into_iter().chain(masks.named()).chain(head_terms.named()));
         let writes = named([("plan_out", plan_out.as_ref()), ("out", Some(&out)), ("lse", lse.as_ref())]);
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::new(sequences, &settings, &query, &key)?;
         // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
-        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], masks, &sequences, seed, threads) }?;
+        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], &masks, &head_terms, &sequences, seed, threads) }?;
         with_element!(query.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -119,7 +111,7 @@ pub(super) fn forward(
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, key_mask, query_mask, attn_bias, mask_tiles, plan, out, lse, grad_query, grad_key, grad_value, *, settings, sequences, seed, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, masks, head_terms, plan, out, lse, grad_query, grad_key, grad_value, grad_sinks, *, settings, sequences, seed, threads))]
 pub(super) fn backward(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -127,24 +119,21 @@ pub(super) fn backward(
     query: Descriptor,
     key: Descriptor,
     value: Descriptor,
-    key_mask: Option<Descriptor>,
-    query_mask: Option<Descriptor>,
-    attn_bias: Option<Descriptor>,
-    mask_tiles: Option<Descriptor>,
+    masks: Masks,
+    head_terms: HeadTerms,
     plan: Descriptor,
     out: Descriptor,
     lse: Descriptor,
     grad_query: Descriptor,
     grad_key: Descriptor,
     grad_value: Descriptor,
+    grad_sinks: Option<Descriptor>,
     settings: Settings,
     sequences: Option<Boundaries>,
     seed: u64,
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let masks =
-            Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref(), tiles: mask_tiles.as_ref() };
         let inputs = [
             ("grad_out", Some(&grad_out)),
             ("grad_lse", grad_lse.as_ref()),
@@ -155,11 +144,13 @@ pub(super) fn backward(
             ("lse", Some(&lse)),
             ("plan", Some(&plan)),
         ];
-        let reads = named(inputs.into_iter().chain(masks.named()));
-        check_disjoint(&[("grad_query", &grad_query), ("grad_key", &grad_key), ("grad_value", &grad_value)], &reads)?;
+        let reads = named(inputs.into_iter().chain(masks.named()).chain(head_terms.named()));
+        let grads = [("grad_query", Some(&grad_query)), ("grad_key", Some(&grad_key)), ("grad_value", Some(&grad_value))];
+        let writes = named(grads.into_iter().chain([("grad_sinks", grad_sinks.as_ref())]));
+        check_disjoint(&writes, &reads)?;
         let sequences = Sequences::new(sequences, &settings, &query, &key)?;
         // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
-        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], masks, &sequences, seed, threads) }?;
+        let problem = unsafe { settings.problem([query.shape("query")?, key.shape("key")?], &masks, &head_terms, &sequences, seed, threads) }?;
         with_element!(query.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
@@ -174,6 +165,7 @@ pub(super) fn backward(
                     query: grad_query.tensor_mut("grad_query")?,
                     key: grad_key.tensor_mut("grad_key")?,
                     value: grad_value.tensor_mut("grad_value")?,
+                    sinks: grad_sinks.as_ref().map(|sinks| sinks.contiguous_mut("grad_sinks")).transpose()?,
                 };
                 crate::backward(&problem, &inputs, &saved, plan.contiguous::<u8>("plan")?, &mut gradients)
             }
@@ -184,26 +176,21 @@ pub(super) fn backward(
 
 /// The blocks that a plan makes exact, for each sequence `(H, rows, nk)`.
 #[pyfunction]
-#[pyo3(signature = (query_shape, key_shape, key_mask, query_mask, attn_bias, mask_tiles, plan, *, settings, sequences))]
+#[pyo3(signature = (query_shape, key_shape, masks, plan, *, settings, sequences))]
 pub(super) fn exact_blocks(
     py: Python<'_>,
     query_shape: [usize; 4],
     key_shape: [usize; 4],
-    key_mask: Option<Descriptor>,
-    query_mask: Option<Descriptor>,
-    attn_bias: Option<Descriptor>,
-    mask_tiles: Option<Descriptor>,
+    masks: Masks,
     plan: Descriptor,
     settings: Settings,
     sequences: Option<Boundaries>,
 ) -> PyResult<Vec<Bound<'_, PyArray3<bool>>>> {
     let exact = py.detach(|| {
-        let masks =
-            Masks { key: key_mask.as_ref(), query: query_mask.as_ref(), bias: attn_bias.as_ref(), tiles: mask_tiles.as_ref() };
         let sequences = Sequences::of_lengths(sequences, &settings, query_shape[2], key_shape[2]);
         // SAFETY: the Python layer keeps every tensor alive during the call.
         unsafe {
-            let problem = settings.problem([query_shape, key_shape], masks, &sequences, 0, 1)?;
+            let problem = settings.problem([query_shape, key_shape], &masks, &HeadTerms::default(), &sequences, 0, 1)?;
             problem.is_exact(plan.contiguous::<u8>("plan")?)
         }
     })?;
@@ -212,7 +199,7 @@ pub(super) fn exact_blocks(
 
 /// Attention of the last tokens of cached sequences.
 #[pyfunction]
-#[pyo3(signature = (query, key, value, key_means, value_means, out, lse, *, settings, offsets, key_lengths, threads))]
+#[pyo3(signature = (query, key, value, key_means, value_means, head_terms, out, lse, *, settings, offsets, key_lengths, threads))]
 pub(super) fn attend_cache(
     py: Python<'_>,
     query: Descriptor,
@@ -220,6 +207,7 @@ pub(super) fn attend_cache(
     value: Descriptor,
     key_means: Descriptor,
     value_means: Descriptor,
+    head_terms: HeadTerms,
     out: Descriptor,
     lse: Option<Descriptor>,
     settings: Settings,
@@ -228,19 +216,15 @@ pub(super) fn attend_cache(
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let reads = [
-            ("query", &query),
-            ("key", &key),
-            ("value", &value),
-            ("key_means", &key_means),
-            ("value_means", &value_means),
-        ];
+        let stored = [("key", &key), ("value", &value), ("key_means", &key_means), ("value_means", &value_means)];
+        let stored = stored.map(|(name, tensor)| (name, Some(tensor)));
+        let reads = named([("query", Some(&query))].into_iter().chain(stored).chain(head_terms.named()));
         let writes = named([("out", Some(&out)), ("lse", lse.as_ref())]);
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::Dense { offsets, key_lengths: Some(key_lengths) };
         let shapes = [query.shape("query")?, key.shape("key")?];
         // SAFETY: there are no masks.
-        let problem = unsafe { settings.problem(shapes, Masks::default(), &sequences, 0, threads) }?;
+        let problem = unsafe { settings.problem(shapes, &Masks::default(), &head_terms, &sequences, 0, threads) }?;
         with_element!(query.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {

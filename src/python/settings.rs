@@ -17,6 +17,7 @@ pub(super) struct Settings {
     /// -1: no limit; 0 is causal.
     window_right: i64,
     lower_right: bool,
+    softcap: Option<f64>,
     blocks_per_row: Vec<f64>,
     num_blocks: Option<usize>,
     first_blocks: Option<usize>,
@@ -64,29 +65,42 @@ impl Sequences {
     }
 }
 
-/// What hides tokens or pairs of them.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Masks<'a> {
-    pub(super) key: Option<&'a Descriptor>,
-    pub(super) query: Option<&'a Descriptor>,
-    pub(super) bias: Option<&'a Descriptor>,
-    pub(super) tiles: Option<&'a Descriptor>,
+/// What hides tokens or pairs of them: `key_mask`, `query_mask`, `attn_bias` and `mask_tiles`.
+#[derive(FromPyObject, Default)]
+pub(super) struct Masks(Option<Descriptor>, Option<Descriptor>, Option<Descriptor>, Option<Descriptor>);
+
+/// A number for each head of each batch item: `alibi_slopes` and `sinks`.
+#[derive(FromPyObject, Default)]
+pub(super) struct HeadTerms(Option<Descriptor>, Option<Descriptor>);
+
+impl Masks {
+    /// The masks with the names of their arguments.
+    pub(super) fn named(&self) -> [(&'static str, Option<&Descriptor>); 4] {
+        let Self(key, query, bias, tiles) = self;
+        [
+            ("key_mask", key.as_ref()),
+            ("query_mask", query.as_ref()),
+            ("attn_bias", bias.as_ref()),
+            ("mask_tiles", tiles.as_ref()),
+        ]
+    }
 }
 
-impl<'a> Masks<'a> {
-    /// The masks with the names of their arguments.
-    pub(super) fn named(self) -> [(&'static str, Option<&'a Descriptor>); 4] {
-        [("key_mask", self.key), ("query_mask", self.query), ("attn_bias", self.bias), ("mask_tiles", self.tiles)]
+impl HeadTerms {
+    /// The numbers with the names of their arguments.
+    pub(super) fn named(&self) -> [(&'static str, Option<&Descriptor>); 2] {
+        [("alibi_slopes", self.0.as_ref()), ("sinks", self.1.as_ref())]
     }
 }
 
 impl Settings {
     /// # Safety
-    /// - The masks belong to tensors that live, unchanged, as long as the problem.
+    /// - The masks and the terms belong to tensors that live, unchanged, as long as the problem.
     pub(super) unsafe fn problem<'p>(
         &self,
         [query, key]: [[usize; 4]; 2],
-        masks: Masks<'_>,
+        masks: &Masks,
+        head_terms: &HeadTerms,
         sequences: &'p Sequences,
         seed: u64,
         threads: usize,
@@ -98,7 +112,10 @@ impl Settings {
             Err(_) => Err(Error::new(format!("{name}: {limit}, expected -1 (no limit) or more"))),
         };
         // SAFETY: the caller's; `Descriptor` checks the rest.
-        let mask = |name, mask: Option<&Descriptor>| mask.map(|mask| unsafe { mask.mask(name) }).transpose();
+        let mask = |name, mask: &Option<Descriptor>| mask.as_ref().map(|mask| unsafe { mask.mask(name) }).transpose();
+        // SAFETY: as above.
+        let terms =
+            |name, terms: &Option<Descriptor>| terms.as_ref().map(|terms| unsafe { terms.contiguous(name) }).transpose();
         let pairs = [batch, heads, query_len, key[2]];
         let options = Options {
             block_size: self.block_size,
@@ -107,10 +124,13 @@ impl Settings {
             pool_queries: self.pool_queries,
             window: Window { left: limit("window_left", self.window_left)?, right: limit("window_right", self.window_right)? },
             layout: sequences.layout(self.lower_right),
-            key_mask: mask("key_mask", masks.key)?,
-            query_mask: mask("query_mask", masks.query)?,
+            key_mask: mask("key_mask", &masks.0)?,
+            query_mask: mask("query_mask", &masks.1)?,
             // SAFETY: the caller's; `Descriptor` checks the rest.
-            bias: masks.bias.map(|bias| unsafe { bias.bias("attn_bias", pairs, masks.tiles) }).transpose()?,
+            bias: masks.2.as_ref().map(|bias| unsafe { bias.bias("attn_bias", pairs, masks.3.as_ref()) }).transpose()?,
+            softcap: self.softcap,
+            alibi_slopes: terms("alibi_slopes", &head_terms.0)?,
+            sinks: terms("sinks", &head_terms.1)?,
             budget: Budget {
                 blocks_per_row: self.blocks_per_row.clone(),
                 num_blocks: self.num_blocks,

@@ -12,6 +12,10 @@ pub(super) struct Head<'a> {
     pub(super) key: ArrayView2<'a, f64>,
     pub(super) value: ArrayView2<'a, f64>,
     pub(super) bias: Option<ArrayView2<'a, f64>>,
+    pub(super) softcap: Option<f64>,
+    /// Of the bias by distance.
+    pub(super) slope: f64,
+    pub(super) sink: Option<f64>,
     pub(super) scale: f64,
     pub(super) mode: Mode,
 }
@@ -28,6 +32,7 @@ pub(super) struct HeadGradients<'a> {
     pub(super) query: ArrayViewMut2<'a, f64>,
     pub(super) key: ArrayViewMut2<'a, f64>,
     pub(super) value: ArrayViewMut2<'a, f64>,
+    pub(super) sink: &'a mut f64,
 }
 
 fn dot(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
@@ -69,13 +74,29 @@ impl Head<'_> {
         self.bias.map_or(0.0, |bias| bias[[t, s]])
     }
 
+    /// Its own bias and that by distance.
+    fn biases(&self, t: usize, s: usize) -> f64 {
+        self.bias(t, s) - if self.slope == 0.0 { 0.0 } else { self.slope * self.segment.distance(t, s) }
+    }
+
+    /// The scaled product of a query and a key, bounded by the softcap.
+    fn product(&self, q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>) -> f64 {
+        let product = self.scale * dot(q, k);
+        self.softcap.map_or(product, |cap| cap * (product / cap).tanh())
+    }
+
+    /// The derivative of the bounded product with respect to the unscaled one.
+    fn product_slope(&self, q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>) -> f64 {
+        self.scale * self.softcap.map_or(1.0, |cap| 1.0 - (self.product(q, k) / cap).powi(2))
+    }
+
     fn sees(&self, t: usize, s: usize) -> bool {
         self.segment.in_window(t, s) && self.bias(t, s) != f64::NEG_INFINITY
     }
 
     /// `P[t, s]`.
     fn logit(&self, t: usize, s: usize) -> f64 {
-        self.scale * dot(self.query.row(t), self.key.row(s)) + self.bias(t, s)
+        self.product(self.query.row(t), self.key.row(s)) + self.biases(t, s)
     }
 
     /// `c[row, j]`, with the mean of the bias where the block is open.
@@ -84,8 +105,8 @@ impl Head<'_> {
         let (qh, kh) = (self.query_means(), pool(self.key, keys.iter()));
         Array2::from_shape_fn(kinds.raw_dim(), |(row, j)| {
             let pairs = rows[row].pooled.iter().flat_map(|&t| keys[j].iter().map(move |&s| (t, s)));
-            let mean = pairs.map(|(t, s)| self.bias(t, s)).sum::<f64>() / (rows[row].pooled.len() * keys[j].len()) as f64;
-            self.scale * dot(qh.row(row), kh.row(j)) + if kinds[[row, j]] == Kind::Open { mean } else { 0.0 }
+            let mean = pairs.map(|(t, s)| self.biases(t, s)).sum::<f64>() / (rows[row].pooled.len() * keys[j].len()) as f64;
+            self.product(qh.row(row), kh.row(j)) + if kinds[[row, j]] == Kind::Open { mean } else { 0.0 }
         })
     }
 
@@ -134,8 +155,9 @@ impl Head<'_> {
                 }
             }
             if !terms.is_empty() {
-                let highest = terms.iter().map(|term| term.0).fold(f64::NEG_INFINITY, f64::max);
-                let z: f64 = terms.iter().map(|(logit, count, _)| count * (logit - highest).exp()).sum();
+                let highest = terms.iter().map(|term| term.0).chain(self.sink).fold(f64::NEG_INFINITY, f64::max);
+                let sink = self.sink.map_or(0.0, |sink| (sink - highest).exp());
+                let z = terms.iter().map(|(logit, count, _)| count * (logit - highest).exp()).sum::<f64>() + sink;
                 for (logit, count, value) in terms {
                     add(&mut out, t, count * (logit - highest).exp() / z, value);
                 }
@@ -150,12 +172,16 @@ impl Head<'_> {
         for (row, t) in self.segment.rows.iter().enumerate().flat_map(|(row, of)| of.queries.iter().map(move |&t| (row, t))) {
             let Some(delta) = saved.delta(t) else { continue };
             let (g, lse) = (saved.grad_out.row(t), saved.lse[t]);
+            if let Some(sink) = self.sink.filter(|_| lse > f64::NEG_INFINITY) {
+                *to.sink -= (sink - lse).exp() * delta;
+            }
             for (_, keys) in self.segment.keys.iter().enumerate().filter(|&(j, _)| exact[[row, j]]) {
                 for &s in keys.iter().filter(|&&s| self.sees(t, s)) {
                     let p = (self.logit(t, s) - lse).exp();
                     let ds = p * (dot(g, self.value.row(s)) - delta);
-                    add(&mut to.query, t, self.scale * ds, self.key.row(s));
-                    add(&mut to.key, s, self.scale * ds, self.query.row(t));
+                    let factor = ds * self.product_slope(self.query.row(t), self.key.row(s));
+                    add(&mut to.query, t, factor, self.key.row(s));
+                    add(&mut to.key, s, factor, self.query.row(t));
                     add(&mut to.value, s, p, g);
                 }
             }
@@ -185,8 +211,9 @@ impl Head<'_> {
             for j in unselected {
                 let (count, w) = (keys[j].len() as f64, (c[[i, j]] - r).exp());
                 let dc = count * w * (dot(sum_g.view(), vh.row(j)) - sum_delta);
-                add(&mut dqh.view_mut(), i, self.scale * dc, kh.row(j));
-                add(&mut dkh.view_mut(), j, self.scale * dc, qh.row(i));
+                let factor = dc * self.product_slope(qh.row(i), kh.row(j));
+                add(&mut dqh.view_mut(), i, factor, kh.row(j));
+                add(&mut dkh.view_mut(), j, factor, qh.row(i));
                 add(&mut dvh.view_mut(), j, count * w, sum_g.view());
             }
         }

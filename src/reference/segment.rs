@@ -109,6 +109,11 @@ impl Segment {
         (to_i128(t) + self.to_position).div_euclid(self.block_size)
     }
 
+    /// How far apart a query and a key are.
+    pub(super) fn distance(&self, t: usize, s: usize) -> f64 {
+        (to_i128(s) - (to_i128(t) + self.offset)).unsigned_abs() as f64
+    }
+
     /// Whether the window lets a query see a key.
     pub(super) fn in_window(&self, t: usize, s: usize) -> bool {
         let ahead = to_i128(s) - (to_i128(t) + self.offset);

@@ -13,6 +13,7 @@ mod level;
 mod portable;
 mod prefetch;
 mod scalar;
+mod tanh;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]

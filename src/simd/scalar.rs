@@ -6,6 +6,7 @@ use std::ops::{Add, AddAssign, Div, Mul, Sub};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::tanh::tanh;
 use super::{Kernel, Level, Simd};
 
 /// A number that kernels compute with: `f32` or `f64`.
@@ -18,6 +19,7 @@ pub trait Scalar:
     + Mul<Output = Self>
     + Div<Output = Self>
     + AddAssign
+    + Into<f64>
 {
     /// 0.
     const ZERO: Self;
@@ -38,6 +40,9 @@ pub trait Scalar:
     /// `e` to the power `self`.
     #[must_use]
     fn exp(self) -> Self;
+    /// Hyperbolic tangent; 6 units in the last place in float32.
+    #[must_use]
+    fn tanh(self) -> Self;
     /// The total order of IEEE 754.
     fn total_cmp(&self, other: &Self) -> std::cmp::Ordering;
 
@@ -59,7 +64,7 @@ pub trait Scalar:
 }
 
 macro_rules! scalar {
-    ($t:ty) => {
+    ($t:ty, tanh = $tanh:expr) => {
         impl Scalar for $t {
             const ZERO: Self = 0.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
@@ -79,6 +84,10 @@ macro_rules! scalar {
             #[inline(always)]
             fn exp(self) -> Self {
                 self.exp()
+            }
+            #[inline(always)]
+            fn tanh(self) -> Self {
+                $tanh(self)
             }
             #[inline(always)]
             fn total_cmp(&self, other: &Self) -> std::cmp::Ordering {
@@ -127,8 +136,8 @@ macro_rules! scalar {
     };
 }
 
-scalar!(f32);
-scalar!(f64);
+scalar!(f32, tanh = tanh);
+scalar!(f64, tanh = f64::tanh);
 
 /// A number that tensors store: `f32`, `f64`, `bf16` or `f16`.
 pub trait Element: Copy + Default + Send + Sync + 'static {

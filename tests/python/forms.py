@@ -66,9 +66,17 @@ def holes(batch: int, length: int, seed: int = 1) -> Tensor:
     return mask
 
 
+def slopes(shape: Shape) -> Tensor:
+    return 2.0 ** -torch.arange(1, shape[1] + 1, dtype=torch.float64)
+
+
 def alibi(shape: Shape) -> Tensor:
-    slopes = 2.0 ** -torch.arange(1, shape[1] + 1, dtype=torch.float64)
-    return -slopes[:, None, None] * distance(shape).abs()
+    return -slopes(shape)[:, None, None] * distance(shape).abs()
+
+
+def sinks(shape: Shape) -> Tensor:
+    """One far above all logits, one far below, others among them."""
+    return torch.tensor([0.5, 30.0, -30.0, 2.0], dtype=torch.float64).repeat(shape[1])[: shape[1]]
 
 
 def _keys(make: Callable[[int, int], Tensor]) -> Callable[[Shape], dict[str, Any]]:
@@ -93,6 +101,17 @@ BLOCK_FORMS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "bias": lambda shape: {"bias": 2 * normal(shape)},
     "bias of keys": lambda shape: {"bias": normal(shape)[:, :, :1]},
     "alibi": lambda shape: {"bias": alibi(shape)},
+    "slopes": lambda shape: {"alibi_slopes": slopes(shape)},
+    "slopes, holes": lambda shape: {"alibi_slopes": slopes(shape), "key_mask": holes(shape[0], shape[3])},
+    "softcap": lambda _: {"softcap": 0.7},
+    "softcap, bias": lambda shape: {"softcap": 0.7, "bias": 2 * normal(shape)},
+    "sinks": lambda shape: {"sinks": sinks(shape)},
+    "softcap, slopes, sinks, left padding": lambda shape: {
+        "softcap": 0.7,
+        "alibi_slopes": slopes(shape),
+        "sinks": sinks(shape),
+        "key_mask": left_padding(shape[0], shape[3]),
+    },
 }
 TOKEN_FORMS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "no pooled queries": lambda _: {"pool_queries": False},
@@ -120,6 +139,31 @@ TOKEN_FORMS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "mask and window": lambda shape: {"window": (20, 20), "bias": normal(shape) > -1.0},
     "bias that hides": lambda shape: {"bias": (2 * normal(shape)).masked_fill(~documents(shape), -math.inf)},
     "bias with a huge number": lambda shape: {"bias": hide(distance(shape) >= 0, -1e9)},
+    "causal, slopes": lambda shape: {"is_causal": True, "alibi_slopes": slopes(shape)},
+    "lower right, slopes, softcap": lambda shape: {"lower_right": True, "alibi_slopes": slopes(shape), "softcap": 0.7},
+    "causal window, softcap, sinks": lambda shape: {
+        "is_causal": True,
+        "window": (14, -1),
+        "softcap": 0.7,
+        "sinks": sinks(shape),
+    },
+    "random mask, slopes, softcap, sinks": lambda shape: {
+        "bias": normal(shape) > 0.3,
+        "alibi_slopes": slopes(shape),
+        "softcap": 0.7,
+        "sinks": sinks(shape),
+    },
+    "no pooled queries, slopes, bias": lambda shape: {
+        "pool_queries": False,
+        "alibi_slopes": slopes(shape),
+        "bias": 2 * normal(shape),
+    },
+    "window, left padding, slopes, sinks": lambda shape: {
+        "window": (9, 4),
+        "key_mask": left_padding(shape[0], shape[3]),
+        "alibi_slopes": slopes(shape),
+        "sinks": sinks(shape),
+    },
 }
 FORMS = BLOCK_FORMS | TOKEN_FORMS
 by_form = pytest.mark.parametrize("form", FORMS)

@@ -69,9 +69,16 @@ def call_keywords(query: Tensor, key: Tensor, settings: Settings) -> dict[str, A
     return keywords
 
 
+def plan_keywords(query: Tensor, key: Tensor, settings: Settings) -> dict[str, Any]:
+    """Those of them that concern the selection."""
+    keywords = call_keywords(query, key, settings)
+    keywords.pop("sinks", None)
+    return keywords
+
+
 def block_mask(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
     """The blocks that the package makes exact for these inputs, (B, H, rows, nk); see oracle.py for the rows."""
-    plan = mra_attention.plan(query, key, **call_keywords(query, key, settings))
+    plan = mra_attention.plan(query, key, **plan_keywords(query, key, settings))
     return oracle.stack(plan.block_masks(), query.shape[1])
 
 

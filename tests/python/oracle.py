@@ -111,8 +111,13 @@ def _attention_of_item(
     # The extra hidden column keeps amax defined where there is no key.
     padded = torch.cat([logits.detach(), logits.new_full((*logits.shape[:-1], 1), -math.inf)], -1)
     largest = padded.amax(-1, keepdim=True).masked_fill(~seen, 0.0)
+    if x.sinks is not None:
+        largest = torch.maximum(largest, x.sinks.detach()[:, None, None])
     weights = multiplicity * (logits - largest).exp()
-    total = weights.sum(-1, keepdim=True).masked_fill(~seen, 1.0)
+    total = weights.sum(-1, keepdim=True)
+    if x.sinks is not None:
+        total = total + (x.sinks[:, None, None] - largest).exp()
+    total = total.masked_fill(~seen, 1.0)
     weights = weights / total
     if keep is not None:
         tokens, blocks = keep[0], of_queries(keep[1][..., : g.member.shape[0]], g)

@@ -25,6 +25,7 @@ def gradients_of_item(
     delta = torch.where(active, (grad_out * torch.where(active[..., None], out, 0.0)).sum(-1) - grad_lse, 0.0)
     prob = (x.logits.masked_fill(~terms.keys, -math.inf) - lse[..., None]).exp()
     ds = prob * (grad_out @ value.transpose(-1, -2) - delta[..., None])
+    ds = ds * x.slopes(x.query, x.key)
     dq, dk = x.scale * (ds @ x.key), x.scale * (ds.transpose(-1, -2) @ x.query)
     dv = prob.transpose(-1, -2) @ grad_out
     coarse = _block_form if x.g.form == "block" else _token_form
@@ -38,7 +39,7 @@ def _token_form(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dkh and dvh of the coarse blocks of each token."""
     prob = (terms.block_logits.masked_fill(~terms.blocks, -math.inf) - lse[..., None]).exp() * x.g.count
-    dc = prob * (grad_out @ value_mean.transpose(-1, -2) - delta[..., None])
+    dc = prob * (grad_out @ value_mean.transpose(-1, -2) - delta[..., None]) * x.slopes(x.query, x.key_mean)
     return (
         x.scale * (dc @ x.key_mean),
         x.scale * (dc.transpose(-1, -2) @ x.query),
@@ -64,7 +65,7 @@ def _block_form(
     big_e = (sums @ (factor * delta)[..., None]).squeeze(-1)
     w = (pooled - largest[..., None]).exp()
     count = x.g.count.to(dtype)
-    dc = count * w * (big_g @ value_mean.transpose(-1, -2) - big_e[..., None])
+    dc = count * w * (big_g @ value_mean.transpose(-1, -2) - big_e[..., None]) * x.slopes(x.query_mean, x.key_mean)
     dqh = x.scale * (dc @ x.key_mean)
     dkh = x.scale * (dc.transpose(-1, -2) @ x.query_mean)
     dvh = count[:, None] * (w.transpose(-1, -2) @ big_g)

@@ -36,6 +36,9 @@ class Settings:
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
     bias: Tensor | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
     offset: int | tuple[int, ...] | None = None
     key_length: int | tuple[int, ...] | None = None
 
@@ -55,15 +58,22 @@ class Settings:
             "first_blocks": (self.first_blocks, None),
             "local_blocks": (self.local_blocks, 1),
             "pool_queries": (self.pool_queries, True),
+            "softcap": (self.softcap, None),
+            "alibi_slopes": (self.alibi_slopes, None),
+            "sinks": (self.sinks, None),
             "is_causal": (self.is_causal and not self.lower_right, False),
             "window_size": (self.window, (-1, -1)),
         }
-        return keywords | {name: value for name, (value, default) in others.items() if value != default}
+        return keywords | {name: value for name, (value, default) in others.items() if not _is_equal(value, default)}
 
     def rates(self, heads: int) -> list[float]:
         """blocks_per_row of every head."""
         rates = self.blocks_per_row
         return [float(rates)] * heads if isinstance(rates, (int, float)) else [float(rate) for rate in rates]
+
+
+def _is_equal(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, Tensor) and bool(value == default))
 
 
 class Geometry(NamedTuple):
@@ -73,7 +83,7 @@ class Geometry(NamedTuple):
     visible: Tensor
     """(H, Lq, Lk): the query has an output, the key is valid, and nothing hides the pair."""
     bias: Tensor
-    """(H, Lq, Lk) in float64; 0 where a pair is not visible."""
+    """(H, Lq, Lk) in float64, that by distance included; 0 where a pair is not visible."""
     answers: Tensor
     """(Lq): the query has an output."""
     key_valid: Tensor
@@ -139,6 +149,14 @@ def _pair_bias(settings: Settings, shape: tuple[int, int, int, int], item: int) 
     if bias.dtype is torch.bool:
         bias = torch.zeros(bias.shape, dtype=torch.float64).masked_fill(~bias, -math.inf)
     return bias.double().expand(shape)[item]
+
+
+def _distance_bias(settings: Settings, shape: tuple[int, int, int, int], offset: int) -> Tensor:
+    """(H, Lq, Lk) in float64: minus the slope of the head times the distance."""
+    if settings.alibi_slopes is None:
+        return torch.zeros(shape[1:], dtype=torch.float64)
+    distance = (torch.arange(shape[2])[:, None] + offset - torch.arange(shape[3])).abs()
+    return -settings.alibi_slopes.detach().double()[:, None, None] * distance
 
 
 def _blocks_from(first: int, length: int, block_size: int) -> Tensor:
@@ -240,7 +258,9 @@ def geometry(shape: tuple[int, int, int, int], settings: Settings, item: int) ->
         "query_blocks": int(live_rows.sum()),
         "own_block": _blocks_from(first_key - offset, query_length, block_size),
     }
+    by_distance = _distance_bias(settings, shape, offset)
     if not token:
+        bias = bias + by_distance
         is_open = torch.ones(heads, blocks.shape[0], nk, dtype=torch.bool) & member.any(-1)
         return Geometry(
             form="block",
@@ -258,7 +278,7 @@ def geometry(shape: tuple[int, int, int, int], settings: Settings, item: int) ->
     seen = visible.double() @ member.double().T
     whole = (seen == member.sum(-1)) & (seen > 0)
     is_open = whole & ~_is_wide(bias, visible, None, columns) if biased else whole
-    bias = torch.where(visible, bias, 0.0)
+    bias = torch.where(visible, bias + by_distance, 0.0)
     return Geometry(
         form="token",
         visible=visible,

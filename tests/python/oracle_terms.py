@@ -19,17 +19,33 @@ class Item(NamedTuple):
     key: Tensor
     key_mean: Tensor
     scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    """(H)."""
+
+    def products(self, query: Tensor, key: Tensor) -> Tensor:
+        """The scaled products, bounded by the softcap."""
+        product = self.scale * (query @ key.transpose(-1, -2))
+        return product if self.softcap is None else self.softcap * (product / self.softcap).tanh()
+
+    def slopes(self, query: Tensor, key: Tensor) -> Tensor | float:
+        """The derivatives of the bounded products with respect to the scaled ones."""
+        return 1.0 if self.softcap is None else 1.0 - (self.products(query, key) / self.softcap) ** 2
+
+    @property
+    def rows(self) -> Tensor:
+        """What stands for every row: the mean of its queries, or a token."""
+        return self.query_mean if self.g.form == "block" else self.query
 
     @property
     def coarse_logits(self) -> Tensor:
         """(H, rows, nk): the logit of every block for every row, selected or not."""
-        rows = self.query_mean if self.g.form == "block" else self.query
-        return self.scale * (rows @ self.key_mean.transpose(-1, -2)) + self.g.mean_bias.to(rows.dtype)
+        return self.products(self.rows, self.key_mean) + self.g.mean_bias.to(self.query.dtype)
 
     @property
     def logits(self) -> Tensor:
         """(H, Lq, Lk): the logit of every pair."""
-        return self.scale * (self.query @ self.key.transpose(-1, -2)) + self.g.bias.to(self.query.dtype)
+        return self.products(self.query, self.key) + self.g.bias.to(self.query.dtype)
 
 
 def mean(x: Tensor, member: Tensor) -> Tensor:
@@ -67,7 +83,8 @@ def item_of(
     readable = clean(query, used.any(1))
     query_mean = mean(readable, g.pooled)
     scale = 1.0 / math.sqrt(max(dim, 1)) if settings.scale is None else settings.scale
-    return Item(g, clean(query, some), query_mean, key, mean(key, g.member), scale)
+    sinks = None if settings.sinks is None else settings.sinks.to(dtype)
+    return Item(g, clean(query, some), query_mean, key, mean(key, g.member), scale, settings.softcap, sinks)
 
 
 def cropped(selected: Tensor, g: Geometry) -> Tensor:

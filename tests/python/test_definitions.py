@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from data import UPSTREAM, load_upstream
-from forms import BLOCK_FORMS, FORMS, TOKEN_FORMS, by_form, settings_of, visible_pairs
+from forms import BLOCK_FORMS, FORMS, TOKEN_FORMS, by_form, distance, settings_of, visible_pairs
 from oracle import Settings
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -60,10 +60,22 @@ def test_everything_exact_is_exact_attention(shape, mode, form):
     if settings.bias is not None and settings.bias.is_floating_point():
         bias = settings.bias.expand(sizes)
     bias = torch.where(visible | ~some[..., None], bias.clamp(min=-1e8), -math.inf)
+    if settings.alibi_slopes is not None:
+        behind = distance(sizes) + (sizes[3] - sizes[2] if settings.lower_right else 0)
+        bias = bias - settings.alibi_slopes[:, None, None] * behind.abs()
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    out = scaled_dot_product_attention(*leaves, bias, enable_gqa=True)
-    logits = leaves[0] @ leaves[1].repeat_interleave(sizes[1] // key.shape[1], 1).transpose(-1, -2)
-    lse = (logits / math.sqrt(query.shape[3]) + bias).logsumexp(-1)
+    keys, values = (x.repeat_interleave(sizes[1] // key.shape[1], 1) for x in leaves[1:])
+    logits = leaves[0] @ keys.transpose(-1, -2) / math.sqrt(query.shape[3])
+    if settings.softcap is not None:
+        logits = settings.softcap * torch.tanh(logits / settings.softcap)
+    logits = logits + bias
+    if settings.sinks is not None:
+        logits = torch.cat([logits, settings.sinks[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    lse = logits.logsumexp(-1)
+    if settings.softcap is None and settings.sinks is None:
+        out = scaled_dot_product_attention(*leaves, bias, enable_gqa=True)
+    else:
+        out = logits.softmax(-1)[..., : sizes[3]] @ values
     torch.testing.assert_close(result.out, out.detach() * some[..., None], rtol=0, atol=1e-12)
     torch.testing.assert_close(result.lse, lse.detach().masked_fill(~some, -math.inf), rtol=0, atol=1e-12)
     target = (out * grad_out)[some].sum() + (lse * grad_lse)[some].sum()

@@ -15,6 +15,7 @@ from helpers import (
     assert_results_close,
     block_mask,
     call_keywords,
+    plan_keywords,
     random_inputs,
     run_package,
 )
@@ -196,7 +197,7 @@ def test_what_no_form_takes(form: str, refused: str) -> None:
     with pytest.raises(error, match=message):
         scaled_dot_product_attention(query, key, value, **keywords)
     with pytest.raises(error, match=message):
-        plan(query, key, **keywords)
+        plan(query, key, **plan_keywords(query, key, settings_of(form, (2, 2, 43, 51))) | more)
 
 
 def test_items_of_a_batch_may_have_unlike_forms() -> None:

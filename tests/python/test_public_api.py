@@ -69,6 +69,9 @@ def test_keyword_parameters():
     assert keywords == {
         "window_size": (-1, -1),
         "query_padding_mask": None,
+        "softcap": None,
+        "alibi_slopes": None,
+        "sinks": None,
         "plan": None,
         "return_lse": False,
         "config": None,
@@ -97,7 +100,7 @@ def test_can_run_takes_the_parameters_of_attention():
 
 def test_plan_takes_the_parameters_of_attention_that_concern_the_selection():
     attention = inspect.signature(mra_attention.scaled_dot_product_attention).parameters
-    left_out = {"value", "dropout_p", "plan", "return_lse"}
+    left_out = {"value", "dropout_p", "sinks", "plan", "return_lse"}
     expected = [(p.name, p.default, p.kind) for p in attention.values() if p.name not in left_out]
     plan = inspect.signature(mra_attention.plan).parameters.values()
     assert [(p.name, p.default, p.kind) for p in plan] == expected

@@ -76,6 +76,13 @@ fn options_are_meant() {
     for dropout in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
         refused(new(&Options { dropout, ..options() }), "dropout");
     }
+    for softcap in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(new(&Options { softcap: Some(softcap), ..options() }), "softcap");
+    }
+    for count in [0, 4, 7, 9] {
+        refused(new(&Options { alibi_slopes: Some(&[0.5; 9][..count]), ..options() }), "alibi_slopes");
+        refused(new(&Options { sinks: Some(&[0.5; 9][..count]), ..options() }), "sinks");
+    }
     let error = Level::from_name("avx1024").unwrap_err().to_string();
     assert!(error.contains("avx1024") && error.contains("portable"), "{error}");
 }
@@ -196,6 +203,7 @@ fn call(shapes: &Shapes) -> [Result<()>; 3] {
         query: contiguous_mut(grad_query, shapes.grad_query),
         key: contiguous_mut(grad_key, shapes.grad_key),
         value: contiguous_mut(grad_value, shapes.grad_value),
+        sinks: None,
     };
     let results = [
         forward(&problem, &inputs, None, Selection::Given(&plan), &mut out, &mut lse),

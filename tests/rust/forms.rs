@@ -74,6 +74,10 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         budget: Budget { blocks_per_row, first_blocks, diagonal_blocks, local_blocks, ..Budget::default() },
         scale: [None, None, Some(-0.3), Some(0.5)][index % 4],
         grad_lse: index.is_multiple_of(2),
+        softcap: (index % 7 == 3).then_some(0.8),
+        // Far from all keys such a bias is of no size that float32 has.
+        alibi: index % 5 == 2 && offset.unsigned_abs() < 1 << 20,
+        sinks: index % 4 == 1,
         seed: index as u64,
         ..Case::default()
     }

@@ -46,6 +46,9 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         budget: Budget { num_blocks, first_blocks, diagonal_blocks, ..budget(blocks_per_row) },
         scale: [None, None, Some(-0.3), Some(0.0)][index % 4],
         grad_lse: index.is_multiple_of(2),
+        softcap: (index % 7 == 3).then_some(0.8),
+        alibi: index % 5 == 2,
+        sinks: index % 4 == 1,
         seed: index as u64,
         ..Case::default()
     }

@@ -18,6 +18,7 @@ mod padding;
 mod random;
 mod reference;
 mod selection;
+mod sinks;
 mod some_queries;
 mod support;
 mod threads;

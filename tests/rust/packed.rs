@@ -62,6 +62,8 @@ fn pack(data: &[Data]) -> Data {
         query_mask: None,
         key_mask: None,
         bias: None,
+        alibi_slopes: None,
+        sinks: None,
     }
 }
 

@@ -56,6 +56,7 @@ fn with_padding(case: &Case, data: &Data, around: (usize, usize), number: f64, q
         query_mask: queries.then(|| mask.clone()),
         key_mask: Some(mask),
         bias: None,
+        ..data.clone()
     };
     (Case { query_len: length, key_len: length, ..case.clone() }, longer)
 }

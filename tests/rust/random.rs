@@ -89,6 +89,7 @@ prop_compose! {
         mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
         (query_padding, key_padding, pairs) in (padding(), padding(), pairs()),
         (window, pool_queries) in (window(), prop_oneof![4 => Just(true), 1 => Just(false)]),
+        (softcap, alibi, sinks) in (proptest::option::weighted(0.2, 10.0..40.0), proptest::bool::weighted(0.2), proptest::bool::weighted(0.2)),
         scale in prop_oneof![2 => Just(None), 1 => (-0.7..0.7).prop_map(Some)],
         magnitude in prop_oneof![4 => Just(1.0), 1 => Just(20.0)],
         grad_lse in any::<bool>(),
@@ -96,7 +97,7 @@ prop_compose! {
     )(
         case in placed(Case {
             batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, window, pool_queries, query_padding,
-            key_padding, pairs, scale, magnitude, grad_lse, seed, ..Case::default()
+            key_padding, pairs, softcap, alibi, sinks, scale, magnitude, grad_lse, seed, ..Case::default()
         })
     ) -> Case {
         case

@@ -17,6 +17,9 @@ class Arguments(NamedTuple):
     window_size: Any = (-1, -1)
     query_padding_mask: Any = None
     plan: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
     causal_alignment: Any = "upper_left"
     config: Any = None
     settings: Mapping[str, Any] = {}

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import CausalBias
 from .._ops import Inputs, Settings
 from .._plan import use_plan
 from ..config import SETTINGS, MRAConfig, configure
-from . import block_mask, causal_bias, masks, numbers, shapes, tensors
+from . import block_mask, causal_bias, head_terms, masks, numbers, shapes, tensors
 from .arguments import Arguments
 from .autocast import autocast
 
@@ -43,8 +43,9 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     if attn_mask is not None or query_padding_mask is not None:
         call = _with_masks(call, lead, attn_mask, query_padding_mask)
     lower_right = causal_bias.is_lower_right(attn_mask, call.query.shape[2], call.key.shape[2])
+    call = with_head_terms(call, arguments)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
-    ready = settings(config, call.query.shape[1], scale, window, lower_right, dropout_p)
+    ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     if arguments.plan is not None:
         given = arguments.settings if arguments.config is None else SETTINGS
         call, ready = use_plan(arguments.plan, config, given, call, ready)
@@ -63,7 +64,13 @@ def visible_window(window_size: Any, causal: bool) -> tuple[int, int]:
 
 
 def settings(
-    config: MRAConfig, heads: int, scale: float, window: tuple[int, int], lower_right: bool, dropout_p: float
+    config: MRAConfig,
+    heads: int,
+    scale: float,
+    softcap: Any,
+    window: tuple[int, int],
+    lower_right: bool,
+    dropout_p: float,
 ) -> Settings:
     """Return the settings of the operators."""
     rates = config.blocks_per_row
@@ -80,6 +87,7 @@ def settings(
         window_left=window[0],
         window_right=window[1],
         lower_right=lower_right,
+        softcap=numbers.softcap(softcap),
         blocks_per_row=per_head,  # pyright: ignore[reportArgumentType] : checked when the config was made
         num_blocks=config.num_blocks,
         first_blocks=config.first_blocks,
@@ -101,6 +109,16 @@ def _with_masks(inputs: Inputs, lead: shapes.Shape | None, attn_mask: Any, query
     if query_padding_mask is not None:
         query_mask = masks.query_mask(query_padding_mask, full, query_length)
     return inputs._replace(key_mask=key_mask, query_mask=query_mask, attn_bias=bias, mask_tiles=tiles)
+
+
+def with_head_terms(inputs: Inputs, arguments: Arguments) -> Inputs:
+    """Check the numbers that each head has, and add them."""
+    if arguments.alibi_slopes is None and arguments.sinks is None:
+        return inputs
+    batch, heads = inputs.query.shape[:2]
+    slopes = head_terms.check("alibi_slopes", arguments.alibi_slopes, batch, heads)
+    head_terms.refuse_gradient_of_slopes(arguments.alibi_slopes)
+    return inputs._replace(alibi_slopes=slopes, sinks=head_terms.check("sinks", arguments.sinks, batch, heads))
 
 
 def draw_seed() -> Tensor:

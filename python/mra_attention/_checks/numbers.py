@@ -79,6 +79,16 @@ def integer(name: str, value: Any, minimum: int) -> int:
     return number
 
 
+def softcap(given: Any) -> float | None:
+    """Check `softcap`; 0, as in flash-attention, is none."""
+    if given is None or (type(given) in (float, int) and given == 0):
+        return None
+    number = _as_float("softcap", given, "None or a positive number")
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"softcap must be None or a positive number, got {given!r}")
+    return number
+
+
 def optional_integer(name: str, value: Any, minimum: int) -> int | None:
     """Check a whole number that may be left out."""
     return None if value is None else integer(name, value, minimum)

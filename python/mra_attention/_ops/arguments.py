@@ -31,6 +31,10 @@ class Inputs(NamedTuple):
     """bool or float, broadcasts to `(B, H, Lq, Lk)`; with `mask_tiles` an int32 grid of blocks."""
     mask_tiles: Tensor | None = None
     """bool `(N, BQ, BK)`: the masks of the blocks whose number in the grid is not negative; -1: hidden, -2: visible."""
+    alibi_slopes: Tensor | None = None
+    """float64 `(B, H)`: a bias of minus the slope times the distance of query and key."""
+    sinks: Tensor | None = None
+    """float64 `(B, H)`: one more logit in the denominator."""
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     plan: Tensor | None = None
@@ -51,6 +55,8 @@ class Settings(NamedTuple):
     """Keys up to this far on the right are visible, -1 for all; 0 is causal."""
     lower_right: bool = False
     """Whether the last query is beside the last key, and not the first beside the first."""
+    softcap: float | None = None
+    """What logits approach and never exceed."""
     blocks_per_row: list[float] = [4.0]  # noqa: RUF012 : the default of a field, never changed
     num_blocks: int | None = None
     first_blocks: int | None = None
@@ -60,13 +66,14 @@ class Settings(NamedTuple):
 
 
 COUNT = len(Inputs._fields)
-_LEFT_OUT_BY_SELECT = ("value", "plan", "seed")
+_LEFT_OUT_BY_SELECT = ("value", "sinks", "plan", "seed")
 SELECT_FIELDS = tuple(name for name in Inputs._fields if name not in _LEFT_OUT_BY_SELECT)
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     float: "float",
+    float | None: "float?",
     list[float]: "float[]",
     int: "SymInt",
     int | None: "SymInt?",
@@ -83,7 +90,7 @@ _INPUTS, _SETTINGS = _parameters(Inputs, Inputs._fields), _parameters(Settings, 
 FORWARD_SCHEMA = f"({', '.join(_INPUTS + _SETTINGS)}) -> (Tensor out, Tensor lse, Tensor plan_out)"
 BACKWARD_SCHEMA = (
     f"({', '.join(['Tensor grad_out', 'Tensor? grad_lse', *_INPUTS, 'Tensor out', 'Tensor lse', *_SETTINGS])})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks)"
 )
 SELECT_SCHEMA = f"({', '.join(_parameters(Inputs, SELECT_FIELDS) + _SETTINGS)}) -> Tensor"
 

@@ -20,6 +20,7 @@ from . import cpu, folding, refusals
 from .arguments import COUNT, Inputs, Settings, for_backward
 
 Tensors3: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Tensors4: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Private to torch, hence the defaults: without them torch.func fails loudly below, and all the rest works.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -27,6 +28,9 @@ _jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: Fals
 _modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+_SINKS = Inputs._fields.index("sinks")
 
 
 def _forward_op() -> Any:
@@ -47,7 +51,7 @@ def _save_for_backward(ctx: Any, args: tuple[Any, ...], output: Tensors3) -> Non
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradient of every argument of `forward`."""
     tensors = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    grads: tuple[Tensor | None, ...] = (None, None, None, None)
     if grad_out is None and grad_lse is not None:
         grad_out = torch.zeros_like(tensors[COUNT])
     if grad_out is not None:
@@ -60,7 +64,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         else:  # nothing to record, so the autograd kernel can be left out
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _backward_op()(*args)
-    return *grads, *(None,) * (COUNT - 3 + len(ctx.settings))
+    of_inputs: list[Tensor | None] = [*grads[:3], *(None,) * (COUNT - 3 + len(ctx.settings))]
+    if tensors[_SINKS] is not None:
+        of_inputs[_SINKS] = grads[3]
+    return tuple(of_inputs)
 
 
 class _RecordedForward(torch.autograd.Function):
@@ -99,7 +106,15 @@ def _forward_below_autograd(keyset: Any, args: tuple[Any, ...]) -> Tensors3:
 
 
 def _is_recorded(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad or args[2].requires_grad)
+    if not torch.is_grad_enabled():
+        return False
+    sinks = args[_SINKS]
+    return (
+        args[0].requires_grad
+        or args[1].requires_grad
+        or args[2].requires_grad
+        or (sinks is not None and sinks.requires_grad)
+    )
 
 
 def record(keyset: Any, *args: Any) -> Tensors3:
@@ -134,7 +149,7 @@ class _ForwardFunction(torch.autograd.Function):
 
 class _BackwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(*args: Any) -> Tensors3:
+    def forward(*args: Any) -> Tensors4:
         return _backward_op()(*args)
 
     @staticmethod
@@ -148,7 +163,7 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         grads = _BackwardFunction.apply(*folding.fold_backward(info.batch_size, in_dims, args))
-        return tuple(folding.unfold(info.batch_size, grad) for grad in grads), (0, 0, 0)
+        return tuple(folding.unfold(info.batch_size, grad) for grad in grads), (0, 0, 0, 0)
 
 
 class _SelectFunction(torch.autograd.Function):

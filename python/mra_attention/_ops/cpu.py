@@ -14,6 +14,7 @@ from .arguments import Inputs, Settings, of_backward, of_forward, of_select
 from .outputs import empty_grads, empty_lse, empty_out, empty_plan, empty_results, is_packed
 
 Stored: TypeAlias = tuple[Descriptor, Descriptor, Descriptor, Descriptor]
+HeadTerms: TypeAlias = tuple[Descriptor | None, Descriptor | None]
 Masks: TypeAlias = tuple[Descriptor | None, Descriptor | None, Descriptor | None, Descriptor | None]
 
 
@@ -36,6 +37,19 @@ def describe_masks(query: Sequence[int], key: Sequence[int], masks: tuple[Tensor
         describe_optional(bias),
         None if tiles is None else describe(tiles.contiguous()),
     )
+
+
+def _head_terms(inputs: Inputs) -> HeadTerms:
+    """Describe alibi_slopes and sinks."""
+    if inputs.alibi_slopes is None and inputs.sinks is None:
+        return None, None
+    return describe_head_terms(inputs.alibi_slopes, inputs.sinks)
+
+
+def describe_head_terms(alibi_slopes: Tensor | None, sinks: Tensor | None) -> HeadTerms:
+    """Describe numbers for each head of each batch item, which may be repeated by strides of 0."""
+    slopes = None if alibi_slopes is None else describe(alibi_slopes.contiguous())
+    return slopes, None if sinks is None else describe(sinks.contiguous())
 
 
 def read_boundaries(inputs: Inputs) -> tuple[list[int], list[int]] | None:
@@ -89,7 +103,8 @@ def _forward(
         describe(query),
         describe(key),
         describe(value),
-        *_masks(inputs),
+        _masks(inputs),
+        _head_terms(inputs),
         describe_optional(plan),
         plan_out,
         describe(out),
@@ -101,8 +116,8 @@ def _forward(
     )
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value."""
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and sinks."""
     grad_out, grad_lse, inputs, out, lse, settings = of_backward(args)
     if inputs.plan is None:
         raise ValueError("plan is None, but a gradient belongs to the selection of its forward pass; pass plan_out")
@@ -115,13 +130,15 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         describe(query),
         describe(key),
         describe(value),
-        *_masks(inputs),
+        _masks(inputs),
+        _head_terms(inputs),
         describe(plan),
         describe(out),
         describe(lse),
         describe(grads[0]),
         describe(grads[1]),
         describe(grads[2]),
+        describe(grads[3]) if inputs.sinks is not None else None,
         settings=settings,
         sequences=read_boundaries(inputs),
         seed=_seed(inputs.seed),
@@ -138,7 +155,8 @@ def select(*args: Any) -> Tensor:
     _core.select(
         describe(query),
         describe(key),
-        *_masks(inputs),
+        _masks(inputs),
+        _head_terms(inputs),
         describe(plan),
         settings=settings,
         sequences=read_boundaries(inputs),
@@ -155,6 +173,7 @@ def attend_cache(
     key_lengths: Sequence[int],
     settings: Settings,
     *,
+    head_terms: tuple[Tensor | None, Tensor | None] = (None, None),
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, if wanted, the log-sum-exp for stored keys, values, and the averages of both."""
@@ -164,6 +183,7 @@ def attend_cache(
     _core.attend_cache(
         describe(query),
         *stored,
+        describe_head_terms(*head_terms),
         describe(out),
         describe_optional(lse),
         settings=settings,

@@ -66,7 +66,7 @@ def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
     items = _core.exact_blocks(
         tuple(inputs.query.shape),
         tuple(inputs.key.shape),
-        *cpu.describe_masks(inputs.query.shape, inputs.key.shape, inputs[3:7]),
+        cpu.describe_masks(inputs.query.shape, inputs.key.shape, inputs[3:7]),
         describe(plan.contiguous()),
         settings=settings,
         sequences=sequences,

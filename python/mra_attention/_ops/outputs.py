@@ -81,12 +81,15 @@ def empty_results(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, T
     return out, empty_lse(inputs.query), empty_plan(inputs, settings)
 
 
-def empty_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the gradients of query, key and value."""
+def empty_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the gradients of query, key, value and sinks; the last one is empty where there are no sinks."""
     packed = is_packed(inputs)
     query, key, value = inputs[:3]
     return (
         _empty(query, query.shape[3], packed),
         _empty(key, key.shape[3], packed),
         _empty(value, value.shape[3], packed),
+        torch.empty(
+            (query.shape[0], 0 if inputs.sinks is None else query.shape[1]), dtype=torch.float64, device=query.device
+        ),
     )

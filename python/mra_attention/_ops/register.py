@@ -29,7 +29,7 @@ from .arguments import (
     of_forward,
     of_select,
 )
-from .autograd import Tensors3
+from .autograd import Tensors3, Tensors4
 
 # The strides of the outputs follow those of the inputs, so a compiler must pass inputs with the strides it has traced.
 _TAGS = (
@@ -52,7 +52,7 @@ def _fake_forward(*args: Any) -> Tensors3:
     return outputs.empty_results(inputs, settings)
 
 
-def _fake_backward(*args: Any) -> Tensors3:
+def _fake_backward(*args: Any) -> Tensors4:
     call = of_backward(args)
     refusals.check_device(*call.inputs, call.grad_out, call.grad_lse, call.out, call.lse)
     return outputs.empty_grads(call.inputs)

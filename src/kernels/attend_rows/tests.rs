@@ -68,6 +68,7 @@ impl Step {
             keys: Matrix::new(&self.packed, self.channels, columns, columns),
             values,
             numbers,
+            softcap: None,
             visible,
             decisions,
             maximum: &mut self.maximum,

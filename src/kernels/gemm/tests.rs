@@ -15,7 +15,7 @@ struct Padded<T> {
 
 const GAP: usize = 3;
 
-impl<T: Scalar + Into<f64>> Padded<T> {
+impl<T: Scalar> Padded<T> {
     fn new(rows: usize, cols: usize, mut element: impl FnMut() -> f64) -> Self {
         let mut data = vec![T::NAN; rows * (cols + GAP)];
         for row in data.chunks_exact_mut(cols + GAP) {
@@ -34,7 +34,7 @@ impl<T: Scalar + Into<f64>> Padded<T> {
 }
 
 /// All products of these sizes against float64, element by element.
-fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
+fn check<T: Scalar>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
     let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let factors: Vec<T> = (0..m).map(|_| T::from_f64(rng.random_range(-1.0..1.0))).collect();
     let backwards = |count: usize| (0..u32::try_from(count).expect("a small size")).rev().collect::<Vec<_>>();
@@ -80,7 +80,7 @@ fn check<T: Scalar + Into<f64>>(level: Level, m: usize, k: usize, n: usize, roun
     }
 }
 
-fn check_sizes<T: Scalar + Into<f64>>(roundoff: f64) {
+fn check_sizes<T: Scalar>(roundoff: f64) {
     for level in Level::available() {
         let lanes = T::lanes(level);
         for m in (0..=17).chain([32, 33]) {

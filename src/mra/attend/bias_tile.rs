@@ -39,6 +39,13 @@ impl<T: Scalar> BiasTile<T> {
         columns: usize,
     ) {
         let (segment, (item, of_item)) = (batch.segment(head), batch.item_and_head(head));
+        if let (Some(alibi), Some(slope)) = (&segment.alibi, problem.alibi_slope(item, of_item)) {
+            let positions = queries.clone().map(|number| segment.position(segment.rows.token(number)));
+            for (rows, first) in keys.spans() {
+                let logits = &mut logits[rows.start * columns..rows.end * columns];
+                alibi.add_to_pairs(problem.level, slope, positions.clone(), first..first + rows.len(), logits, columns);
+            }
+        }
         let (Some(bias), true) = (problem.additive_bias(), segment.is_biased()) else { return };
         for (rows, first) in keys.spans() {
             // A block at a time, which is as much as the buffers hold.

@@ -13,7 +13,9 @@ use super::dropout::DropoutTile;
 use super::key_batch::{KeyBatch, KeySource, PartView};
 use super::{Bf16Logits, float32};
 use crate::exec::Buffer;
-use crate::kernels::{AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Stream, pack_rows, pack_transposed, product};
+use crate::kernels::{
+    AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Softcap, Stream, pack_rows, pack_transposed, product,
+};
 use crate::mra::problem::Problem;
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
@@ -47,6 +49,9 @@ pub(crate) struct GradientTile<T> {
     lines: Buffer<T>,
     weights: Buffer<T>,
     gradients: Buffer<T>,
+    softcap: Option<T>,
+    /// The derivatives of capped logits.
+    slopes: Buffer<T>,
     /// The gradient of the queries: a row of `key_width` for each.
     pub(crate) dq: Buffer<T>,
 }
@@ -110,6 +115,8 @@ impl<T: Scalar> GradientTile<T> {
             lines: Buffer::scratch(SQUARE * head_dim.max(value_dim)),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
+            softcap: problem.softcap.map(T::from_f64),
+            slopes: Buffer::scratch(if problem.softcap.is_some() { keys * columns } else { 0 }),
             dq: Buffer::scratch(columns * key_width),
         }
     }
@@ -183,6 +190,11 @@ impl<T: Scalar> GradientTile<T> {
             let dk = sums.as_ref().map(|sums| rows(&sums.dk[sums.start(&part, self.key_width)..], &part, self.key_width));
             self.logits_and_products(&part, source.ahead(part.values), dk.and_then(|dk| source.ahead(dk)));
         }
+        if let Some(cap) = self.softcap {
+            let (logits, slopes) =
+                (&mut self.weights[..batch.rows() * columns], Some(&mut self.slopes[..batch.rows() * columns]));
+            T::run(self.level, Softcap { logits, cap, slopes });
+        }
         adjust(&mut self.weights[..batch.rows() * columns], columns);
         if let Some(dropped) = &mut self.dropped {
             dropped.read_keys(batch, source);
@@ -196,6 +208,7 @@ impl<T: Scalar> GradientTile<T> {
                 lse: &self.lse,
                 delta: &self.delta,
                 factor: self.scale,
+                slopes: self.softcap.map(|_| Matrix::new(&self.slopes, batch.rows(), columns, columns)),
                 guard: self.guard,
             },
         );

@@ -18,7 +18,7 @@ pub(crate) use tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tile_columns,
 
 use super::problem::Problem;
 use crate::exec::Buffer;
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Softcap, Stream, pack_transposed};
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// The running softmax that all queries of a block start from: that of the coarse level.
@@ -44,6 +44,7 @@ pub(crate) struct Attend<T> {
     pub(crate) width: usize,
     channels: usize,
     scale: T,
+    softcap: Option<T>,
     packed: Buffer<T>,
     lines: Buffer<T>,
     logits: Buffer<T>,
@@ -70,6 +71,7 @@ impl<T: Scalar> Attend<T> {
             width,
             channels: problem.head_dim,
             scale: T::from_f64(problem.scale),
+            softcap: problem.softcap.map(T::from_f64),
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(KeyBatch::<T>::capacity(problem) * columns),
@@ -142,6 +144,10 @@ impl<T: Scalar> Attend<T> {
             self.logits[..batch.rows() * columns].copy_from_slice(&given.data()[..batch.rows() * columns]);
         } else {
             self.logits(batch, source);
+            if let Some(cap) = self.softcap {
+                let logits = &mut self.logits[..batch.rows() * columns];
+                T::run(self.level, Softcap { logits, cap, slopes: None });
+            }
         }
         adjust(&mut self.logits[..batch.rows() * columns]);
         T::run(
@@ -212,16 +218,37 @@ impl<T: Scalar> Attend<T> {
     }
 
     /// Writes the output and the lse of a query.
-    pub(crate) fn finish<E: Element<Compute = T>>(&mut self, query: usize, out: &mut [E], lse: &mut T) {
-        let (sum, row) = (self.sum[query], &mut self.values[query * self.width..][..out.len()]);
-        if sum == T::ZERO {
-            out.fill(E::default());
-            *lse = T::NEG_INFINITY;
-            return;
-        }
-        E::narrow_scaled(row, T::from_f64(1.0) / sum, out);
-        *lse = self.maximum[query] + sum.ln();
+    pub(crate) fn finish<E: Element<Compute = T>>(&mut self, query: usize, sink: Option<T>, out: &mut [E], lse: &mut T) {
+        let row = &mut self.values[query * self.width..][..out.len()];
+        *lse = finish(self.maximum[query], self.sum[query], sink, row, out);
     }
+}
+
+/// Ends the softmax of a query with the sums of its weights and of its weighted `values`, relative to the largest logit: writes the output
+/// and returns the lse. A `sink` is one more logit, without a value.
+pub(crate) fn finish<E: Element>(
+    maximum: E::Compute,
+    sum: E::Compute,
+    sink: Option<E::Compute>,
+    values: &mut [E::Compute],
+    out: &mut [E],
+) -> E::Compute {
+    let (zero, one) = (E::Compute::ZERO, E::Compute::from_f64(1.0));
+    if sum == zero {
+        // It sees no key.
+        out.fill(E::default());
+        return E::Compute::NEG_INFINITY;
+    }
+    let Some(sink) = sink else {
+        E::narrow_scaled(values, one / sum, out);
+        return maximum + sum.ln();
+    };
+    // The larger one of both is the reference, so that no exponential is infinite.
+    let (reference, factor, of_sink) =
+        if sink > maximum { (sink, (maximum - sink).exp(), one) } else { (maximum, one, (sink - maximum).exp()) };
+    let sum = sum * factor + of_sink;
+    E::narrow_scaled(values, factor / sum, out);
+    reference + sum.ln()
 }
 
 /// A buffer, where the compute type is known to be float32: bfloat16 has no other.

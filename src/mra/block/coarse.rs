@@ -199,7 +199,7 @@ pub(crate) fn adjust<T: Scalar>(
     columns: usize,
 ) {
     let segment = batch.segment(head);
-    add_mean_bias(segment, head % problem.heads, rows.clone(), blocks.clone(), logits, columns);
+    add_mean_bias(problem, segment, head % problem.heads, rows.clone(), blocks.clone(), logits, columns);
     weigh(logits, columns, &segment.keys, blocks.clone());
     exclude(logits, columns, rows, blocks.start, |i| {
         let selected = plan.row(batch, head, i);

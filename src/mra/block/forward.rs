@@ -125,6 +125,7 @@ impl<E: Element> BlockRow<'_, E> {
         self.prefetch_queries_after();
         attend.set_biased(self.batch.segment(self.head).is_biased());
         let coarse = self.coarse.map(|coarse| coarse.state(self.batch, self.head, self.i));
+        let sink = self.problem.sink(item, head).map(E::Compute::from_f64);
         for tile in tiles(rows.numbers(self.i)) {
             attend.start(tile.clone().map(|number| queries.row(rows.token(number))), coarse.as_ref());
             let places = tile.clone().map(|number| rows.token(number) - first);
@@ -133,7 +134,7 @@ impl<E: Element> BlockRow<'_, E> {
             for (query, number) in tile.enumerate() {
                 let token = rows.token(number);
                 // SAFETY: the caller's.
-                unsafe { attend.finish(query, out.row_mut(item, head, token), &mut lse.row_mut(item, head, token)[0]) };
+                unsafe { attend.finish(query, sink, out.row_mut(item, head, token), &mut lse.row_mut(item, head, token)[0]) };
             }
         }
     }

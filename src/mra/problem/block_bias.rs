@@ -107,13 +107,7 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
     }
 
     /// Writes the means of the row, and returns whether the bias hides or cuts any block.
-    fn scan<S: Scalar + Into<f64>>(
-        &self,
-        lines: &mut [Vec<S>; 3],
-        sums: &mut Vec<f64>,
-        data: Option<&[S]>,
-        means: &mut [f64],
-    ) -> bool {
+    fn scan<S: Scalar>(&self, lines: &mut [Vec<S>; 3], sums: &mut Vec<f64>, data: Option<&[S]>, means: &mut [f64]) -> bool {
         let [line, minus_lowest, highest] = lines;
         let rows = self.queries.clone().count();
         let mut cut = false;

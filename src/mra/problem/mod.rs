@@ -3,6 +3,7 @@
 //! A call has one or more *segments*: sequences that know nothing of each other. Batch items, padded ones, packed sequences and those of
 //! a cache are all segments, and differ in where their tokens lie and which of them count.
 
+mod alibi;
 mod batch;
 mod block_bias;
 mod blocks;
@@ -45,6 +46,9 @@ pub struct Problem<'a> {
     pub(crate) level: Level,
     pub(crate) window: Window,
     pub(crate) bias: Option<Bias<'a>>,
+    pub(crate) softcap: Option<f64>,
+    alibi_slopes: Option<&'a [f64]>,
+    sinks: Option<&'a [f64]>,
     pub(crate) budget: Budget,
     pub(crate) dropout: Option<Dropout>,
     pub(crate) segments: Vec<Segment>,
@@ -87,6 +91,14 @@ impl<'a> Problem<'a> {
         if !(0.0..=1.0).contains(&options.dropout) {
             return Err(Error::new(format!("dropout: {}, expected a probability", options.dropout)));
         }
+        if let Some(cap) = options.softcap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
+            return Err(Error::new(format!("softcap: {cap}, expected a positive number")));
+        }
+        for (name, terms) in [("alibi_slopes", options.alibi_slopes), ("sinks", options.sinks)] {
+            if let Some(terms) = terms.filter(|terms| terms.len() != batch * heads) {
+                return Err(Error::new(format!("{name}: {} numbers, expected {batch} times {heads}", terms.len())));
+            }
+        }
         options.budget.validate(heads)?;
         for (name, mask, length) in [("query_mask", options.query_mask, query_len), ("key_mask", options.key_mask, key_len)] {
             if let Some(mask) = mask.filter(|mask| mask.shape != [batch, length]) {
@@ -113,6 +125,9 @@ impl<'a> Problem<'a> {
             level: options.level,
             window: options.window,
             bias: options.bias,
+            softcap: options.softcap,
+            alibi_slopes: options.alibi_slopes,
+            sinks: options.sinks,
             budget: options.budget.clone(),
             dropout: Dropout::new(options.dropout, options.seed),
             segments: segments(&places, options),
@@ -148,6 +163,21 @@ impl<'a> Problem<'a> {
     /// Whether an additive bias belongs to the logits.
     pub(crate) fn additive_bias(&self) -> Option<&Bias<'a>> {
         self.bias.as_ref().filter(|bias| bias.is_additive())
+    }
+
+    /// The slope of the bias by distance of a head, if there is one.
+    pub(crate) fn alibi_slope(&self, item: usize, head: usize) -> Option<f64> {
+        self.alibi_slopes.map(|slopes| slopes[item * self.heads + head])
+    }
+
+    /// Whether biases by distance belong to the logits.
+    pub(crate) fn has_alibi(&self) -> bool {
+        self.alibi_slopes.is_some()
+    }
+
+    /// The logit of a head that counts in the denominators alone, if there is one.
+    pub(crate) fn sink(&self, item: usize, head: usize) -> Option<f64> {
+        self.sinks.map(|sinks| sinks[item * self.heads + head])
     }
 
     /// What a query of a head sees; token form.

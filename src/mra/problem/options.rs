@@ -57,6 +57,12 @@ pub struct Options<'a> {
     pub query_mask: Option<Mask<'a>>,
     /// Which pairs of a query and a key count, or what is added to their logits.
     pub bias: Option<Bias<'a>>,
+    /// The bound of the logits: `x` becomes `softcap tanh(x / softcap)` before biases are added; `None` is no bound.
+    pub softcap: Option<f64>,
+    /// For each head of each batch item, `(B, H)`, the slope of a bias of minus the slope times the distance of query and key.
+    pub alibi_slopes: Option<&'a [f64]>,
+    /// For each head of each batch item, `(B, H)`, a logit that counts in the denominators alone.
+    pub sinks: Option<&'a [f64]>,
     /// How many blocks are exact.
     pub budget: Budget,
     /// The probability with which a weight is dropped, 0 to 1; 0 is no dropout.
@@ -82,6 +88,9 @@ impl Options<'_> {
             key_mask: None,
             query_mask: None,
             bias: None,
+            softcap: None,
+            alibi_slopes: None,
+            sinks: None,
             budget: Budget::default(),
             dropout: 0.0,
             seed: 0,

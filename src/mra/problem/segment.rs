@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::alibi::Alibi;
 use super::block_bias::BlockBias;
 use super::blocks::{Blocks, to_i64};
 use super::options::Options;
@@ -44,6 +45,8 @@ pub(crate) struct Segment {
     anchor: usize,
     /// Mean biases; block form.
     pub(crate) bias: Option<Arc<BlockBias>>,
+    /// Mean distances, if there is a bias by distance.
+    pub(crate) alibi: Option<Arc<Alibi>>,
     /// What a mask hides; token form.
     pub(crate) kinds: Option<Arc<TokenKinds>>,
 }
@@ -102,6 +105,7 @@ impl Segment {
             first_position: place.offset.saturating_sub(to_i64(first_key)),
             anchor,
             bias: None,
+            alibi: None,
             kinds: None,
         };
         if !hides {
@@ -122,6 +126,10 @@ impl Segment {
                 let kinds = TokenKinds::new(bias, is_biased, item, place.queries.clone(), &segment.keys, threads, sight);
                 segment.kinds = Some(Arc::new(kinds));
             }
+        }
+        if options.alibi_slopes.is_some() {
+            let (position, key_position) = (|query| segment.position(query), |number| segment.key_position(number));
+            segment.alibi = Some(Arc::new(Alibi::new(&segment.queries, &segment.keys, position, key_position)));
         }
         segment.live_rows = if implied && segment.form == Form::Token {
             // Padded queries have no share in the budget, and the valid ones are those of the keys.
@@ -171,8 +179,13 @@ impl Segment {
         to_i64(i) - to_i64(self.lead)
     }
 
+    /// The position of a key with this number, counted from the first valid one.
+    pub(crate) fn key_position(&self, number: usize) -> i64 {
+        to_i64(self.keys.token(number)) - self.keys.origin()
+    }
+
     /// The position of a query, counted from the first valid key.
-    fn position(&self, token: usize) -> i64 {
+    pub(crate) fn position(&self, token: usize) -> i64 {
         self.first_position.saturating_add(to_i64(token - self.rows.tokens().start))
     }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::exec::Buffer;
-use crate::kernels::{ColumnMaxima, Gemm, Init, Matrix, MatrixMut, pack_transposed};
+use crate::kernels::{ColumnMaxima, Gemm, Init, Matrix, MatrixMut, Softcap, pack_transposed};
 use crate::mra::attend::{TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::mra::problem::{Batch, Problem, Segment};
 use crate::mra::pyramid::Pyramid;
@@ -85,7 +85,10 @@ impl<T: Scalar> Scores<T> {
                     ahead: None,
                 },
             );
-            add_mean_bias(segment, head % problem.heads, rows.clone(), 0..keys, values, columns);
+            if let Some(cap) = problem.softcap.map(T::from_f64) {
+                T::run(problem.level, Softcap { logits: values, cap, slopes: None });
+            }
+            add_mean_bias(problem, segment, head % problem.heads, rows.clone(), 0..keys, values, columns);
             for (_, row) in values.chunks_exact_mut(columns).enumerate().filter(|&(j, _)| segment.keys.count(j) == 0) {
                 row.fill(T::NEG_INFINITY);
             }
@@ -129,6 +132,7 @@ impl<T: Scalar> Scores<T> {
 /// Adds the mean bias to the logits of some pooled keys, one row of `columns` for each of `blocks` and one lane for each of the blocks
 /// of queries `rows`.
 pub(crate) fn add_mean_bias<T: Scalar>(
+    problem: &Problem<'_>,
     segment: &Segment,
     head: usize,
     rows: Range<usize>,
@@ -136,10 +140,14 @@ pub(crate) fn add_mean_bias<T: Scalar>(
     logits: &mut [T],
     columns: usize,
 ) {
-    let Some(bias) = &segment.bias else { return };
-    for (column, i) in rows.enumerate() {
-        for (row, &mean) in bias.row(head, i)[blocks.clone()].iter().enumerate() {
-            logits[row * columns + column] += T::from_f64(mean);
+    if let Some(bias) = &segment.bias {
+        for (column, i) in rows.clone().enumerate() {
+            for (row, &mean) in bias.row(head, i)[blocks.clone()].iter().enumerate() {
+                logits[row * columns + column] += T::from_f64(mean);
+            }
         }
+    }
+    if let (Some(alibi), Some(slope)) = (&segment.alibi, problem.alibi_slope(segment.batch, head)) {
+        alibi.add_to_rows(problem.level, slope, rows, blocks.clone(), &mut logits[..blocks.len() * columns], columns);
     }
 }

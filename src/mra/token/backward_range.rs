@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::backward::Pass;
-use super::coarse::{exclude, for_steps, matrix, span_of_open};
+use super::coarse::{add_mean_distances, exclude, for_steps, matrix, span_of_open};
 use super::exact::dropout_key;
 use super::forward::RANGE_QUERIES;
 use super::gradient::{GradientTile, KeyRows, RangeRows};
@@ -193,6 +193,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                     guard,
                 };
                 tile.add(rows, numbers, of_part, sums.as_deref_mut(), dq.as_deref_mut(), |logits, columns| {
+                    add_mean_distances(problem, segment, head, &tokens, &part, logits, columns);
                     hide(segment, head, &tokens, sights, &part, logits, columns);
                     weigh(logits, columns, &segment.keys, part.clone());
                     exclude(logits, columns, sights, plan, range.width, &part);

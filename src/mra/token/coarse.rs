@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::queries_of_block::open_block;
 use crate::exec::Buffer;
-use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Stream, pack_transposed, product};
+use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Softcap, Stream, pack_transposed, product};
 use crate::mra::attend::{DropoutTile, TILE_QUERIES};
 use crate::mra::problem::{Batch, Mode, Problem, Segment, Sight, TokenBudget};
 use crate::mra::pyramid::Means;
@@ -183,10 +183,16 @@ impl<T: Scalar> CoarseTile<T> {
                 ahead,
             },
         );
+        if let Some(cap) = problem.softcap.map(T::from_f64) {
+            let logits = &mut self.logits[..keys.rows * columns];
+            T::run(problem.level, Softcap { logits, cap, slopes: None });
+        }
     }
 
     /// Adds mean biases to the logits of some blocks, and sets those that do not count to `-inf`.
     fn hide(&mut self, source: &CoarseSource<'_, T>, tile: &Tile<'_>, blocks: &Range<usize>, columns: usize) {
+        let logits = &mut self.logits[..blocks.len() * columns];
+        add_mean_distances(source.problem, source.segment, source.head, &tile.tokens, blocks, logits, columns);
         for (lane, (sight, token)) in tile.sights.iter().zip(tile.tokens.clone()).enumerate() {
             let logit = |block: usize| (block - blocks.start) * columns + lane;
             if let Some(means) = source.segment.mean_biases(source.head, token) {
@@ -255,6 +261,22 @@ impl<T: Scalar> CoarseTile<T> {
         }
         state.maximum[first..first + queries].copy_from_slice(&self.maximum[..queries]);
         state.sum[first..first + queries].copy_from_slice(&self.sum[..queries]);
+    }
+}
+
+/// Adds the mean biases by distance, if there is such a bias, to the logits of some blocks for consecutive queries.
+pub(crate) fn add_mean_distances<T: Scalar>(
+    problem: &Problem<'_>,
+    segment: &Segment,
+    head: usize,
+    tokens: &Range<usize>,
+    blocks: &Range<usize>,
+    logits: &mut [T],
+    columns: usize,
+) {
+    if let (Some(alibi), Some(slope)) = (&segment.alibi, problem.alibi_slope(segment.batch, head)) {
+        let positions = tokens.clone().map(|token| segment.position(token));
+        alibi.add_to_queries(problem.level, slope, positions, &segment.keys, blocks.clone(), logits, columns);
     }
 }
 

@@ -41,6 +41,7 @@ const BIASED_QUERIES: usize = 64;
 pub(crate) struct ExactBlock<T> {
     level: Level,
     scale: f64,
+    softcap: Option<T>,
     channels: usize,
     /// Keys, one column for each.
     packed: Buffer<T>,
@@ -68,10 +69,11 @@ impl<T: Scalar> ExactBlock<T> {
     /// Buffers for blocks of this problem.
     pub(crate) fn new(problem: &Problem<'_>) -> Self {
         let columns = problem.padded::<T>(problem.block_size);
-        let masked = problem.segments.iter().any(|segment| segment.kinds.is_some());
+        let masked = problem.has_alibi() || problem.segments.iter().any(|segment| segment.kinds.is_some());
         Self {
             level: problem.level,
             scale: problem.scale,
+            softcap: problem.softcap.map(T::from_f64),
             channels: problem.head_dim,
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
@@ -249,6 +251,7 @@ impl<T: Scalar> ExactBlock<T> {
                 keys: Matrix::new(&self.packed, self.channels, columns, columns),
                 values,
                 numbers: listed,
+                softcap: self.softcap,
                 visible,
                 decisions: self.dropout.as_ref().map(DropoutTile::decisions),
                 maximum: &mut state.maximum,

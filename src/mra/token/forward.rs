@@ -7,7 +7,7 @@ use super::exact::{ExactBlock, RangeOfHead};
 use super::queries_of_block::QueriesOfBlocks;
 use super::visible_keys::Viewer;
 use crate::exec::{Chunks, TensorMut, threads};
-use crate::mra::attend::{KeyBatch, KeySource, TILE_QUERIES};
+use crate::mra::attend::{KeyBatch, KeySource, TILE_QUERIES, finish};
 use crate::mra::inputs::Inputs;
 use crate::mra::problem::{Batch, Mode, Problem, Sight};
 use crate::mra::pyramid::{Means, PooledInputs};
@@ -215,23 +215,13 @@ impl<'a, E: Element> Pass<'a, E> {
             lists,
         };
         exact.attend(&queries, &source, keys, state);
+        let sink = problem.sink(item, head_of_item).map(E::Compute::from_f64);
         for (query, token) in range.enumerate() {
             // SAFETY: the caller's.
             let (out, lse) =
                 unsafe { (outputs.out.row_mut(item, head_of_item, token), outputs.lse.row_mut(item, head_of_item, token)) };
-            finish(state, query, out, &mut lse[0]);
+            let values = &mut state.values[query * state.width..][..out.len()];
+            lse[0] = finish(state.maximum[query], state.sum[query], sink, values, out);
         }
     }
-}
-
-/// Writes the output and the lse of a query.
-fn finish<E: Element>(state: &mut State<E::Compute>, query: usize, out: &mut [E], lse: &mut E::Compute) {
-    let sum = state.sum[query];
-    if sum == E::Compute::ZERO {
-        out.fill(E::default());
-        *lse = E::Compute::NEG_INFINITY;
-        return;
-    }
-    E::narrow_scaled(&mut state.values[query * state.width..][..out.len()], E::Compute::from_f64(1.0) / sum, out);
-    *lse = state.maximum[query] + sum.ln();
 }

@@ -11,7 +11,9 @@
 
 use super::coarse::STEP_BLOCKS;
 use crate::exec::Buffer;
-use crate::kernels::{AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Stream, pack_rows, pack_transposed, product};
+use crate::kernels::{
+    AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Softcap, Stream, pack_rows, pack_transposed, product,
+};
 use crate::mra::attend::{DropoutTile, KeySums, QueryTerms, TILE_QUERIES};
 use crate::mra::problem::Problem;
 use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
@@ -93,6 +95,9 @@ pub(crate) struct GradientTile<T> {
     delta: Buffer<T>,
     weights: Buffer<T>,
     gradients: Buffer<T>,
+    softcap: Option<T>,
+    /// The derivatives of capped logits.
+    slopes: Buffer<T>,
     dropped: Option<DropoutTile>,
 }
 
@@ -127,6 +132,8 @@ impl<T: Scalar> GradientTile<T> {
             delta: Buffer::scratch(columns),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
+            softcap: problem.softcap.map(T::from_f64),
+            slopes: Buffer::scratch(if problem.softcap.is_some() { keys * columns } else { 0 }),
             dropped: problem.dropout.map(DropoutTile::new),
         }
     }
@@ -188,6 +195,10 @@ impl<T: Scalar> GradientTile<T> {
             let (b, c) = (Matrix::new(b, a.cols, columns, columns), MatrixMut::new(c, count, columns, columns));
             T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero, ahead: None });
         }
+        if let Some(cap) = self.softcap {
+            let (logits, slopes) = (&mut self.weights[..count * columns], Some(&mut self.slopes[..count * columns]));
+            T::run(self.level, Softcap { logits, cap, slopes });
+        }
         adjust(&mut self.weights[..count * columns], columns);
         if let Some(dropped) = &mut self.dropped {
             dropped.take_keys(names);
@@ -201,6 +212,7 @@ impl<T: Scalar> GradientTile<T> {
                 lse: &self.lse,
                 delta: &self.delta,
                 factor: self.scale,
+                slopes: self.softcap.map(|_| Matrix::new(&self.slopes, count, columns, columns)),
                 guard,
             },
         );

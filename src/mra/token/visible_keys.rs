@@ -24,12 +24,12 @@ impl<'a> Viewer<'a> {
 
     /// Whether biases are added to the logits of all keys, whoever sees them.
     pub(crate) fn is_biased(&self) -> bool {
-        self.segment.is_biased()
+        self.segment.is_biased() || self.segment.alibi.is_some()
     }
 
     /// Whether a window alone says what a query sees.
     pub(crate) fn is_window(&self) -> bool {
-        self.segment.kinds.is_none()
+        self.segment.kinds.is_none() && self.segment.alibi.is_none()
     }
 
     /// The keys of a block, counted from its first one, that the window leaves to a query.
@@ -43,6 +43,13 @@ impl<'a> Viewer<'a> {
         match &self.problem.bias {
             Some(bias) => bias.read([self.item, self.head, token], &self.segment.keys, numbers.clone(), row),
             None => row.fill(T::ZERO),
+        }
+        if let Some(slope) = self.problem.alibi_slope(self.item, self.head) {
+            let (position, slope) = (self.segment.position(token), T::from_f64(slope));
+            for (bias, number) in row.iter_mut().zip(numbers.clone()) {
+                let distance = self.segment.key_position(number).abs_diff(position);
+                *bias = *bias - slope * T::from_f64(distance as f64);
+            }
         }
         let seen = Self::range(sight, numbers);
         row[..seen.start].fill(T::NEG_INFINITY);
@@ -60,7 +67,7 @@ pub(crate) struct BiasColumns<T> {
 impl<T: Scalar> BiasColumns<T> {
     /// Buffers for tiles of at most `columns` queries; none where there is no mask.
     pub(crate) fn new(problem: &Problem<'_>, columns: usize) -> Self {
-        let masked = problem.segments.iter().any(|segment| segment.kinds.is_some());
+        let masked = problem.has_alibi() || problem.segments.iter().any(|segment| segment.kinds.is_some());
         let size = if masked { problem.block_size } else { 0 };
         Self {
             rows: Buffer::scratch(size * columns),

@@ -5,7 +5,7 @@
 //! output; `b` the block size, `n` the number of keys.
 //!
 //! ```text
-//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b + max |bias|   scaled, summed, perhaps of means of b tokens
+//! logit       off by  (D + 2 b + 8) u A,  A = |scale| Q K + ln b + max |bias|   scaled, summed, perhaps of means of b tokens; a softcap: 8 more
 //! weight      off by a factor  1 + w:  the logit's error, and for each strip of keys a subtraction and two exponentials
 //! out         (2 w + (2 n + b + 8) u) max |v|                          a quotient of sums of n weights
 //! dS          p (w + (Dv + 3) u) N,  N = G V + G O + max |dlse|
@@ -51,9 +51,9 @@ impl Bounds {
                 .map(|x| x.max(1) as f64);
         let Data { query, key, value, grad_out, .. } = data;
         let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
-        let logit = scale * norm(query) * norm(key) + b.ln() + data.largest_bias();
-        let weight =
-            (d + 2.0 * b + 8.0) * u * logit + steps(attention, case) * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
+        let logit = scale * norm(query) * norm(key) + b.ln() + data.largest_bias() + largest_by_distance(case, data);
+        let weight = (d + 2.0 * b + if case.softcap.is_some() { 16.0 } else { 8.0 }) * u * logit
+            + steps(attention, case) * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
         let grad_lse = data.grad_lse.iter().flatten().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
         let product = norm(grad_out) * (norm(value) + finite_norm(saved.out)) + grad_lse;
         let of_query = weight + (dv + n + b + 16.0) * u;
@@ -73,6 +73,13 @@ impl Bounds {
         let Self { out, lse, query, key, value } = self;
         Self { out: out.max(least), lse: lse.max(least), query: query.max(least), key: key.max(least), value: value.max(least) }
     }
+}
+
+/// The largest bias by distance.
+fn largest_by_distance(case: &Case, data: &Data) -> f64 {
+    let slope = data.alibi_slopes.iter().flatten().fold(0.0, |most: f64, slope| most.max(*slope));
+    let offset = case.offsets.iter().map(|offset| offset.unsigned_abs()).max().unwrap_or(0);
+    slope * ((case.query_len + case.key_len) as f64 + offset as f64)
 }
 
 /// The largest number of valid tokens.

@@ -92,6 +92,9 @@ pub(crate) fn with_problem<R>(case: &Case, data: &Data, setup: Setup, body: impl
         key_mask: key_mask.as_ref().map(|bytes| bytes.mask("key_mask")),
         query_mask: query_mask.as_ref().map(|bytes| bytes.mask("query_mask")),
         bias: bias.as_ref().zip(data.bias.as_ref()).map(|(bias, array)| bias.bias(array.dim())),
+        softcap: case.softcap,
+        alibi_slopes: data.alibi_slopes.as_deref(),
+        sinks: data.sinks.as_deref(),
         budget: case.budget.clone(),
         dropout: case.dropout,
         seed: case.seed,
@@ -177,6 +180,7 @@ pub(crate) fn differentiate<E: Number>(
         query: grad_query.tensor_mut("grad_query"),
         key: grad_key.tensor_mut("grad_key"),
         value: grad_value.tensor_mut("grad_value"),
+        sinks: None,
     };
     backward(problem, &inputs, &saved, plan, &mut gradients).expect("a valid case");
     grads.map(|grad| grad.read())

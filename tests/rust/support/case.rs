@@ -70,6 +70,11 @@ pub(crate) struct Case {
     pub(crate) query_padding: Padding,
     pub(crate) key_padding: Padding,
     pub(crate) pairs: Pairs,
+    pub(crate) softcap: Option<f64>,
+    /// Whether heads have biases by distance.
+    pub(crate) alibi: bool,
+    /// Whether heads have sinks.
+    pub(crate) sinks: bool,
     pub(crate) budget: Budget,
     pub(crate) scale: Option<f64>,
     pub(crate) dropout: f64,
@@ -101,6 +106,9 @@ impl Default for Case {
             query_padding: Padding::None,
             key_padding: Padding::None,
             pairs: Pairs::All,
+            softcap: None,
+            alibi: false,
+            sinks: false,
             budget: budget(2.0),
             scale: None,
             dropout: 0.0,
@@ -128,6 +136,8 @@ pub(crate) struct Data {
     pub(crate) query_mask: Option<Array2<bool>>,
     pub(crate) key_mask: Option<Array2<bool>>,
     pub(crate) bias: Option<Array4<f64>>,
+    pub(crate) alibi_slopes: Option<Vec<f64>>,
+    pub(crate) sinks: Option<Vec<f64>>,
 }
 
 impl Case {
@@ -188,7 +198,11 @@ impl Case {
             }
         }
         let bias = self.bias(&mut rng);
-        Data { query, key, value, grad_out, grad_lse, query_mask, key_mask, bias }
+        let heads = || 0..self.batch * self.heads();
+        let alibi_slopes = self.alibi.then(|| heads().map(|head| 0.5 / (head % 5 + 1) as f64).collect());
+        // Among the logits, far above and far below.
+        let sinks = self.sinks.then(|| heads().map(|head| [0.5, 12.0, -20.0, 1.5][head % 4]).collect());
+        Data { query, key, value, grad_out, grad_lse, query_mask, key_mask, bias, alibi_slopes, sinks }
     }
 
     fn bias(&self, rng: &mut TestRng) -> Option<Array4<f64>> {
@@ -255,6 +269,9 @@ impl Data {
             query_mask: self.query_mask.as_ref().map(|array| array.view()),
             key_mask: self.key_mask.as_ref().map(|array| array.view()),
             bias: self.bias.as_ref().map(|array| array.view()),
+            softcap: case.softcap,
+            alibi_slopes: self.alibi_slopes.as_deref(),
+            sinks: self.sinks.as_deref(),
             window: case.window,
             offsets: &case.offsets,
             key_lengths: case.key_lengths.as_deref(),
