@@ -1,1 +1,1 @@
-"""Other libraries' models with the attention of this package; each module imports its library, this one none."""
+"""MRA attention inside other libraries; each module imports its library, and nothing here is imported by default."""
