@@ -74,7 +74,7 @@ pub struct Saved<'a> {
     pub grad_lse: Option<ArrayView3<'a, f64>>,
 }
 
-/// The gradients of the inputs, in their shapes.
+/// The gradients of the inputs, in their shapes, and of the bias.
 #[derive(Debug, Clone)]
 pub struct Gradients {
     /// `(B, H, Lq, D)`.
@@ -85,6 +85,8 @@ pub struct Gradients {
     pub value: Array4<f64>,
     /// `(B, H)`; 0 without sinks.
     pub sinks: Array2<f64>,
+    /// `(B, H, Lq, Lk)`: of every pair by itself, whether there is a bias or not.
+    pub bias: Array4<f64>,
 }
 
 /// How a batch item is computed (section 2).
@@ -148,13 +150,14 @@ impl<'a> Attention<'a> {
         (out, lse)
     }
 
-    /// The gradients of query, key and value for a fixed selection (section 3, Backward).
+    /// The gradients of query, key, value and bias for a fixed selection (section 3, Backward; section 6).
     pub fn backward(&self, selected: &[Array3<bool>], saved: &Saved<'_>) -> Gradients {
         let mut gradients = Gradients {
             query: Array4::zeros(self.query.raw_dim()),
             key: Array4::zeros(self.key.raw_dim()),
             value: Array4::zeros(self.value.raw_dim()),
             sinks: Array2::zeros((self.query.dim().0, self.query.dim().1)),
+            bias: Array4::zeros((self.query.dim().0, self.query.dim().1, self.query.dim().2, self.key.dim().2)),
         };
         for (b, segment) in self.segments().iter().enumerate() {
             for h in 0..self.query.dim().1 {
@@ -172,6 +175,7 @@ impl<'a> Attention<'a> {
                         key: gradients.key.slice_mut(s![b, kv, .., ..]),
                         value: gradients.value.slice_mut(s![b, kv, .., ..]),
                         sink: &mut gradients.sinks[[b, h]],
+                        bias: gradients.bias.slice_mut(s![b, h, .., ..]),
                     },
                 );
             }

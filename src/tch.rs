@@ -112,6 +112,7 @@ pub fn backward(
                 key: view_mut("grad_key", &gradients[1])?,
                 value: view_mut("grad_value", &gradients[2])?,
                 sinks: None,
+                bias: None,
             };
             crate::backward(&problem, &inputs, &saved, plan, &mut to)
         }

@@ -117,6 +117,7 @@ def backward(
     grad_query: _Descriptor,
     grad_key: _Descriptor,
     grad_value: _Descriptor,
+    grad_bias: _Descriptor | None,
     grad_sinks: _Descriptor | None,
     *,
     settings: _Settings,

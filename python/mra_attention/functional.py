@@ -110,8 +110,9 @@ def scaled_dot_product_attention(
         take part in averages either. A mask of shape `(B, Lk)` is passed as `mask[:, None, None, :]`. Any other mask
         that hides something makes every token choose blocks for itself, and no token learns from what it does not see;
         blocks of which some pairs are hidden are exact, outside the budget. A finite bias hides nothing; a block that
-        is not exact has the average of its biases. Or a `BlockMask` of torch.nn.attention.flex_attention, whose
-        `mask_mod` is called for partial blocks only. Or a causal bias,
+        is not exact has the average of its biases. A bias may require a gradient, which has its shape and dtype: a bias
+        that is broadcast rather than expanded has a small one. Or a `BlockMask` of torch.nn.attention.flex_attention,
+        whose `mask_mod` is called for partial blocks only. Or a causal bias,
         `torch.nn.attention.bias.causal_upper_left(Lq, Lk)` or `causal_lower_right(Lq, Lk)`.
     dropout_p : float, default 0.0
         The probability with which a weight is dropped, as in torch's own attention: whatever the mode of a module, so
@@ -166,8 +167,8 @@ def scaled_dot_product_attention(
     ValueError
         If an argument has a value that is not accepted, or shapes do not fit together.
     NotImplementedError
-        For what is to come: more than two resolutions, devices other than the CPU; when `attn_mask` requires a
-        gradient; with dropout below `torch.vmap`; and when the call is differentiated in forward mode or twice.
+        For what is to come: more than two resolutions, devices other than the CPU; with dropout below `torch.vmap`;
+        and when the call is differentiated in forward mode or twice.
 
     Notes
     -----
@@ -305,13 +306,14 @@ def plan(
     inputs, ready, _ = calls.prepare((query, key), arguments)
     batch, heads, query_length, head_dim = inputs.query.shape
     _, key_heads, key_length, _ = inputs.key.shape
+    bias = None if inputs.attn_bias is None else inputs.attn_bias.detach()
     return Plan(
         data=select(inputs, ready),
         config=configure(config, settings),
         query_shape=(batch, heads, query_length, head_dim),
         key_shape=(batch, key_heads, key_length, head_dim),
         settings=ready,
-        masks=inputs[3:7],
+        masks=(inputs.key_mask, inputs.query_mask, bias, inputs.mask_tiles),
     )
 
 

@@ -1,5 +1,6 @@
 //! The tensors of a call, and their shapes checked against the problem.
 
+use super::bias_gradient::BiasGradient;
 use super::problem::Problem;
 use crate::error::{Error, Result};
 use crate::exec::TensorMut;
@@ -41,6 +42,8 @@ pub struct Gradients<'a, E> {
     pub value: TensorMut<'a, E>,
     /// `(B, H)`, if the gradients of the sinks are wanted.
     pub sinks: Option<&'a mut [f64]>,
+    /// That of the additive bias, if it is wanted.
+    pub bias: Option<BiasGradient<'a>>,
 }
 
 impl Problem<'_> {
@@ -81,6 +84,7 @@ impl<E: Element> Gradients<'_, E> {
         }
         Problem::expect("grad_query", self.query.shape(), inputs.query.shape())?;
         Problem::expect("grad_key", self.key.shape(), inputs.key.shape())?;
-        Problem::expect("grad_value", self.value.shape(), inputs.value.shape())
+        Problem::expect("grad_value", self.value.shape(), inputs.value.shape())?;
+        self.bias.as_ref().map_or(Ok(()), |bias| bias.validate(problem))
     }
 }

@@ -3,6 +3,7 @@
 //! [`forward`], [`backward`] and [`select`] check a call and hand its segments to the two forms.
 
 mod attend;
+mod bias_gradient;
 mod block;
 mod inputs;
 mod problem;
@@ -13,6 +14,7 @@ mod token;
 
 use std::ops::Range;
 
+pub use bias_gradient::BiasGradient;
 pub use inputs::{Gradients, Inputs, Saved};
 use problem::{Batch, Blocks, Form};
 pub use problem::{Bias, BiasData, Budget, Layout, Mask, Mode, Options, Problem, Window};
@@ -120,7 +122,7 @@ pub fn forward<E: Element>(
     Ok(())
 }
 
-/// Computes the gradients with respect to query, key and value, and to the sinks if wanted, for the plan of forward.
+/// Computes the gradients with respect to query, key, value and, if they are wanted, bias and sinks, for the plan of forward.
 ///
 /// Deterministic: the same bits for any number of threads. Gradients of padded tokens are 0.
 ///
@@ -148,6 +150,9 @@ pub fn backward<E: Element>(
     }
     if !tokens.segments.is_empty() {
         token::backward(problem, &tokens, inputs, &saved.grad_out, &terms, plan, gradients);
+    }
+    if let Some(bias) = &gradients.bias {
+        bias.compute(problem, [&blocks, &tokens], inputs, &saved.grad_out, &terms, plan, gradients);
     }
     Ok(())
 }

@@ -111,7 +111,7 @@ pub(super) fn forward(
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, grad_lse, query, key, value, masks, head_terms, plan, out, lse, grad_query, grad_key, grad_value, grad_sinks, *, settings, sequences, seed, threads))]
+#[pyo3(signature = (grad_out, grad_lse, query, key, value, masks, head_terms, plan, out, lse, grad_query, grad_key, grad_value, grad_bias, grad_sinks, *, settings, sequences, seed, threads))]
 pub(super) fn backward(
     py: Python<'_>,
     grad_out: Descriptor,
@@ -127,6 +127,7 @@ pub(super) fn backward(
     grad_query: Descriptor,
     grad_key: Descriptor,
     grad_value: Descriptor,
+    grad_bias: Option<Descriptor>,
     grad_sinks: Option<Descriptor>,
     settings: Settings,
     sequences: Option<Boundaries>,
@@ -145,8 +146,13 @@ pub(super) fn backward(
             ("plan", Some(&plan)),
         ];
         let reads = named(inputs.into_iter().chain(masks.named()).chain(head_terms.named()));
-        let grads = [("grad_query", Some(&grad_query)), ("grad_key", Some(&grad_key)), ("grad_value", Some(&grad_value))];
-        let writes = named(grads.into_iter().chain([("grad_sinks", grad_sinks.as_ref())]));
+        let writes = named([
+            ("grad_query", Some(&grad_query)),
+            ("grad_key", Some(&grad_key)),
+            ("grad_value", Some(&grad_value)),
+            ("grad_bias", grad_bias.as_ref()),
+            ("grad_sinks", grad_sinks.as_ref()),
+        ]);
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::new(sequences, &settings, &query, &key)?;
         // SAFETY: the Python layer keeps every tensor alive during the call, and no output shares memory with one.
@@ -166,6 +172,7 @@ pub(super) fn backward(
                     key: grad_key.tensor_mut("grad_key")?,
                     value: grad_value.tensor_mut("grad_value")?,
                     sinks: grad_sinks.as_ref().map(|sinks| sinks.contiguous_mut("grad_sinks")).transpose()?,
+                    bias: grad_bias.as_ref().map(|tensor| tensor.bias_gradient("grad_bias")).transpose()?,
                 };
                 crate::backward(&problem, &inputs, &saved, plan.contiguous::<u8>("plan")?, &mut gradients)
             }

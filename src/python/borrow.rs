@@ -5,7 +5,7 @@ use pyo3::{FromPyObject, Py, PyAny};
 
 use crate::error::{Error, Result};
 use crate::tensor::span;
-use crate::{Bias, BiasData, Mask, Tensor, TensorMut};
+use crate::{Bias, BiasData, BiasGradient, Mask, Tensor, TensorMut};
 
 /// Element types, numbered as in `mra_attention._native`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,6 +194,23 @@ impl Descriptor {
             }
         };
         Bias::new(name, data, shape, strides)
+    }
+
+    /// The gradient of a bias.
+    ///
+    /// # Safety
+    /// - As [`Self::slice_mut`].
+    pub(super) unsafe fn bias_gradient<'a>(&self, name: &str) -> Result<BiasGradient<'a>> {
+        // SAFETY: the caller's.
+        unsafe {
+            Ok(match self.dtype()? {
+                Dtype::F32 => BiasGradient::F32(self.tensor_mut(name)?),
+                Dtype::F64 => BiasGradient::F64(self.tensor_mut(name)?),
+                Dtype::Bf16 => BiasGradient::Bf16(self.tensor_mut(name)?),
+                Dtype::F16 => BiasGradient::F16(self.tensor_mut(name)?),
+                dtype => return Err(Error::new(format!("{name}: dtype {dtype:?}, expected a floating point type"))),
+            })
+        }
     }
 
     /// Contiguous elements of any shape.

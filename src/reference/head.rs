@@ -33,6 +33,7 @@ pub(super) struct HeadGradients<'a> {
     pub(super) key: ArrayViewMut2<'a, f64>,
     pub(super) value: ArrayViewMut2<'a, f64>,
     pub(super) sink: &'a mut f64,
+    pub(super) bias: ArrayViewMut2<'a, f64>,
 }
 
 fn dot(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
@@ -183,6 +184,7 @@ impl Head<'_> {
                     add(&mut to.query, t, factor, self.key.row(s));
                     add(&mut to.key, s, factor, self.query.row(t));
                     add(&mut to.value, s, p, g);
+                    to.bias[[t, s]] += ds;
                 }
             }
         }
@@ -215,6 +217,9 @@ impl Head<'_> {
                 add(&mut dqh.view_mut(), i, factor, kh.row(j));
                 add(&mut dkh.view_mut(), j, factor, qh.row(i));
                 add(&mut dvh.view_mut(), j, count * w, sum_g.view());
+                for (&t, &s) in row.pooled.iter().flat_map(|t| keys[j].iter().map(move |s| (t, s))) {
+                    to.bias[[t, s]] += dc / (row.pooled.len() * keys[j].len()) as f64;
+                }
             }
         }
         spread(&dqh, rows.iter().map(|row| &row.pooled), &mut to.query);

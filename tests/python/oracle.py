@@ -10,6 +10,7 @@ in the token form. Batch items may have unlike numbers of rows and blocks: what 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "Result",
     "Settings",
     "attention",
+    "bias_gradient",
     "clean_grad_out",
     "closed_form_gradients",
     "exact_blocks",
@@ -206,6 +208,30 @@ def run(
         return Result(out, lse, *(torch.zeros_like(x) for x in leaves))
     dq, dk, dv = torch.autograd.grad(target, leaves, allow_unused=True, materialize_grads=True)
     return Result(out, lse, dq, dk, dv)
+
+
+def bias_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    settings: Settings,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    keep: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The gradient of the bias by autograd, for a given selection, in the shape of the bias."""
+    assert settings.bias is not None
+    leaf = settings.bias.detach().double().requires_grad_()
+    given = replace(settings, bias=leaf)
+    with torch.no_grad():
+        _, lse = attention(query, key, value, selected, given, keep=keep)
+    g, gl, active = _incoming(query, key, given, grad_out, grad_lse, torch.float64)
+    given = replace(given)  # geometries are kept for settings, and those of above record nothing
+    out, target_lse = attention(query, key, value, selected, given, keep=keep, active=active)
+    counts = active & (lse > -math.inf)
+    target = (out[active] * g[active]).sum() + (target_lse[counts] * gl[counts]).sum()
+    return torch.autograd.grad(target, leaf, allow_unused=True, materialize_grads=True)[0]
 
 
 def run_packed(

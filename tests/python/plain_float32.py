@@ -79,8 +79,11 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    with_bias: bool = False,
 ) -> list[Tensor]:
     """The output and, with grad_out, the gradients, for the arguments of torch's function; stored in query's dtype.
+
+    With `with_bias`, that of `attn_mask` too.
 
     The gradients start from the stored output and log-sum-exp, as those of any attention that keeps no weights.
     """
@@ -105,7 +108,8 @@ def attention(
         gradients = scale * (change @ k), scale * (change.mT @ q), weights.mT @ g
         groups = 1, group, group
         like = (query, key, value)
-        return [out, *(_sum_to(*x) for x in zip(gradients, groups, like, strict=True))]
+        results = [out, *(_sum_to(*x) for x in zip(gradients, groups, like, strict=True))]
+        return [*results, _sum_to(change, 1, attn_mask)] if with_bias and attn_mask is not None else results
 
 
 def _sum_to(gradient: Tensor, group: int, x: Tensor) -> Tensor:

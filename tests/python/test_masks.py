@@ -322,16 +322,6 @@ def test_autocast_casts_the_bias_as_torch_does() -> None:
     assert (expected[:, :, 10:] == 0).all()
 
 
-def test_a_bias_with_gradient_is_refused() -> None:
-    query, key, value, *_ = random_inputs(SHAPE)
-    bias = torch.zeros(43, 51, requires_grad=True)
-    with pytest.raises(NotImplementedError, match=r"attn_mask requires a gradient.*detach"):
-        mra_attention.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    with torch.no_grad():
-        mra_attention.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    mra_attention.scaled_dot_product_attention(query, key, value, attn_mask=bias.detach())
-
-
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 @pytest.mark.parametrize("shape", [(43, 51), (1, 2, 43, 51), (2, 1, 43, 51)])
 def test_vmap_over_inputs_and_masks(shape: tuple[int, ...], mode: Any) -> None:

@@ -77,9 +77,10 @@ def test_opcheck(shape, layout, masked, form):
         grads = (lay_out(torch.randn_like(out), layout), grad_lse)
         query, key, value = (x.detach() for x in given[:3])
         constant = given._replace(query=query, key=key, value=value)
-        opcheck(OPS.backward, (*grads, *for_backward(constant, out, lse, chosen), *settings), quick)
+        wanted = given.attn_bias is not None
+        opcheck(OPS.backward, (*grads, *for_backward(constant, out, lse, chosen), wanted, *settings), quick)
         # With inputs that require gradients, test_aot_dispatch_dynamic would ask for the second derivative.
-        opcheck(OPS.backward, (*grads, *for_backward(given, out, lse, chosen), *settings), quick=True)
+        opcheck(OPS.backward, (*grads, *for_backward(given, out, lse, chosen), wanted, *settings), quick=True)
 
 
 STORED = ["BHL", "BLH", "LBH", "LHB", "HBL", "HLB"]

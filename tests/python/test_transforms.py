@@ -193,22 +193,6 @@ def test_a_bias_with_a_tangent_is_refused() -> None:
         scaled_dot_product_attention(query, key, value, forward_ad.make_dual(BIAS, BIAS))
 
 
-def test_a_bias_that_is_differentiated_is_refused() -> None:
-    """By torch.func, too, which does not mark what it differentiates as `requires_grad`."""
-    query, key, value = inputs()
-
-    def loss(bias: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, bias).sum()
-
-    for function in (loss, lambda bias: loss(2 * bias)):
-        with pytest.raises(NotImplementedError, match=r"attn_mask requires a gradient.*detach"):
-            torch.func.grad(function)(BIAS)
-        with pytest.raises(NotImplementedError, match=r"attn_mask requires a gradient.*detach"):
-            torch.func.vjp(function, BIAS)
-    out = torch.func.grad(lambda query: scaled_dot_product_attention(query, key, value, BIAS).sum())(query)
-    assert out.isfinite().all()
-
-
 @by_form
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(form: str, use_reentrant: bool) -> None:

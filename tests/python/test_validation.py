@@ -154,11 +154,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
             "torch.float64",
         ],
     ),
-    "mask-gradient": (
-        {"attn_mask": torch.zeros(40, 48, requires_grad=True)},
-        NotImplementedError,
-        ["attn_mask requires a gradient", "attn_mask.detach()"],
-    ),
     "mask-wrong-length": (
         {"attn_mask": boolean(2, 1, 1, 47)},
         ValueError,

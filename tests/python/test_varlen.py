@@ -260,7 +260,7 @@ def test_opcheck(form):
     rest = arguments.for_backward(
         inputs._replace(query=query.detach(), key=key.detach(), value=value.detach()), out, lse, chosen
     )
-    given = (torch.randn_like(out), torch.randn_like(lse), *rest, *settings)
+    given = (torch.randn_like(out), torch.randn_like(lse), *rest, False, *settings)
     assert set(torch.library.opcheck(OPS.backward.default, given, **more).values()) == {"SUCCESS"}
 
 

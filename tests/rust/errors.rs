@@ -204,6 +204,7 @@ fn call(shapes: &Shapes) -> [Result<()>; 3] {
         key: contiguous_mut(grad_key, shapes.grad_key),
         value: contiguous_mut(grad_value, shapes.grad_value),
         sinks: None,
+        bias: None,
     };
     let results = [
         forward(&problem, &inputs, None, Selection::Given(&plan), &mut out, &mut lse),

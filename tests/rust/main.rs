@@ -7,6 +7,7 @@
 #![allow(clippy::float_cmp, reason = "what must be equal to the bit is compared so")]
 
 mod append;
+mod bias_gradient;
 mod dropout;
 mod errors;
 mod extremes;

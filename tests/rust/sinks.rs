@@ -43,6 +43,7 @@ fn gradients_are_those_of_the_formulas() {
                     query: grad_query.tensor_mut("grad_query"),
                     key: grad_key.tensor_mut("grad_key"),
                     value: grad_value.tensor_mut("grad_value"),
+                    bias: None,
                     sinks: Some(&mut sinks),
                 };
                 backward(problem, &inputs, &saved, &plan_of(problem, &expected.selected), &mut gradients)

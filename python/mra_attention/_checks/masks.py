@@ -65,11 +65,6 @@ def _check_kind(mask: Any, dtype: torch.dtype) -> None:
             f"dtype of query, {dtype}; got {mask.dtype}"
         )
     check_cpu("attn_mask", mask)
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "attn_mask requires a gradient, and mra_attention computes none for it; pass attn_mask.detach(), or call "
-            "torch.nn.functional.scaled_dot_product_attention where the bias is to be learned"
-        )
 
 
 def _is_same_along(mask: Tensor, dimension: int) -> bool:

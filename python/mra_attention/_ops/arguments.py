@@ -1,7 +1,8 @@
 """The arguments of the operators, written once: names, order and types, from which schemas and calls are made.
 
 `forward` takes `Inputs`, then `Settings`; `select` the tensors of it that a selection depends on, then `Settings`;
-`backward` the gradients of out and lse, `Inputs` with the plan that was used, out, lse, then `Settings`.
+`backward` the gradients of out and lse, `Inputs` with the plan that was used, out, lse, whether `attn_bias` is to have
+a gradient, then `Settings`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Settings(NamedTuple):
 
 
 COUNT = len(Inputs._fields)
+BIAS = Inputs._fields.index("attn_bias")
+SINKS = Inputs._fields.index("sinks")
 _LEFT_OUT_BY_SELECT = ("value", "sinks", "plan", "seed")
 SELECT_FIELDS = tuple(name for name in Inputs._fields if name not in _LEFT_OUT_BY_SELECT)
 
@@ -87,10 +90,11 @@ def _parameters(fields: type, names: tuple[str, ...]) -> list[str]:
 
 
 _INPUTS, _SETTINGS = _parameters(Inputs, Inputs._fields), _parameters(Settings, Settings._fields)
+_OF_BACKWARD = ("Tensor out", "Tensor lse", "bool wants_grad_bias")
 FORWARD_SCHEMA = f"({', '.join(_INPUTS + _SETTINGS)}) -> (Tensor out, Tensor lse, Tensor plan_out)"
 BACKWARD_SCHEMA = (
-    f"({', '.join(['Tensor grad_out', 'Tensor? grad_lse', *_INPUTS, 'Tensor out', 'Tensor lse', *_SETTINGS])})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks)"
+    f"({', '.join(['Tensor grad_out', 'Tensor? grad_lse', *_INPUTS, *_OF_BACKWARD, *_SETTINGS])})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks)"
 )
 SELECT_SCHEMA = f"({', '.join(_parameters(Inputs, SELECT_FIELDS) + _SETTINGS)}) -> Tensor"
 
@@ -110,6 +114,7 @@ class BackwardCall(NamedTuple):
     inputs: Inputs
     out: Tensor
     lse: Tensor
+    wants_grad_bias: bool
     settings: Settings
 
 
@@ -127,12 +132,13 @@ def of_select(args: tuple[Any, ...]) -> Call:
 def of_backward(args: tuple[Any, ...]) -> BackwardCall:
     """Sort the arguments of `backward`."""
     end = 2 + COUNT
-    inputs, settings = Inputs(*args[2:end]), Settings(*args[end + 2 :])
-    return BackwardCall(args[0], args[1], inputs, args[end], args[end + 1], settings)
+    inputs, settings = Inputs(*args[2:end]), Settings(*args[end + len(_OF_BACKWARD) :])
+    out, lse, wants_grad_bias = args[end : end + len(_OF_BACKWARD)]
+    return BackwardCall(args[0], args[1], inputs, out, lse, wants_grad_bias, settings)
 
 
 def for_backward(inputs: Inputs, out: Tensor, lse: Tensor, plan: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the tensors that `backward` takes behind the two gradients."""
+    """Return the tensors that `backward` takes behind the two gradients and before the rest."""
     return (*inputs._replace(plan=plan), out, lse)
 
 

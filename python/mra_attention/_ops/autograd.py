@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import cpu, folding, refusals
-from .arguments import COUNT, Inputs, Settings, for_backward
+from .arguments import BIAS, COUNT, SINKS, Inputs, Settings, for_backward
 
 Tensors3: TypeAlias = tuple[Tensor, Tensor, Tensor]
-Tensors4: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Private to torch, hence the defaults: without them torch.func fails loudly below, and all the rest works.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -28,9 +28,6 @@ _jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: Fals
 _modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
-
-
-_SINKS = Inputs._fields.index("sinks")
 
 
 def _forward_op() -> Any:
@@ -51,12 +48,14 @@ def _save_for_backward(ctx: Any, args: tuple[Any, ...], output: Tensors3) -> Non
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradient of every argument of `forward`."""
     tensors = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None, None)
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    # Counted from the end: what comes before the arguments differs.
+    wants_grad_bias: bool = ctx.needs_input_grad[BIAS - COUNT - len(ctx.settings)]
     if grad_out is None and grad_lse is not None:
         grad_out = torch.zeros_like(tensors[COUNT])
     if grad_out is not None:
         refusals.refuse_forward_ad(grad_out, grad_lse, *tensors[:3])
-        args = (grad_out, grad_lse, *tensors, *ctx.settings)
+        args = (grad_out, grad_lse, *tensors, wants_grad_bias, *ctx.settings)
         if transforms_active():
             grads = _BackwardFunction.apply(*args)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -64,10 +63,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         else:  # nothing to record, so the autograd kernel can be left out
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _backward_op()(*args)
-    of_inputs: list[Tensor | None] = [*grads[:3], *(None,) * (COUNT - 3 + len(ctx.settings))]
-    if tensors[_SINKS] is not None:
-        of_inputs[_SINKS] = grads[3]
-    return tuple(of_inputs)
+    of_arguments: list[Tensor | None] = [*grads[:3], *(None,) * (COUNT - 3 + len(ctx.settings))]
+    if wants_grad_bias:
+        of_arguments[BIAS] = grads[3]
+    if tensors[SINKS] is not None:
+        of_arguments[SINKS] = grads[4]
+    return tuple(of_arguments)
 
 
 class _RecordedForward(torch.autograd.Function):
@@ -106,14 +107,12 @@ def _forward_below_autograd(keyset: Any, args: tuple[Any, ...]) -> Tensors3:
 
 
 def _is_recorded(args: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    sinks = args[_SINKS]
-    return (
+    return torch.is_grad_enabled() and (
         args[0].requires_grad
         or args[1].requires_grad
         or args[2].requires_grad
-        or (sinks is not None and sinks.requires_grad)
+        or (args[BIAS] is not None and args[BIAS].requires_grad)
+        or (args[SINKS] is not None and args[SINKS].requires_grad)
     )
 
 
@@ -149,7 +148,7 @@ class _ForwardFunction(torch.autograd.Function):
 
 class _BackwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(*args: Any) -> Tensors4:
+    def forward(*args: Any) -> Gradients:
         return _backward_op()(*args)
 
     @staticmethod
@@ -163,7 +162,9 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         grads = _BackwardFunction.apply(*folding.fold_backward(info.batch_size, in_dims, args))
-        return tuple(folding.unfold(info.batch_size, grad) for grad in grads), (0, 0, 0, 0)
+        unfolded = [folding.unfold(info.batch_size, grad) for grad in grads]
+        unfolded[3] = folding.like_bias(unfolded[3], in_dims, args)
+        return tuple(unfolded), (0, 0, 0, 0, 0)
 
 
 class _SelectFunction(torch.autograd.Function):

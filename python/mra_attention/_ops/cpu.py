@@ -116,12 +116,12 @@ def _forward(
     )
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and sinks."""
-    grad_out, grad_lse, inputs, out, lse, settings = of_backward(args)
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, bias and sinks; the last two are empty if they are not wanted."""
+    grad_out, grad_lse, inputs, out, lse, wants_grad_bias, settings = of_backward(args)
     if inputs.plan is None:
         raise ValueError("plan is None, but a gradient belongs to the selection of its forward pass; pass plan_out")
-    grads = empty_grads(inputs)
+    grads = empty_grads(inputs, wants_grad_bias)
     grad_out, query, key, value = rows(grad_out), rows(inputs.query), rows(inputs.key), rows(inputs.value)
     plan, out, lse = inputs.plan.contiguous(), rows(out), lse.contiguous()
     _core.backward(
@@ -138,7 +138,8 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         describe(grads[0]),
         describe(grads[1]),
         describe(grads[2]),
-        describe(grads[3]) if inputs.sinks is not None else None,
+        describe(grads[3]) if wants_grad_bias else None,
+        describe(grads[4]) if inputs.sinks is not None else None,
         settings=settings,
         sequences=read_boundaries(inputs),
         seed=_seed(inputs.seed),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import refusals
-from .arguments import SELECT_FIELDS, Inputs
+from .arguments import SELECT_FIELDS, Inputs, of_backward
 
 _OF_INPUTS = {name: at for at, name in enumerate(Inputs._fields)}
 _OF_SELECT = {name: at for at, name in enumerate(SELECT_FIELDS)}
@@ -19,15 +19,17 @@ def _fold(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     return mapped.flatten(0, 1)
 
 
-def _fold_bias(bias: Tensor, dim: int | None, count: int, batch: int) -> Tensor:
-    """Fold a mask or bias; it keeps the batch size 1 where it may, since it is large."""
+def _fold_bias(bias: Tensor, dim: int | None, count: int, batch: int, whole: bool) -> Tensor:
+    """Fold a mask or bias; unless it is to be `whole`, it keeps the batch size 1 where it may, since it is large."""
     bias = bias.unsqueeze(0) if dim is None else bias.movedim(dim, 0)
-    if bias.shape[0] == bias.shape[1] == 1:
+    if not whole and bias.shape[0] == bias.shape[1] == 1:
         return bias[0]
     return bias.expand(count, batch, *bias.shape[2:]).flatten(0, 1)
 
 
-def _fold_all(count: int, dims: tuple[Any, ...], args: tuple[Any, ...], at: dict[str, int], start: int) -> list[Any]:
+def _fold_all(
+    count: int, dims: tuple[Any, ...], args: tuple[Any, ...], at: dict[str, int], start: int, whole_bias: bool = False
+) -> list[Any]:
     """Fold every tensor of a call whose inputs begin at `start`."""
     places = {name: start + place for name, place in at.items()}
     if args[places["cu_seqlens_q"]] is not None:
@@ -39,7 +41,7 @@ def _fold_all(count: int, dims: tuple[Any, ...], args: tuple[Any, ...], at: dict
         if not isinstance(arg, Tensor) or place in (places["mask_tiles"], places.get("seed")):
             folded.append(arg)
         elif place == places["attn_bias"]:
-            folded.append(_fold_bias(arg, dim, count, batch))
+            folded.append(_fold_bias(arg, dim, count, batch, whole_bias))
         else:
             folded.append(_fold(arg, dim, count))
     return folded
@@ -60,7 +62,17 @@ def fold_forward(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> li
 def fold_backward(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
     """Fold the arguments of `backward`."""
     refusals.refuse_dropout_below_vmap(args[-1])
-    return _fold_all(count, dims, args, _OF_INPUTS, 2)
+    # Every map has a gradient of its own, even of a bias that is not mapped.
+    return _fold_all(count, dims, args, _OF_INPUTS, 2, of_backward(args).wants_grad_bias)
+
+
+def like_bias(grad: Tensor, dims: tuple[Any, ...], args: tuple[Any, ...]) -> Tensor:
+    """Give the gradient of a folded bias, unfolded, the batch size of the bias: 1 where that is repeated."""
+    place = 2 + _OF_INPUTS["attn_bias"]
+    if not of_backward(args).wants_grad_bias:
+        return grad
+    bias = args[place] if dims[place] is None else args[place].movedim(dims[place], 0)[0]
+    return grad.sum_to_size(grad.shape[0], *bias.shape)
 
 
 def fold_select(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:

@@ -81,15 +81,25 @@ def empty_results(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, T
     return out, empty_lse(inputs.query), empty_plan(inputs, settings)
 
 
-def empty_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the gradients of query, key, value and sinks; the last one is empty where there are no sinks."""
+def empty_grads(inputs: Inputs, wants_grad_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the gradients of query, key, value, bias and sinks; the last two are empty if they are not wanted."""
     packed = is_packed(inputs)
     query, key, value = inputs[:3]
+    sinks = 0 if inputs.sinks is None else query.shape[1]
     return (
         _empty(query, query.shape[3], packed),
         _empty(key, key.shape[3], packed),
         _empty(value, value.shape[3], packed),
-        torch.empty(
-            (query.shape[0], 0 if inputs.sinks is None else query.shape[1]), dtype=torch.float64, device=query.device
-        ),
+        _empty_grad_bias(inputs, wants_grad_bias),
+        torch.empty((query.shape[0], sinks), dtype=torch.float64, device=query.device),
     )
+
+
+def _empty_grad_bias(inputs: Inputs, wanted: bool) -> Tensor:
+    query, bias = inputs.query, inputs.attn_bias
+    if not wanted:
+        return torch.empty(0, dtype=query.dtype, device=query.device)
+    if bias is None or not bias.is_floating_point():
+        given = "None" if bias is None else f"a {bias.dtype} tensor"
+        raise ValueError(f"wants_grad_bias=True, but attn_bias is {given}; a floating point bias has a gradient")
+    return torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)

@@ -29,7 +29,7 @@ from .arguments import (
     of_forward,
     of_select,
 )
-from .autograd import Tensors3, Tensors4
+from .autograd import Gradients, Tensors3
 
 # The strides of the outputs follow those of the inputs, so a compiler must pass inputs with the strides it has traced.
 _TAGS = (
@@ -52,10 +52,10 @@ def _fake_forward(*args: Any) -> Tensors3:
     return outputs.empty_results(inputs, settings)
 
 
-def _fake_backward(*args: Any) -> Tensors4:
+def _fake_backward(*args: Any) -> Gradients:
     call = of_backward(args)
     refusals.check_device(*call.inputs, call.grad_out, call.grad_lse, call.out, call.lse)
-    return outputs.empty_grads(call.inputs)
+    return outputs.empty_grads(call.inputs, call.wants_grad_bias)
 
 
 def _fake_select(*args: Any) -> Tensor:

@@ -32,6 +32,8 @@ pub(crate) struct GradientTile<T> {
     /// Whether a weight of 0 hides even a NaN.
     guard: bool,
     scale: T,
+    /// What the gradients of the logits are multiplied by: the scale, for the gradients of queries and keys.
+    factor: T,
     head_dim: usize,
     value_dim: usize,
     /// Channels of a key, rounded up to whole vectors.
@@ -50,7 +52,7 @@ pub(crate) struct GradientTile<T> {
     weights: Buffer<T>,
     gradients: Buffer<T>,
     softcap: Option<T>,
-    /// The derivatives of capped logits.
+    /// The derivatives of capped logits, if the gradients are to be multiplied by them.
     slopes: Buffer<T>,
     /// The gradient of the queries: a row of `key_width` for each.
     pub(crate) dq: Buffer<T>,
@@ -100,6 +102,7 @@ impl<T: Scalar> GradientTile<T> {
             any_idle: false,
             guard: false,
             scale: T::from_f64(problem.scale),
+            factor: T::from_f64(problem.scale),
             head_dim,
             value_dim,
             key_width,
@@ -124,6 +127,11 @@ impl<T: Scalar> GradientTile<T> {
     /// As [`Self::new`], for tensors of `E` alone, which may be bfloat16 that is multiplied as it is.
     pub(crate) fn for_tensors<E: Element<Compute = T>>(problem: &Problem<'_>, columns: usize, value_dim: usize) -> Self {
         Self { bf16: Bf16Logits::new::<E>(problem, columns), ..Self::new(problem, columns, value_dim) }
+    }
+
+    /// A tile for [`Self::differentiate`], of which the gradients are those of the logits themselves.
+    pub(crate) fn of_logits(self) -> Self {
+        Self { factor: T::from_f64(1.0), slopes: Buffer::scratch(0), ..self }
     }
 
     /// Says whether biases are added to the logits of the tiles that follow.
@@ -179,42 +187,7 @@ impl<T: Scalar> GradientTile<T> {
         mut sums: Option<KeySums<'_, T>>,
         adjust: impl FnOnce(&mut [T], usize),
     ) {
-        let columns = self.columns;
-        // An idle query adds nothing, not even 0 times the NaN of a key.
-        let finite = |rows: Matrix<'_, T>| T::run(self.level, AllFinite(rows));
-        self.guard = self.any_idle && !batch.parts(source).all(|part| finite(part.keys) && finite(part.values));
-        if let Some(bf16) = self.bf16.as_mut().filter(|_| !self.biased) {
-            bf16.compute(batch, source, float32(&mut self.weights));
-        }
-        for part in batch.parts(source) {
-            let dk = sums.as_ref().map(|sums| rows(&sums.dk[sums.start(&part, self.key_width)..], &part, self.key_width));
-            self.logits_and_products(&part, source.ahead(part.values), dk.and_then(|dk| source.ahead(dk)));
-        }
-        if let Some(cap) = self.softcap {
-            let (logits, slopes) =
-                (&mut self.weights[..batch.rows() * columns], Some(&mut self.slopes[..batch.rows() * columns]));
-            T::run(self.level, Softcap { logits, cap, slopes });
-        }
-        adjust(&mut self.weights[..batch.rows() * columns], columns);
-        if let Some(dropped) = &mut self.dropped {
-            dropped.read_keys(batch, source);
-            dropped.drop_weights(self.level, &mut self.gradients, columns);
-        }
-        T::run(
-            self.level,
-            LogitGradient {
-                weights: MatrixMut::new(&mut self.weights, batch.rows(), columns, columns),
-                gradients: MatrixMut::new(&mut self.gradients, batch.rows(), columns, columns),
-                lse: &self.lse,
-                delta: &self.delta,
-                factor: self.scale,
-                slopes: self.softcap.map(|_| Matrix::new(&self.slopes, batch.rows(), columns, columns)),
-                guard: self.guard,
-            },
-        );
-        if let Some(dropped) = &self.dropped {
-            dropped.drop_weights(self.level, &mut self.weights, columns);
-        }
+        self.differentiate(batch, source, sums.as_ref(), adjust);
         for part in batch.parts(source) {
             if let Some(sums) = &mut sums {
                 self.add_to_keys(&part, source, sums);
@@ -223,6 +196,54 @@ impl<T: Scalar> GradientTile<T> {
                 self.add_to_queries(&part);
             }
         }
+    }
+
+    /// Computes the weights of a batch of keys and the gradients of its logits, which it returns: one row per key, a lane for each
+    /// query. `ahead` is prefetched on the way.
+    pub(crate) fn differentiate<E: Element<Compute = T>>(
+        &mut self,
+        batch: &KeyBatch<T>,
+        source: &KeySource<'_, E>,
+        ahead: Option<&KeySums<'_, T>>,
+        adjust: impl FnOnce(&mut [T], usize),
+    ) -> Matrix<'_, T> {
+        let columns = self.columns;
+        // An idle query adds nothing, not even 0 times the NaN of a key.
+        let finite = |rows: Matrix<'_, T>| T::run(self.level, AllFinite(rows));
+        self.guard = self.any_idle && !batch.parts(source).all(|part| finite(part.keys) && finite(part.values));
+        if let Some(bf16) = self.bf16.as_mut().filter(|_| !self.biased) {
+            bf16.compute(batch, source, float32(&mut self.weights));
+        }
+        for part in batch.parts(source) {
+            let dk = ahead.map(|sums| rows(&sums.dk[sums.start(&part, self.key_width)..], &part, self.key_width));
+            self.logits_and_products(&part, source.ahead(part.values), dk.and_then(|dk| source.ahead(dk)));
+        }
+        if let Some(cap) = self.softcap {
+            let (logits, slopes) = (&mut self.weights[..batch.rows() * columns], self.slopes.get_mut(..batch.rows() * columns));
+            T::run(self.level, Softcap { logits, cap, slopes });
+        }
+        adjust(&mut self.weights[..batch.rows() * columns], columns);
+        if let Some(dropped) = &mut self.dropped {
+            dropped.read_keys(batch, source);
+            dropped.drop_weights(self.level, &mut self.gradients, columns);
+        }
+        let slopes = self.softcap.and(self.slopes.get(..batch.rows() * columns));
+        T::run(
+            self.level,
+            LogitGradient {
+                weights: MatrixMut::new(&mut self.weights, batch.rows(), columns, columns),
+                gradients: MatrixMut::new(&mut self.gradients, batch.rows(), columns, columns),
+                lse: &self.lse,
+                delta: &self.delta,
+                slopes: slopes.map(|slopes| Matrix::new(slopes, batch.rows(), columns, columns)),
+                factor: self.factor,
+                guard: self.guard,
+            },
+        );
+        if let Some(dropped) = &self.dropped {
+            dropped.drop_weights(self.level, &mut self.weights, columns);
+        }
+        Matrix::new(&self.gradients, batch.rows(), columns, columns)
     }
 
     /// The logits, unless they are there, and the products of values and gradients. `values` and `dk` are prefetched on the way.

@@ -35,13 +35,13 @@ pub(crate) fn backward<E: Element>(
     plan: &[u8],
     gradients: &Gradients<'_, E>,
 ) {
-    let value_dim = inputs.value.shape()[3];
     let plan = &BlockPlan::read(problem, batch, plan);
-    let coarse = (problem.mode == Mode::Full).then(|| coarse_backward(problem, batch, inputs, grad_out, terms, plan));
-    let zeros = vec![E::default(); problem.head_dim.max(value_dim)];
-    let pass = Pass { problem, batch, inputs, grad_out, terms, plan, coarse, gradients, value_dim, zeros };
+    let mut pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
+    if problem.mode == Mode::Full {
+        pass.coarse = Some(coarse_backward(problem, batch, inputs, grad_out, terms, plan));
+    }
     let products = plan.num_blocks() * problem.block_size.pow(2) * 3;
-    let threads = problem.threads_for(products * (problem.head_dim + value_dim));
+    let threads = problem.threads_for(products * (problem.head_dim + pass.value_dim));
     if one_pass(batch.groups(), threads) {
         pass.by_groups(threads);
     } else {
@@ -51,16 +51,16 @@ pub(crate) fn backward<E: Element>(
 }
 
 /// What a thread computes a block in.
-struct Buffers<T> {
-    tile: GradientTile<T>,
-    keys: KeyBatch<T>,
-    bias: BiasTile<T>,
+pub(super) struct Buffers<T> {
+    pub(super) tile: GradientTile<T>,
+    pub(super) keys: KeyBatch<T>,
+    pub(super) bias: BiasTile<T>,
 }
 
 /// The exact blocks of all heads, and the writing of the results.
-struct Pass<'a, 'g, E: Element> {
-    problem: &'a Problem<'a>,
-    batch: &'a Batch<'a>,
+pub(super) struct Pass<'a, 'g, E: Element> {
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) batch: &'a Batch<'a>,
     inputs: &'a Inputs<'a, E>,
     grad_out: &'a Tensor<'a, E>,
     terms: &'a [QueryTerms<E::Compute>],
@@ -72,7 +72,22 @@ struct Pass<'a, 'g, E: Element> {
     zeros: Vec<E>,
 }
 
-impl<E: Element> Pass<'_, '_, E> {
+impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
+    /// The exact blocks alone: the coarse level is computed by itself.
+    pub(super) fn new(
+        problem: &'a Problem<'a>,
+        batch: &'a Batch<'a>,
+        inputs: &'a Inputs<'a, E>,
+        grad_out: &'a Tensor<'a, E>,
+        terms: &'a [QueryTerms<E::Compute>],
+        plan: &'a BlockPlan,
+        gradients: &'a Gradients<'g, E>,
+    ) -> Self {
+        let value_dim = inputs.value.shape()[3];
+        let zeros = vec![E::default(); problem.head_dim.max(value_dim)];
+        Self { problem, batch, inputs, grad_out, terms, plan, coarse: None, gradients, value_dim, zeros }
+    }
+
     /// One task for each group of heads that share keys: all gradients in one pass.
     fn by_groups(&self, threads: usize) {
         let scratch = || {
@@ -146,7 +161,7 @@ impl<E: Element> Pass<'_, '_, E> {
         });
     }
 
-    fn buffers(&self) -> Buffers<E::Compute> {
+    pub(super) fn buffers(&self) -> Buffers<E::Compute> {
         let columns = tile_columns::<E::Compute>(self.problem);
         Buffers {
             tile: GradientTile::for_tensors::<E>(self.problem, columns, self.value_dim),
@@ -156,13 +171,13 @@ impl<E: Element> Pass<'_, '_, E> {
     }
 
     /// The keys and values of a group of heads.
-    fn source(&self, group: usize) -> KeySource<'_, E> {
+    pub(super) fn source(&self, group: usize) -> KeySource<'_, E> {
         let (item, kv_head) = self.batch.item_and_kv_head(group);
         let (keys, values) = (self.inputs.key.head(item, kv_head), self.inputs.value.head(item, kv_head));
         KeySource::new(self.problem, keys, values, &self.batch.segment_of_group(group).keys)
     }
 
-    fn start(&self, head: usize, queries: Range<usize>, tile: &mut GradientTile<E::Compute>) {
+    pub(super) fn start(&self, head: usize, queries: Range<usize>, tile: &mut GradientTile<E::Compute>) {
         let (item, head_of_item) = self.batch.item_and_head(head);
         let rows = &self.batch.segment(head).rows;
         tile.set_biased(self.batch.segment(head).is_biased());
@@ -200,23 +215,12 @@ impl<E: Element> Pass<'_, '_, E> {
         }
         for queries in tiles(rows.numbers(i)) {
             self.start(head, queries.clone(), tile);
-            let mut step = |tile: &mut GradientTile<E::Compute>, keys: &KeyBatch<E::Compute>| {
+            let step = |keys: &KeyBatch<E::Compute>| {
                 tile.add(keys, source, true, sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
                     bias.apply(self.problem, self.batch, head, &queries, keys, logits, columns);
                 });
             };
-            keys.clear();
-            for &j in self.plan.row(self.batch, head, i) {
-                let numbers = source.numbers(j as usize);
-                if !keys.push(source, numbers.clone()) {
-                    step(tile, keys);
-                    keys.clear();
-                    assert!(keys.push(source, numbers), "an empty batch has room for a block");
-                }
-            }
-            if keys.rows() > 0 {
-                step(tile, keys);
-            }
+            self.for_batches(head, i, keys, source, step);
             let pooled = self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i));
             for (query, number) in queries.enumerate() {
                 let row = &mut tile.dq[query * tile.key_width..][..self.problem.head_dim];
@@ -225,6 +229,29 @@ impl<E: Element> Pass<'_, '_, E> {
                 let to = unsafe { self.gradients.query.row_mut(item, head_of_item, token) };
                 finish(row, pooled.filter(|_| segment.queries.counts(token)), segment.queries.count(i), to);
             }
+        }
+    }
+
+    /// Calls `step` with the selected keys of a block of queries, as many at a time as a batch holds.
+    pub(super) fn for_batches(
+        &self,
+        head: usize,
+        i: usize,
+        keys: &mut KeyBatch<E::Compute>,
+        source: &KeySource<'_, E>,
+        mut step: impl FnMut(&KeyBatch<E::Compute>),
+    ) {
+        keys.clear();
+        for &j in self.plan.row(self.batch, head, i) {
+            let numbers = source.numbers(j as usize);
+            if !keys.push(source, numbers.clone()) {
+                step(keys);
+                keys.clear();
+                assert!(keys.push(source, numbers), "an empty batch has room for a block");
+            }
+        }
+        if keys.rows() > 0 {
+            step(keys);
         }
     }
 

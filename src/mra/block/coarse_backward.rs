@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use super::coarse::{adjust, pooled_keys};
 use crate::exec::{Buffer, Chunks, threads};
-use crate::kernels::Stream;
+use crate::kernels::{Matrix, Stream};
 use crate::mra::attend::{GradientTile, KeyBatch, KeySource, KeySums, QueryTerms, TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::mra::for_parts;
 use crate::mra::inputs::Inputs;
@@ -67,26 +67,14 @@ pub(crate) fn coarse_backward<E: Element>(
     terms: &[QueryTerms<E::Compute>],
     plan: &BlockPlan,
 ) -> CoarseGradients<E::Compute> {
-    let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
-    let sums = BlockSums::new(problem, batch, grad_out, terms, plan);
-    let (key_width, value_width) = (pyramid.keys.width, values.width);
+    let pass = CoarsePass::new(problem, batch, inputs, grad_out, terms, plan);
+    let (key_width, value_width) = (pass.pyramid.keys.width, pass.values.width);
     let mut gradients = CoarseGradients {
         dq: Buffer::scratch(batch.rows() * key_width),
         dk: Buffer::scratch(batch.columns() * key_width),
         dv: Buffer::scratch(batch.columns() * value_width),
         key_width,
         value_width,
-    };
-    let pass = Pass {
-        problem,
-        batch,
-        plan,
-        pyramid: &pyramid,
-        values: &values,
-        sums: &sums,
-        pooled_keys: pooled_keys(batch),
-        value_dim: grad_out.shape()[3],
-        zeros: vec![E::Compute::ZERO; problem.head_dim],
     };
     let threads = problem.threads_for(problem.heads * batch.pairs_of_blocks() * 3 * (key_width + value_width));
     if one_pass(batch.groups(), threads) {
@@ -98,19 +86,42 @@ pub(crate) fn coarse_backward<E: Element>(
     gradients
 }
 
-struct Pass<'a, T: Scalar> {
+/// The pooled tokens of a call, and what is known of the gradients of their outputs.
+pub(crate) struct CoarsePass<'a, T: Scalar> {
     problem: &'a Problem<'a>,
     batch: &'a Batch<'a>,
     plan: &'a BlockPlan,
-    pyramid: &'a Pyramid<T>,
-    values: &'a Pooled<T>,
-    sums: &'a BlockSums<T>,
+    pyramid: Pyramid<T>,
+    values: Pooled<T>,
+    sums: BlockSums<T>,
     pooled_keys: Vec<Blocks>,
     value_dim: usize,
     zeros: Vec<T>,
 }
 
-impl<T: Scalar> Pass<'_, T> {
+impl<'a, T: Scalar> CoarsePass<'a, T> {
+    pub(crate) fn new<E: Element<Compute = T>>(
+        problem: &'a Problem<'a>,
+        batch: &'a Batch<'a>,
+        inputs: &Inputs<'_, E>,
+        grad_out: &Tensor<'_, E>,
+        terms: &[QueryTerms<T>],
+        plan: &'a BlockPlan,
+    ) -> Self {
+        let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
+        Self {
+            problem,
+            batch,
+            plan,
+            pyramid,
+            values,
+            sums: BlockSums::new(problem, batch, grad_out, terms, plan),
+            pooled_keys: pooled_keys(batch),
+            value_dim: grad_out.shape()[3],
+            zeros: vec![T::ZERO; problem.head_dim],
+        }
+    }
+
     fn by_groups(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
         let (batch, key_width, value_width) = (self.batch, gradients.key_width, gradients.value_width);
         let (dq, dk, dv) =
@@ -201,12 +212,12 @@ impl<T: Scalar> Pass<'_, T> {
         });
     }
 
-    fn buffers(&self) -> (GradientTile<T>, KeyBatch<T>) {
+    pub(crate) fn buffers(&self) -> (GradientTile<T>, KeyBatch<T>) {
         let tile = GradientTile::new(self.problem, coarse_tile_columns::<T>(self.problem), self.value_dim);
         (tile, KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim))
     }
 
-    fn start(&self, head: usize, rows: Range<usize>, tile: &mut GradientTile<T>) {
+    pub(crate) fn start(&self, head: usize, rows: Range<usize>, tile: &mut GradientTile<T>) {
         let queries = self.pyramid.queries.of_head(self.batch, head);
         let sums = self.sums.of_head(self.batch, head);
         // A block without a weight in the coarse level must not bring in a NaN of its queries.
@@ -233,14 +244,35 @@ impl<T: Scalar> Pass<'_, T> {
         want_dq: bool,
         sums: Option<KeySums<'_, T>>,
     ) {
-        let (batch, group) = (self.batch, self.batch.group(head));
-        let (key_means, value_means) = (self.pyramid.keys.of_group(batch, group), self.values.of_group(batch, group));
-        let source = KeySource::new(self.problem, key_means, value_means, &self.pooled_keys[head / self.problem.heads]);
+        let source = self.source(head);
         keys.clear();
         keys.push(&source, blocks.clone());
         tile.add(keys, &source, want_dq, sums, |logits, columns| {
-            adjust(self.problem, batch, self.plan, head, rows, blocks, logits, columns);
+            adjust(self.problem, self.batch, self.plan, head, rows, blocks, logits, columns);
         });
+    }
+
+    /// The gradients of the logits of a tile of rows, which it has started, on some blocks: one row for each of these.
+    pub(crate) fn logit_gradients<'t>(
+        &self,
+        head: usize,
+        rows: Range<usize>,
+        blocks: Range<usize>,
+        (tile, keys): &'t mut (GradientTile<T>, KeyBatch<T>),
+    ) -> Matrix<'t, T> {
+        let source = self.source(head);
+        keys.clear();
+        keys.push(&source, blocks.clone());
+        tile.differentiate(keys, &source, None, |logits, columns| {
+            adjust(self.problem, self.batch, self.plan, head, rows, blocks, logits, columns);
+        })
+    }
+
+    /// The means of keys and values that a flat head reads.
+    fn source(&self, head: usize) -> KeySource<'_, T> {
+        let (batch, group) = (self.batch, self.batch.group(head));
+        let (key_means, value_means) = (self.pyramid.keys.of_group(batch, group), self.values.of_group(batch, group));
+        KeySource::new(self.problem, key_means, value_means, &self.pooled_keys[head / self.problem.heads])
     }
 }
 

@@ -95,6 +95,12 @@ impl Blocks {
         self.listed.is_some() && (0..self.len).any(|block| self.count(block) == 0)
     }
 
+    /// The numbers of those of some tokens that count.
+    pub(crate) fn numbers_among(&self, tokens: &Range<usize>) -> Range<usize> {
+        let place = |token: usize| self.number_at(to_i64(token) - self.origin);
+        place(tokens.start)..place(tokens.end)
+    }
+
     /// Which token has this number.
     pub(crate) fn token(&self, number: usize) -> usize {
         self.listed.as_ref().map_or(self.tokens.start + number, |listed| listed.tokens[number])
@@ -176,6 +182,7 @@ mod tests {
         assert_eq!((blocks.range(0), blocks.range(2)), (5..12, 16..20));
         assert_eq!((blocks.number_at(-3), blocks.number_at(5), blocks.number_at(30)), (0, 5, 10));
         assert_eq!((blocks.block_of(4), blocks.token(0)), (1, 8));
+        assert_eq!((blocks.numbers_among(&(5..10)), blocks.numbers_among(&(11..20))), (0..2, 3..10));
         let nothing = Blocks::from_first(5..20, 4, |_| false);
         assert_eq!((nothing.len(), nothing.total(), nothing.range(0)), (1, 0, 5..20));
     }
@@ -186,6 +193,7 @@ mod tests {
         assert_eq!(blocks.len(), 5);
         assert_eq!((0..5).map(|j| blocks.count(j)).collect::<Vec<_>>(), [2, 4, 4, 4, 1]);
         assert_eq!((blocks.range(0), blocks.range(4)), (5..7, 19..20));
+        assert_eq!((blocks.numbers_among(&(5..8)), blocks.numbers_among(&(8..8))), (0..3, 3..3));
     }
 
     #[test]

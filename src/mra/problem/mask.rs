@@ -123,6 +123,11 @@ impl<'a> Bias<'a> {
         if self.strides[1] == 0 { self.shape[1].min(1) } else { self.shape[1] }
     }
 
+    /// Whether it is the same along each dimension.
+    pub(crate) fn is_repeated(&self) -> [bool; 4] {
+        std::array::from_fn(|dim| self.strides[dim] == 0 || self.shape[dim] <= 1)
+    }
+
     /// Whether all batch items have the same.
     pub(crate) fn is_same_for_items(&self) -> bool {
         self.strides[0] == 0

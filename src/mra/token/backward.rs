@@ -17,6 +17,7 @@ use std::ops::Range;
 use super::backward_range::{BlockBuffers, GroupSums, Scratch};
 use super::coarse::matrix;
 use super::forward::{RANGE_QUERIES, range_for_threads};
+use super::gradient::GradientTile;
 use super::queries_of_block::QueriesOfBlocks;
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::AllFinite;
@@ -39,11 +40,8 @@ pub(crate) fn backward<E: Element>(
     plan: &[u8],
     gradients: &Gradients<'_, E>,
 ) {
+    let pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
     let everything = problem.budget.is_everything();
-    let means = (problem.mode == Mode::Full && !everything).then(|| Means::new(problem, batch, inputs, None, true));
-    let finite_means = means.as_ref().map_or_else(Vec::new, |means| finite_means(problem, batch, means));
-    let value_dim = inputs.value.shape()[3];
-    let pass = Pass { problem, batch, inputs, grad_out, terms, plan, means, finite_means, gradients, value_dim };
     let products = batch.segments.iter().map(|segment| {
         let blocks = segment.keys.len();
         let exact = if everything { blocks } else { problem.plan_width(segment) };
@@ -84,7 +82,23 @@ pub(crate) struct Pass<'a, 'g, E: Element> {
     pub(crate) value_dim: usize,
 }
 
-impl<'a, E: Element> Pass<'a, '_, E> {
+impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
+    pub(crate) fn new(
+        problem: &'a Problem<'a>,
+        batch: &'a Batch<'a>,
+        inputs: &'a Inputs<'a, E>,
+        grad_out: &'a Tensor<'a, E>,
+        terms: &'a [QueryTerms<E::Compute>],
+        plan: &'a [u8],
+        gradients: &'a Gradients<'g, E>,
+    ) -> Self {
+        let pooled = problem.mode == Mode::Full && !problem.budget.is_everything();
+        let means = pooled.then(|| Means::new(problem, batch, inputs, None, true));
+        let finite_means = means.as_ref().map_or_else(Vec::new, |means| finite_means(problem, batch, means));
+        let value_dim = inputs.value.shape()[3];
+        Self { problem, batch, inputs, grad_out, terms, plan, means, finite_means, gradients, value_dim }
+    }
+
     /// One task for each group of heads that share keys: all gradients in one pass.
     fn by_groups(&self, threads: usize) {
         let batch = self.batch;
@@ -164,7 +178,10 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                 let range = self.query_range(*head, range.clone(), sights, plan);
                 self.fill(&range, lists.all_of(place), rows);
                 let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first };
-                self.exact(&range, rows, lists, place, &source, BlockBuffers { tile, keys, bias }, Some(&mut sums), None);
+                self.exact(&range, rows, lists, place, &source, BlockBuffers { tile, keys, bias }, |tile, queries, keys| {
+                    GradientTile::prefetch(rows, None, queries.next);
+                    tile.add(rows, queries.queries, keys, Some(&mut sums), None);
+                });
             }
             let pooled = pooled.as_ref().map(|(pooled_dk, pooled_dv)| {
                 (&pooled_dk[task * key_width..][..key_width], &pooled_dv[task * value_width..][..value_width])
@@ -203,7 +220,9 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                     let range = self.query_range(head, tokens, sights, plan);
                     self.fill(&range, &numbers[..range.tokens.len()], rows);
                     let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: blocks.start };
-                    self.coarse(&range, rows, numbers, &blocks, tile, Some(&mut sums), None);
+                    self.coarse(&range, rows, numbers, &blocks, tile, |tile, queries, keys| {
+                        tile.add(rows, queries, keys, Some(&mut sums), None);
+                    });
                 }
             }
             for (row, block) in blocks.enumerate() {

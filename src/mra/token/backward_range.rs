@@ -8,7 +8,7 @@ use super::exact::dropout_key;
 use super::forward::RANGE_QUERIES;
 use super::gradient::{GradientTile, KeyRows, RangeRows};
 use super::queries_of_block::QueriesOfBlocks;
-use super::query_tile::for_query_tiles;
+use super::query_tile::{QueryTile, for_query_tiles};
 use super::visible_keys::{BiasColumns, Viewer};
 use crate::exec::Buffer;
 use crate::kernels::{AllFinite, Matrix, Stream};
@@ -121,14 +121,17 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         self.fill(&range, &numbers[..range.tokens.len()], rows);
         let key_width = self.widths().0;
         dq[..range.tokens.len() * key_width].fill(E::Compute::ZERO);
-        let pooled = sums.as_mut().map(|sums| &mut sums.pooled);
-        self.coarse(&range, rows, numbers, &(0..blocks), tile, pooled, Some(dq));
+        self.coarse(&range, rows, numbers, &(0..blocks), tile, |tile, queries, keys| {
+            tile.add(rows, queries, keys, sums.as_mut().map(|sums| &mut sums.pooled), Some(dq));
+        });
         lists.build(blocks, range.sights, range.plan, range.width);
         let source = self.source(self.batch.group(head));
         for place in 0..lists.present().len() {
-            let sums = sums.as_mut().map(|sums| &mut sums.exact);
             let buffers = BlockBuffers { tile, keys, bias };
-            self.exact(&range, rows, lists, place, &source, buffers, sums, Some(dq));
+            self.exact(&range, rows, lists, place, &source, buffers, |tile, queries, keys| {
+                GradientTile::prefetch(rows, Some(dq), queries.next);
+                tile.add(rows, queries.queries, keys, sums.as_mut().map(|sums| &mut sums.exact), Some(dq));
+            });
         }
         let (item, head_of_item) = self.batch.item_and_head(head);
         for (query, token) in range.tokens.clone().enumerate() {
@@ -149,8 +152,8 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         });
     }
 
-    /// What some pooled keys and values contribute. `numbers` are those of the queries of the range.
-    #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
+    /// Differentiates some pooled keys and values, and calls `then` with what is to be added of each part of them for a few queries.
+    /// `numbers` are those of the queries of the range.
     pub(crate) fn coarse(
         &self,
         range: &QueryRange<'_>,
@@ -158,8 +161,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         numbers: &[u32],
         blocks: &Range<usize>,
         tile: &mut GradientTile<E::Compute>,
-        mut sums: Option<&mut KeySums<'_, E::Compute>>,
-        mut dq: Option<&mut Buffer<E::Compute>>,
+        mut then: impl FnMut(&GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
     ) {
         let (problem, segment, group) = (self.problem, range.segment, self.batch.group(range.head));
         let Some(means) = &self.means else { return };
@@ -192,18 +194,19 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                     names: &names,
                     guard,
                 };
-                tile.add(rows, numbers, of_part, sums.as_deref_mut(), dq.as_deref_mut(), |logits, columns| {
+                tile.differentiate(of_part, |logits, columns| {
                     add_mean_distances(problem, segment, head, &tokens, &part, logits, columns);
                     hide(segment, head, &tokens, sights, &part, logits, columns);
                     weigh(logits, columns, &segment.keys, part.clone());
                     exclude(logits, columns, sights, plan, range.width, &part);
                 });
+                then(tile, numbers, of_part);
             });
         }
     }
 
-    /// What a block of keys and values, given by its place among those present, contributes to the queries that compute it, and they
-    /// to it.
+    /// Differentiates a block of keys and values, given by its place among those present, for the queries that compute it, and calls
+    /// `then` with what is to be added for a few of them.
     #[allow(clippy::too_many_arguments, reason = "queries, keys, the buffers, and what is wanted")]
     pub(crate) fn exact(
         &self,
@@ -213,8 +216,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         place: usize,
         source: &KeySource<'_, E>,
         BlockBuffers { tile, keys, bias }: BlockBuffers<'_, E::Compute>,
-        mut sums: Option<&mut KeySums<'_, E::Compute>>,
-        mut dq: Option<&mut Buffer<E::Compute>>,
+        mut then: impl FnMut(&GradientTile<E::Compute>, &QueryTile<'_>, KeyRows<'_, E::Compute>),
     ) {
         let numbers = source.numbers(lists.present()[place]);
         keys.clear();
@@ -229,11 +231,9 @@ impl<'a, E: Element> Pass<'a, '_, E> {
             let guard = queries.partly
                 && !(rows.are_finite(queries.queries)
                     && *keys_are_finite.get_or_insert_with(|| finite(part.keys) && finite(part.values)));
-            GradientTile::prefetch(rows, dq.as_deref(), queries.next);
             tile.start(rows, queries.queries, Stream::Exact, range.place);
             let of_block = KeyRows { keys: part.keys, values: part.values, first: numbers.start, names: &names, guard };
-            let (sums, dq) = (sums.as_deref_mut(), dq.as_deref_mut());
-            tile.add(rows, queries.queries, of_block, sums, dq, |logits, columns| {
+            tile.differentiate(of_block, |logits, columns| {
                 if queries.partly || range.viewer.is_biased() {
                     let seen = queries
                         .queries
@@ -242,6 +242,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                     bias.apply(&range.viewer, seen, &numbers, logits, columns);
                 }
             });
+            then(tile, queries, of_block);
         });
     }
 }

@@ -85,6 +85,8 @@ impl<T: Scalar> RangeRows<T> {
 pub(crate) struct GradientTile<T> {
     level: Level,
     scale: T,
+    /// What the gradients of the logits are multiplied by: the scale, for the gradients of queries and keys.
+    factor: T,
     head_dim: usize,
     value_dim: usize,
     columns: usize,
@@ -96,7 +98,7 @@ pub(crate) struct GradientTile<T> {
     weights: Buffer<T>,
     gradients: Buffer<T>,
     softcap: Option<T>,
-    /// The derivatives of capped logits.
+    /// The derivatives of capped logits, if the gradients are to be multiplied by them.
     slopes: Buffer<T>,
     dropped: Option<DropoutTile>,
 }
@@ -122,6 +124,7 @@ impl<T: Scalar> GradientTile<T> {
         Self {
             level: problem.level,
             scale: T::from_f64(problem.scale),
+            factor: T::from_f64(problem.scale),
             head_dim,
             value_dim,
             columns: 0,
@@ -136,6 +139,11 @@ impl<T: Scalar> GradientTile<T> {
             slopes: Buffer::scratch(if problem.softcap.is_some() { keys * columns } else { 0 }),
             dropped: problem.dropout.map(DropoutTile::new),
         }
+    }
+
+    /// A tile whose [`Self::gradients`] are those of the logits themselves.
+    pub(crate) fn of_logits(self) -> Self {
+        Self { factor: T::from_f64(1.0), slopes: Buffer::scratch(0), ..self }
     }
 
     /// Prefetches the rows of some queries of a range.
@@ -175,15 +183,11 @@ impl<T: Scalar> GradientTile<T> {
         }
     }
 
-    /// Adds what these keys contribute: to dq, a row of whole vectors for each query of the range, and to the gradients of keys
-    /// and values from row `first` of the sums on. `adjust` may change the logits beforehand: a row for each key, and lanes.
-    pub(crate) fn add(
+    /// Computes the weights of these keys and the gradients of their logits. `adjust` may change the logits beforehand: a row for
+    /// each key, and lanes.
+    pub(crate) fn differentiate(
         &mut self,
-        rows: &RangeRows<T>,
-        queries: &[u32],
-        KeyRows { keys, values, first, names, guard }: KeyRows<'_, T>,
-        sums: Option<&mut KeySums<'_, T>>,
-        dq: Option<&mut Buffer<T>>,
+        KeyRows { keys, values, names, guard, .. }: KeyRows<'_, T>,
         adjust: impl FnOnce(&mut [T], usize),
     ) {
         let (count, columns) = (keys.rows, self.columns);
@@ -196,7 +200,7 @@ impl<T: Scalar> GradientTile<T> {
             T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero, ahead: None });
         }
         if let Some(cap) = self.softcap {
-            let (logits, slopes) = (&mut self.weights[..count * columns], Some(&mut self.slopes[..count * columns]));
+            let (logits, slopes) = (&mut self.weights[..count * columns], self.slopes.get_mut(..count * columns));
             T::run(self.level, Softcap { logits, cap, slopes });
         }
         adjust(&mut self.weights[..count * columns], columns);
@@ -204,6 +208,7 @@ impl<T: Scalar> GradientTile<T> {
             dropped.take_keys(names);
             dropped.drop_weights(self.level, &mut self.gradients, columns);
         }
+        let slopes = self.softcap.and(self.slopes.get(..count * columns));
         T::run(
             self.level,
             LogitGradient {
@@ -211,14 +216,32 @@ impl<T: Scalar> GradientTile<T> {
                 gradients: MatrixMut::new(&mut self.gradients, count, columns, columns),
                 lse: &self.lse,
                 delta: &self.delta,
-                factor: self.scale,
-                slopes: self.softcap.map(|_| Matrix::new(&self.slopes, count, columns, columns)),
+                slopes: slopes.map(|slopes| Matrix::new(slopes, count, columns, columns)),
+                factor: self.factor,
                 guard,
             },
         );
         if let Some(dropped) = &self.dropped {
             dropped.drop_weights(self.level, &mut self.weights, columns);
         }
+    }
+
+    /// The gradients of the logits of `keys` keys: one row for each, and lanes.
+    pub(crate) fn gradients(&self, keys: usize) -> Matrix<'_, T> {
+        Matrix::new(&self.gradients, keys, self.columns, self.columns)
+    }
+
+    /// Adds what these keys contribute once they are differentiated: to dq, a row of whole vectors for each query of the range, and to
+    /// the gradients of keys and values from row `first` of the sums on.
+    pub(crate) fn add(
+        &self,
+        rows: &RangeRows<T>,
+        queries: &[u32],
+        KeyRows { keys, first, guard, .. }: KeyRows<'_, T>,
+        sums: Option<&mut KeySums<'_, T>>,
+        dq: Option<&mut Buffer<T>>,
+    ) {
+        let (count, columns) = (keys.rows, self.columns);
         let of_queries = |buffer| Matrix::new(buffer, count, queries.len(), columns);
         if let Some(sums) = sums {
             let row = first - sums.first;

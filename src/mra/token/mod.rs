@@ -26,6 +26,7 @@
 
 mod backward;
 mod backward_range;
+mod bias_gradient;
 mod coarse;
 mod exact;
 mod forward;
@@ -34,5 +35,6 @@ mod queries_of_block;
 mod query_tile;
 mod visible_keys;
 
-pub(crate) use backward::backward;
+pub(crate) use backward::{Pass, backward};
+pub(crate) use backward_range::Scratch;
 pub(crate) use forward::{Outputs, PlanBytes, forward, select};

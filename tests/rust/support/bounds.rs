@@ -10,6 +10,7 @@
 //! out         (2 w + (2 n + b + 8) u) max |v|                          a quotient of sums of n weights
 //! dS          p (w + (Dv + 3) u) N,  N = G V + G O + max |dlse|
 //! dq          |scale| N max |k| (w + (Dv + n + b + 16) u)              the weights of a query sum to 1
+//! of a bias   the bound of dS with p <= 1, for each pair that shares the number
 //! dk, dv      likewise, times the largest sum of the weights of a key, with queries in place of keys
 //! ```
 
@@ -35,6 +36,8 @@ pub(crate) struct Bounds {
     pub(crate) query: f64,
     pub(crate) key: f64,
     pub(crate) value: f64,
+    /// Of the gradient of a pair's logit.
+    pub(crate) pair: f64,
 }
 
 impl Bounds {
@@ -65,13 +68,21 @@ impl Bounds {
             query: scale * product * largest(key) * of_query,
             key: scale * product * largest(query) * of_key,
             value: largest(grad_out) * of_key,
+            pair: product * of_query,
         };
         if u < f32::ROUNDOFF { bounds.at_least(FLOAT64) } else { bounds }
     }
 
     fn at_least(self, least: f64) -> Self {
-        let Self { out, lse, query, key, value } = self;
-        Self { out: out.max(least), lse: lse.max(least), query: query.max(least), key: key.max(least), value: value.max(least) }
+        let Self { out, lse, query, key, value, pair } = self;
+        Self {
+            out: out.max(least),
+            lse: lse.max(least),
+            query: query.max(least),
+            key: key.max(least),
+            value: value.max(least),
+            pair: pair.max(least),
+        }
     }
 }
 

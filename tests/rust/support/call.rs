@@ -1,7 +1,8 @@
 //! Calls of the crate.
 
 use mra_attention::{
-    Bias, BiasData, Gradients, Inputs, Layout as Geometry, Level, Mask, Options, Problem, Saved, Selection, backward, forward,
+    Bias, BiasData, BiasGradient, Gradients, Inputs, Layout as Geometry, Level, Mask, Options, Problem, Saved, Selection,
+    backward, forward,
 };
 use ndarray::{Array2, Array3, Array4, Axis};
 
@@ -67,12 +68,21 @@ impl StoredBias {
         }
     }
 
-    fn bias(&self, (batch, heads, queries, keys): (usize, usize, usize, usize)) -> Bias<'_> {
+    /// Read again and again along dimensions in which it is additive and does not change.
+    fn bias(&self, array: &Array4<f64>) -> Bias<'_> {
+        let (batch, heads, queries, keys) = array.dim();
         let data = match self {
             Self::Mask(bytes) => BiasData::Bool(bytes),
             Self::Additive(numbers) => BiasData::F32(numbers),
         };
-        let strides = [heads * queries * keys, queries * keys, keys, 1];
+        let mut strides = [heads * queries * keys, queries * keys, keys, 1];
+        for (dim, stride) in strides.iter_mut().enumerate().filter(|_| matches!(self, Self::Additive(_))) {
+            let mut slices = array.axis_iter(Axis(dim));
+            let first = slices.next();
+            if slices.all(|slice| Some(slice) == first) {
+                *stride = 0;
+            }
+        }
         Bias::new("bias", data, [batch, heads, queries, keys], strides).expect("a bias within its elements")
     }
 }
@@ -91,10 +101,10 @@ pub(crate) fn with_problem<R>(case: &Case, data: &Data, setup: Setup, body: impl
         layout: Geometry::Dense { offsets: &case.offsets, key_lengths: case.key_lengths.as_deref() },
         key_mask: key_mask.as_ref().map(|bytes| bytes.mask("key_mask")),
         query_mask: query_mask.as_ref().map(|bytes| bytes.mask("query_mask")),
-        bias: bias.as_ref().zip(data.bias.as_ref()).map(|(bias, array)| bias.bias(array.dim())),
         softcap: case.softcap,
         alibi_slopes: data.alibi_slopes.as_deref(),
         sinks: data.sinks.as_deref(),
+        bias: bias.as_ref().zip(data.bias.as_ref()).map(|(bias, array)| bias.bias(array)),
         budget: case.budget.clone(),
         dropout: case.dropout,
         seed: case.seed,
@@ -159,8 +169,20 @@ pub(crate) fn differentiate<E: Number>(
     problem: &Problem,
     data: &Data,
     plan: &[u8],
+    saved: (&Array4<f64>, &Array3<f64>),
+    layout: Layout,
+) -> [Array4<E>; 3] {
+    differentiate_bias::<E>(problem, data, plan, saved, layout, None)
+}
+
+/// As [`differentiate`], with the gradient of the bias.
+pub(crate) fn differentiate_bias<E: Number>(
+    problem: &Problem,
+    data: &Data,
+    plan: &[u8],
     (out, lse): (&Array4<f64>, &Array3<f64>),
     layout: Layout,
+    bias: Option<BiasGradient<'_>>,
 ) -> [Array4<E>; 3] {
     let store = |array: &Array4<f64>| Stored::<E>::new(array.view(), layout);
     let store_rows = |array: &Array3<f64>| Stored::<E::Compute>::new(array.view().insert_axis(Axis(3)), layout);
@@ -181,6 +203,7 @@ pub(crate) fn differentiate<E: Number>(
         key: grad_key.tensor_mut("grad_key"),
         value: grad_value.tensor_mut("grad_value"),
         sinks: None,
+        bias,
     };
     backward(problem, &inputs, &saved, plan, &mut gradients).expect("a valid case");
     grads.map(|grad| grad.read())

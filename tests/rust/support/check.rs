@@ -113,7 +113,7 @@ pub(crate) fn assert_same_blocks(actual: &[Array3<bool>], expected: &[Array3<boo
 /// Compares forward and backward of the crate with the formulas and, where rounding has no say, its choice of blocks.
 pub(crate) fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, setup: Setup) {
     let outcome = compute::<E>(case, data, expected, setup);
-    let Bounds { mut out, mut lse, mut query, mut key, mut value } = expected.bounds;
+    let Bounds { mut out, mut lse, mut query, mut key, mut value, .. } = expected.bounds;
     if rounds_weights::<E>(setup.level) {
         // The weights of a query sum to 1, and each is off by a factor.
         out += E::ROUNDOFF * largest(&data.value);
@@ -160,7 +160,12 @@ pub(crate) fn check_all<E: Number>(cases: &[Case]) {
 }
 
 /// Every element within `bound` of what is expected, and half a unit in the last place for the rounding to its type.
-fn assert_close<E: Rounded>(results: &Array4<E>, expected: ArrayView4<'_, f64>, bound: f64, context: impl Fn() -> String) {
+pub(crate) fn assert_close<E: Rounded>(
+    results: &Array4<E>,
+    expected: ArrayView4<'_, f64>,
+    bound: f64,
+    context: impl Fn() -> String,
+) {
     assert_eq!(results.dim(), expected.dim(), "{}", context());
     assert!(bound.is_finite(), "{}: no bound", context());
     for ((index, result), &expected) in results.indexed_iter().zip(expected) {

@@ -8,10 +8,10 @@ mod levels;
 mod number;
 mod stored;
 
-pub(crate) use bounds::Bounds;
-pub(crate) use call::{Setup, attend, differentiate, exact_of, options, plan_of, select, with_problem};
+pub(crate) use bounds::{Bounds, flushed};
+pub(crate) use call::{Setup, attend, differentiate, differentiate_bias, exact_of, options, plan_of, select, with_problem};
 pub(crate) use case::{CAUSAL, Case, Data, Padding, Pairs, budget};
-pub(crate) use check::{Expected, Outcome, assert_same_blocks, bits, check, check_all, compute, selected_by};
+pub(crate) use check::{Expected, Outcome, assert_close, assert_same_blocks, bits, check, check_all, compute, selected_by};
 pub(crate) use levels::{levels, levels_for, levels_required, rounds_weights};
 pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};
