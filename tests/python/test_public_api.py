@@ -30,17 +30,23 @@ ENTRY_POINTS = [
     mra_attention.plan,
     mra_attention.can_run,
     mra_attention.KVCache,
+    mra_attention.replace_sdpa,
+    mra_attention.nn.MultiheadAttention,
+    mra_attention.nn.convert,
 ]
 
 
 def test_names():
     assert mra_attention.__all__ == [
+        "FallbackWarning",
         "KVCache",
         "MRAConfig",
         "Plan",
         "__version__",
         "can_run",
+        "nn",
         "plan",
+        "replace_sdpa",
         "scaled_dot_product_attention",
         "varlen_attention",
     ]
@@ -132,10 +138,9 @@ def test_varlen_attention_takes_the_parameters_of_attention():
 
 
 def test_every_public_name_is_documented():
-    for name in mra_attention.__all__:
-        if name == "__version__":
-            continue
-        function = getattr(mra_attention, name)
+    others = {"__version__", "FallbackWarning", "nn"}
+    functions = [getattr(mra_attention, name) for name in mra_attention.__all__ if name not in others]
+    for function in [*functions, *(getattr(mra_attention.nn, name) for name in mra_attention.nn.__all__)]:
         documentation = inspect.getdoc(function)
         assert documentation is not None
         for section in ("Parameters", "Raises", "Notes"):
