@@ -91,7 +91,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
 
     Layers that are checkpointed compute attention again in backward, so run backward inside, too. Calls that Python
     does not make are not seen: those of scripted modules and of AOTInductor. `torch.compile` works inside and around
-    the context; compiled code counts once, when it is traced. Only the fused inference path of a compiled
+    the context; compiled code counts when it is traced. Only the fused inference path of a compiled
     `TransformerEncoderLayer` goes to torch, with a warning: convert such a model with `mra_attention.nn.convert`.
 
     `torch.nn.MultiheadAttention` called without `need_weights=False` goes to torch, since weights are never computed.
