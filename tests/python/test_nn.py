@@ -135,7 +135,7 @@ def test_no_mask_of_pairs_is_made(monkeypatch):
     """Padding and causality reach attention as they are."""
     calls = []
 
-    def attention(query, key, value, attn_mask, dropout_p, is_causal, config):
+    def attention(query, key, value, attn_mask, dropout_p, is_causal, query_padding_mask, config):
         calls.append((None if attn_mask is None else tuple(attn_mask.shape), is_causal))
         return query
 
@@ -146,6 +146,24 @@ def test_no_mask_of_pairs_is_made(monkeypatch):
     ours(x, x, x, key_padding_mask=as_bias(padding()))
     ours(x, x, x, attn_mask=causal(), is_causal=True)
     assert calls == [((2, 1, 1, LENGTH), True), ((2, 1, 1, LENGTH), False), (None, True)]
+
+
+def test_padded_keys_are_padded_queries_in_self_attention_only():
+    theirs, ours = pair(batch_first=True)
+    ours.config, x, source, mask = FEW, tokens(), tokens() + 1, padding()
+    weights, biases = ours.in_proj_weight.chunk(3), ours.in_proj_bias.chunk(3)
+    for key, queries in ((x, None), (source, torch.ones_like(mask))):
+        heads = [
+            torch.nn.functional.linear(*each).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for each in zip((x, key, key), weights, biases, strict=True)
+        ]
+        out = mra_attention.scaled_dot_product_attention(
+            *heads, attn_mask=~mask[:, None, None, :], query_padding_mask=queries, config=FEW
+        )
+        expected = ours.out_proj(out.transpose(1, 2).flatten(-2))
+        assert_close(ours(x, key, key, key_padding_mask=mask)[0], expected, "module")
+        with mra_attention.replace_sdpa(FEW, min_length=0):
+            assert_close(theirs(x, key, key, key_padding_mask=mask, need_weights=False)[0], expected, "replaced")
 
 
 def test_few_blocks_are_the_direct_call():
@@ -333,7 +351,7 @@ def test_convert_refuses_and_changes_nothing():
         convert([model])
 
 
-@pytest.mark.parametrize(("masks", "gradient"), [("nothing", False), ("causal", True)])
+@pytest.mark.parametrize(("masks", "gradient"), [("nothing", False), ("causal", True), ("padding", True)])
 def test_compile(masks, gradient):
     """Also after the model was compiled without it, and where torch would take its fused path."""
     model, keywords = encoder(), ENCODER_MASKS[masks]

@@ -70,9 +70,11 @@ def multi_head_attention_forward(
         key_padding_mask = key_padding_mask.unsqueeze(0)
     shape = (q.shape[0], num_heads, q.shape[1], keys)
     mask, causal = combine(attn_mask, key_padding_mask, is_causal, shape, k.shape[1] - keys, query.dtype)
+    # Only in self-attention is a query padding where the key of that position is.
+    queries = None if mask is None or query is key else q.new_ones(q.shape[:2], dtype=torch.bool)
     q, k, v = (_heads_first(x, num_heads) for x in (q, k, v))
     dropout_p = dropout_p if training else 0.0
-    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, config=config)
+    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, query_padding_mask=queries, config=config)
     out = out.transpose(1, 2).flatten(-2)
     if not batched:
         out = out.squeeze(0)
