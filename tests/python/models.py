@@ -1,10 +1,11 @@
-"""Small models built on torch's attention, in float64, with dropout off."""
+"""Small models built on torch's attention, in float64, with dropout off, and what it is replaced by."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import mra_attention
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as early_bound
 
 WIDTH, HEADS, LENGTH = 16, 2, 90
+
+EXACT = {"blocks_per_row": math.inf, "min_length": 0}
+FEW_SETTINGS = {"resolutions": (8, 1), "blocks_per_row": 1}
+FEW = FEW_SETTINGS | {"min_length": 0}
+
+
+def qkv(length: int = 300, *, batch: int = 1, heads: int = HEADS, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(batch, heads, length, 8, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+def few(*arguments, **keywords) -> Tensor:
+    """Return what `replace_sdpa(**FEW)` makes of a call."""
+    return mra_attention.scaled_dot_product_attention(*arguments, **keywords, **FEW_SETTINGS)
 
 
 class VisionAttention(nn.Module):

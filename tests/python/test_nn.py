@@ -216,6 +216,7 @@ def test_refusals():
         ({"key": x[:, 1:]}, ValueError, "key and value must have the same length"),
         ({"query": x[..., 1:]}, ValueError, "embed_dim, 16"),
         ({"query": x[0]}, ValueError, "two dimensions, or three"),
+        ({"query": x[:1]}, ValueError, "query and key must have the same batch, dimension 0"),
         ({"key_padding_mask": padding()[:, 1:]}, ValueError, r"key_padding_mask must have the shape \(2, 90\)"),
         ({"attn_mask": causal()[1:]}, ValueError, r"attn_mask must have the shape \(90, 90\) or \(4, 90, 90\)"),
         ({"attn_mask": causal().int()}, TypeError, "attn_mask must be a bool tensor"),

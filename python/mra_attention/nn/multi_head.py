@@ -61,7 +61,7 @@ def multi_head_attention_forward(
             "static_k and static_v are not supported; pass None, or call "
             "torch.nn.functional.multi_head_attention_forward"
         )
-    batched = _check_inputs(query, key, value, embed_dim_to_check)
+    batched = _check_inputs(query, key, value, embed_dim_to_check, num_heads, 0 if batch_first else 1)
     weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
     q, k, v = (_batch_first(x, batched, batch_first) for x in _project(query, key, value, weights, in_proj_bias))
     keys = k.shape[1]
@@ -83,7 +83,9 @@ def multi_head_attention_forward(
     return F.linear(out, out_proj_weight, out_proj_bias), None
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, embed_dim: int) -> bool:
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, num_heads: int, batch_dimension: int
+) -> bool:
     """Check what later steps would not name; return whether there is a batch dimension."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         tensors.check_dense(name, tensor)
@@ -91,11 +93,16 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, embed_dim: int) -> 
     given = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
         raise ValueError(f"query, key and value must all have two dimensions, or three with a batch; {given}")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
     if query.shape[-1] != embed_dim:
         raise ValueError(f"the last dimension of query must be embed_dim, {embed_dim}; {given}")
     if key.shape[:-1] != value.shape[:-1]:
         raise ValueError(f"key and value must have the same length and batch; {given}")
-    return query.dim() == 3
+    batched = query.dim() == 3
+    if batched and query.shape[batch_dimension] != key.shape[batch_dimension]:
+        raise ValueError(f"query and key must have the same batch, dimension {batch_dimension}; {given}")
+    return batched
 
 
 def _project(query: Tensor, key: Tensor, value: Tensor, weights: Any, bias: Tensor | None) -> Sequence[Tensor]:
