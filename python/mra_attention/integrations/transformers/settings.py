@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
+import torch
+
 from ...config import MRAConfig
 
 FIELD = "mra"
@@ -49,7 +51,10 @@ def of_layer(model_config: Any, layer: int | None, is_sliding: bool, defaults: D
     given = getattr(model_config, FIELD, None)
     if given is None:
         return defaults.sliding if is_sliding else defaults.config
-    return _parse(_as_text(given), layer, getattr(model_config, "num_hidden_layers", None), is_sliding, defaults)
+    count = getattr(model_config, "num_hidden_layers", None)
+    if torch.compiler.is_compiling():
+        return _resolve(given, layer, count, is_sliding, defaults)
+    return _parse(_as_text(given), layer, count, is_sliding, defaults)
 
 
 def check(given: Any) -> None:
@@ -81,7 +86,13 @@ def _as_text(given: Any) -> str:
 @lru_cache(maxsize=4096)
 def _parse(text: str, layer: int | None, count: int | None, is_sliding: bool, defaults: Defaults) -> MRAConfig:
     """Return the settings of a layer; what is written is the key, so a change is seen and nothing is parsed twice."""
-    given = json.loads(text)
+    return _resolve(json.loads(text), layer, count, is_sliding, defaults)
+
+
+def _resolve(
+    mra: Mapping[str, Any], layer: int | None, count: int | None, is_sliding: bool, defaults: Defaults
+) -> MRAConfig:
+    given = dict(mra)
     layers = _checked_layers(given.pop(LAYERS, {}))
     sliding = given.pop(SLIDING, {})
     if layers and layer is None:

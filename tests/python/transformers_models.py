@@ -1,0 +1,191 @@
+"""Small models of transformers with random weights, with MRA attention and with the attention they are compared to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+from mra_attention.integrations.transformers import configure, register  # noqa: E402
+
+LENGTH, PADDED, VOCABULARY = 75, 21, 100
+BLOCK = 8
+EXACT = {"resolutions": [BLOCK, 1], "blocks_per_row": "inf"}
+SMALL = {"resolutions": [BLOCK, 1], "blocks_per_row": 2}
+SMALL_EVERYWHERE = {**SMALL, "sliding": SMALL}
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GROUPED: dict[str, Any] = {**_SIZES, **_SPECIAL, "num_key_value_heads": 2, "max_position_embeddings": 256}
+_OF_BART = {
+    **_SPECIAL,
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "decoder_start_token_id": 2,
+    **{
+        f"{part}_{size}": n
+        for part in ("encoder", "decoder")
+        for size, n in {"layers": 2, "attention_heads": 4}.items()
+    },
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+_MIXED = ["sliding_attention", "full_attention"]
+
+
+class Architecture(NamedTuple):
+    model: str
+    config: str
+    sizes: dict[str, Any]
+    reference: str = "sdpa"
+    dtype: torch.dtype = torch.float64  # of products of experts torch has none in float64
+
+
+ENCODERS = {
+    "bert": Architecture("BertForMaskedLM", "BertConfig", {**_SIZES, **_SPECIAL}),
+    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", {**_SIZES, **_SPECIAL}),
+    "electra": Architecture("ElectraForMaskedLM", "ElectraConfig", {**_SIZES, **_SPECIAL, "embedding_size": 32}),
+    "modernbert": Architecture(
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        {**_SIZES, **_SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 16} | {"layer_types": _MIXED},
+    ),
+}
+DECODERS = {
+    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", _GROUPED),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {**_GROUPED, "use_sliding_window": True} | {"sliding_window": 16, "layer_types": _MIXED},
+    ),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 16}),
+    "mistral": Architecture("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": 16}),
+    "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", _GROUPED),
+    "olmo2": Architecture("Olmo2ForCausalLM", "Olmo2Config", _GROUPED),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"attn_logit_softcapping": None},
+        "eager",
+    ),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"layer_types": _MIXED},
+    ),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**_GROUPED, "head_dim": 8} | {"attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    ),
+    "deepseek_v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**_SIZES, **_SPECIAL}
+        | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+        dtype=torch.float32,
+    ),
+}
+BOTH = {
+    "bart": Architecture("BartForConditionalGeneration", "BartConfig", {**_OF_BART, "forced_eos_token_id": None}),
+    "t5": Architecture(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8}
+        | {"d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    ),
+    "whisper": Architecture(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**_OF_BART, "num_mel_bins": 8}
+        | {"max_source_positions": 60, "max_target_positions": 128, "begin_suppress_tokens": None},
+    ),
+}
+IMAGES = {
+    "vit": Architecture(
+        "ViTModel",
+        "ViTConfig",
+        {k: v for k, v in _SIZES.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 4},
+    ),
+}
+CAPPED = {
+    "gemma2_capped": Architecture(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"attn_logit_softcapping": 1.0},
+        "eager",
+    ),
+    "gpt_oss": Architecture(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_GROUPED, "head_dim": 8, "sliding_window": 16}
+        | {"layer_types": _MIXED, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "eager",
+        torch.float32,
+    ),
+}
+ALL = {**ENCODERS, **DECODERS, **BOTH, **IMAGES, **CAPPED}
+
+
+def build(name: str, mra: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Return a model with MRA attention, in evaluation; weights so large that attention is far from even."""
+    register()
+    torch.manual_seed(0)
+    architecture = ALL[name]
+    dtype = architecture.dtype if dtype is None else dtype
+    config = getattr(transformers, architecture.config)(**architecture.sizes)
+    config._attn_implementation = "mra"
+    model = getattr(transformers, architecture.model)(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    configure(model, mra)
+    return model.to(dtype)
+
+
+@contextlib.contextmanager
+def reference(name: str, model: Any) -> Iterator[Any]:
+    """Let a model compute with the attention of torch, or with transformers' own where that cannot."""
+    model.set_attn_implementation(ALL[name].reference)
+    yield model
+    model.set_attn_implementation("mra")
+
+
+def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
+    """Return random tokens, without special ones."""
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def padding(side: str) -> Tensor:
+    """Return an attention mask of two sequences, the first of which is padded on this side ("none" for neither)."""
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    if side == "left":
+        mask[0, :PADDED] = 0
+    elif side == "right":
+        mask[0, -PADDED:] = 0
+    return mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return the positions of tokens, counted from the first valid one."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest number."""
+    assert expected.isfinite().all()
+    return float(((result - expected).abs().max() / expected.abs().max()).detach())
