@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Read when torch is imported. Compiled graphs on disk name our operators but not their schemas: old ones would be run.
@@ -14,6 +15,10 @@ import torch
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile("slow", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+# Tests of what is optional are left out where that is not installed.
+collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_transformers*"]
 
 
 @pytest.fixture(autouse=True, scope="session")

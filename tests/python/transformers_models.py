@@ -6,13 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import pytest
 import torch
+import transformers
+from mra_attention.integrations.transformers import configure, register
 from torch import Tensor
-
-transformers = pytest.importorskip("transformers")
-
-from mra_attention.integrations.transformers import configure, register  # noqa: E402
 
 LENGTH, PADDED, VOCABULARY = 75, 21, 100
 BLOCK = 8
@@ -28,21 +25,46 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 _SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_GROUPED: dict[str, Any] = {**_SIZES, **_SPECIAL, "num_key_value_heads": 2, "max_position_embeddings": 256}
-_OF_BART = {
-    **_SPECIAL,
+_ENCODER = _SIZES | _SPECIAL
+_DECODER = _ENCODER | {"num_key_value_heads": 2, "max_position_embeddings": 256}
+_WINDOW: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_BART: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
-    "decoder_start_token_id": 2,
-    **{
-        f"{part}_{size}": n
-        for part in ("encoder", "decoder")
-        for size, n in {"layers": 2, "attention_heads": 4}.items()
-    },
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 2,
+    **_SPECIAL,
 }
-_MIXED = ["sliding_attention", "full_attention"]
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_SOUND = {"num_mel_bins": 8, "max_source_positions": 60, "max_target_positions": 128, "begin_suppress_tokens": None}
 
 
 class Architecture(NamedTuple):
@@ -50,92 +72,65 @@ class Architecture(NamedTuple):
     config: str
     sizes: dict[str, Any]
     reference: str = "sdpa"
-    dtype: torch.dtype = torch.float64  # of products of experts torch has none in float64
+    dtype: torch.dtype = torch.float64
 
 
 ENCODERS = {
-    "bert": Architecture("BertForMaskedLM", "BertConfig", {**_SIZES, **_SPECIAL}),
-    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", {**_SIZES, **_SPECIAL}),
-    "electra": Architecture("ElectraForMaskedLM", "ElectraConfig", {**_SIZES, **_SPECIAL, "embedding_size": 32}),
+    "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER),
+    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER),
+    "electra": Architecture("ElectraForMaskedLM", "ElectraConfig", _ENCODER | {"embedding_size": 32}),
     "modernbert": Architecture(
         "ModernBertForMaskedLM",
         "ModernBertConfig",
-        {**_SIZES, **_SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 16} | {"layer_types": _MIXED},
+        _ENCODER | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 16, "layer_types": _WINDOW["layer_types"]},
     ),
 }
 DECODERS = {
-    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "qwen2": Architecture(
-        "Qwen2ForCausalLM",
-        "Qwen2Config",
-        {**_GROUPED, "use_sliding_window": True} | {"sliding_window": 16, "layer_types": _MIXED},
-    ),
-    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 16}),
-    "mistral": Architecture("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": 16}),
-    "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", _GROUPED),
-    "olmo2": Architecture("Olmo2ForCausalLM", "Olmo2Config", _GROUPED),
+    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", _DECODER),
+    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config", _DECODER | _WINDOW | {"use_sliding_window": True}),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", _DECODER | {"head_dim": 16}),
+    "mistral": Architecture("MistralForCausalLM", "MistralConfig", _DECODER | {"sliding_window": 16}),
+    "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", _DECODER),
+    "olmo2": Architecture("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
+    # "eager" takes the softmax in float32, in which the mask of float64 makes padded rows NaN.
     "gemma2": Architecture(
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"attn_logit_softcapping": None},
+        _DECODER | {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": None},
         "eager",
+        torch.float32,
     ),
-    "gemma3": Architecture(
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"layer_types": _MIXED},
-    ),
+    "gemma3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WINDOW | {"head_dim": 8}),
     "llama4": Architecture(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
-        {**_GROUPED, "head_dim": 8} | {"attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        _DECODER | _EXPERTS | {"head_dim": 8, "attention_chunk_size": 32, "intermediate_size_mlp": 64},
     ),
-    "deepseek_v3": Architecture(
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        {**_SIZES, **_SPECIAL}
-        | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-        | {"moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1}
-        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
-        dtype=torch.float32,
-    ),
+    # torch multiplies the weights of these experts in float32 at most.
+    "deepseek_v3": Architecture("DeepseekV3ForCausalLM", "DeepseekV3Config", _ENCODER | _LATENT, dtype=torch.float32),
 }
 BOTH = {
-    "bart": Architecture("BartForConditionalGeneration", "BartConfig", {**_OF_BART, "forced_eos_token_id": None}),
-    "t5": Architecture(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8}
-        | {"d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-    ),
-    "whisper": Architecture(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**_OF_BART, "num_mel_bins": 8}
-        | {"max_source_positions": 60, "max_target_positions": 128, "begin_suppress_tokens": None},
-    ),
+    "bart": Architecture("BartForConditionalGeneration", "BartConfig", _BART | {"forced_eos_token_id": None}),
+    "t5": Architecture("T5ForConditionalGeneration", "T5Config", _T5),
+    "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _BART | _SOUND),
 }
 IMAGES = {
     "vit": Architecture(
         "ViTModel",
         "ViTConfig",
-        {k: v for k, v in _SIZES.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 4},
+        {name: x for name, x in _SIZES.items() if name != "vocab_size"} | {"image_size": 32, "patch_size": 4},
     ),
 }
 CAPPED = {
     "gemma2_capped": Architecture(
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        {**_GROUPED, "head_dim": 8, "sliding_window": 16} | {"attn_logit_softcapping": 1.0},
-        "eager",
-    ),
-    "gpt_oss": Architecture(
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {**_GROUPED, "head_dim": 8, "sliding_window": 16}
-        | {"layer_types": _MIXED, "num_local_experts": 2, "num_experts_per_tok": 1},
+        _DECODER | {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 1.0},
         "eager",
         torch.float32,
+    ),
+    "gpt_oss": Architecture(
+        "GptOssForCausalLM", "GptOssConfig", _DECODER | _WINDOW | _EXPERTS | {"head_dim": 8}, "eager", torch.float32
     ),
 }
 ALL = {**ENCODERS, **DECODERS, **BOTH, **IMAGES, **CAPPED}
