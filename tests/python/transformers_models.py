@@ -130,7 +130,11 @@ CAPPED = {
         torch.float32,
     ),
     "gpt_oss": Architecture(
-        "GptOssForCausalLM", "GptOssConfig", _DECODER | _WINDOW | _EXPERTS | {"head_dim": 8}, "eager", torch.float32
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _DECODER | _WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "eager",
+        torch.float32,
     ),
 }
 ALL = {**ENCODERS, **DECODERS, **BOTH, **IMAGES, **CAPPED}

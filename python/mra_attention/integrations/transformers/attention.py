@@ -65,7 +65,7 @@ def attend(
     """
     arguments.check(others, registered.ignored)
     lengths = (query.shape[2], key.shape[2])
-    sight = _of_mask(attention_mask, lengths, is_causal) or _without_pattern(
+    sight = _of_mask(attention_mask, lengths, is_causal, others.get("position_ids")) or _without_pattern(
         attention_mask, lengths, getattr(module, "is_causal", True) if is_causal is None else is_causal, sliding_window
     )
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -109,7 +109,7 @@ def _is_cross_attention(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "is_decoder", False)) or "CrossAttention" in type(module).__name__
 
 
-def _of_mask(mask: Any, lengths: tuple[int, int], is_causal: bool | None) -> Sight | None:
+def _of_mask(mask: Any, lengths: tuple[int, int], is_causal: bool | None, positions: Any) -> Sight | None:
     """Return what our own mask says."""
     if not isinstance(mask, PatternMask):
         return None
@@ -118,7 +118,8 @@ def _of_mask(mask: Any, lengths: tuple[int, int], is_causal: bool | None) -> Sig
             f"attention_mask is for (query length, key length) = {tuple(mask.shape[2:])}, but query and key have "
             f"{lengths}"
         )
-    is_pattern_causal, window_size, documents = mask.pattern
+    is_pattern_causal, window_size, _ = mask.pattern
+    documents = mask.documents(positions)
     if is_causal is False and is_pattern_causal:
         raise ValueError(
             "is_causal=False contradicts the causal attention_mask; set model.config.is_causal = False, which makes "
@@ -174,9 +175,9 @@ def _packed(sight: Sight, query: Tensor, cu_seq_lens_q: Any, cu_seq_lens_k: Any)
 def _with_bias(sight: Sight, bias: Tensor, mask: Any) -> Sight:
     """Put a bias in the place of the mask; what that hid, the bias hides as well."""
     if sight.boundaries is not None:
-        if not _is_pattern(mask):
+        if not isinstance(mask, PatternMask) or mask.pattern.documents is None:
             raise NotImplementedError(
-                "position_bias with cu_seq_lens_q: pass position_ids that begin anew with every sequence instead"
+                "position_bias with packed sequences of which the mask function was not told: pad the sequences instead"
             )
         sight = Sight(mask.elements())
     bias = bias if sight.keys is None else bias[..., : sight.keys]

@@ -30,6 +30,8 @@ class PatternMask(Tensor):
     """How many keys have been written: those of a static cache behind them hold nothing yet."""
     arguments: dict[str, Any]
     """The arguments of `sdpa_mask` that make the elements."""
+    _packed: tuple[Tensor, Tensor | None] | None
+    """The last positions that `documents` was asked about, and its answer."""
 
     def __new__(cls, arguments: dict[str, Any], pattern: Pattern) -> PatternMask:
         """Describe the mask that `sdpa_mask` makes of these arguments."""
@@ -38,6 +40,7 @@ class PatternMask(Tensor):
         # A tensor where the cache is static, which counts on before anybody reads the mask.
         mask.arguments = {**arguments, "q_offset": int(arguments["q_offset"])}
         mask.pattern = pattern
+        mask._packed = None
         written = mask.arguments["q_offset"] + arguments["q_length"] - arguments["kv_offset"]
         mask.keys = min(arguments["kv_length"], written) if pattern.is_causal else arguments["kv_length"]
         mask.padding = mask._valid_keys()
@@ -50,6 +53,23 @@ class PatternMask(Tensor):
             return None
         padding = padding[:, offset : offset + self.keys]
         return None if bool(padding.all()) else padding
+
+    def documents(self, positions: Any) -> Tensor | None:
+        """Return the document of each token, `(B, L)`; None if the sequences are not packed.
+
+        Some models, GPT-OSS among them, do not tell the mask function of positions that begin anew. As for
+        flash-attention, the positions of the tokens then say it themselves.
+        """
+        batch, _, length, keys = self.shape
+        is_first_call = keys == length and self.arguments["q_offset"] == 0 and self.arguments["attention_mask"] is None
+        if self.pattern.documents is not None or not self.pattern.is_causal or not is_first_call:
+            return self.pattern.documents
+        if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != length:
+            return None
+        if self._packed is None or self._packed[0] is not positions:
+            self._packed = positions, masking_utils.find_packed_sequence_indices(positions)
+        found = self._packed[1]
+        return None if found is None else found.expand(batch, -1)
 
     def elements(self) -> Tensor:
         """Return the mask as an ordinary tensor."""
