@@ -13,6 +13,7 @@ import transformers_models as models
 from helpers import named
 from mra_attention.integrations.transformers import configure
 from torch import Tensor
+from transformers import masking_utils
 from transformers_models import EXACT, LENGTH, PADDED, SMALL_EVERYWHERE, build, error, padding, positions, tokens
 
 TOLERANCE = 1e-5
@@ -35,7 +36,7 @@ def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in models.ALL if name not in models.CAPPED])
+@pytest.mark.parametrize("name", [*models.ENCODERS, *models.DECODERS, *models.BOTH, *models.IMAGES])
 def test_a_full_budget_gives_what_torch_gives(name: str):
     model = build(name, EXACT, torch.float32)
     for side in ("none", "right", "left"):
@@ -104,6 +105,23 @@ def test_packed_sequences_get_at_small_budgets_what_they_get_alone(name: str):
                 assert error(batch[item, part], model(ids[item : item + 1, part]).logits[0]) <= TOLERANCE
 
 
+def test_packed_sequences_are_kept_apart_where_a_model_does_not_tell_the_mask_function(monkeypatch: pytest.MonkeyPatch):
+    """As GPT-OSS does not."""
+    create = masking_utils.create_causal_mask
+    path = "transformers.models.llama.modeling_llama.create_causal_mask"
+    model = build("llama", SMALL_EVERYWHERE)
+    ids, of_packed = tokens(), torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
+    expected = model(ids, position_ids=of_packed, use_cache=False).logits
+    monkeypatch.setattr(path, lambda position_ids, **given: create(**given))
+    assert torch.equal(model(ids, position_ids=of_packed, use_cache=False).logits, expected)
+    # Rising positions are no packing, whatever they begin with, nor are those beside a mask.
+    whole = model(ids).logits
+    assert torch.equal(model(ids, position_ids=torch.arange(LENGTH)[None]).logits, whole)
+    ones = torch.ones_like(ids)
+    with_mask = model(ids, attention_mask=ones, position_ids=of_packed, use_cache=False).logits
+    assert error(with_mask, expected) > 1e-3
+
+
 def test_packed_sequences_may_be_given_by_their_boundaries():
     model = build("mistral", SMALL_EVERYWHERE)
     ids, boundaries = tokens(1), torch.tensor([0, 20, LENGTH], dtype=torch.int32)
@@ -149,6 +167,28 @@ def test_masks_of_pairs_may_be_given():
         result = model(ids, attention_mask=mask).logits
         with models.reference("llama", model):
             assert error(result, model(ids, attention_mask=mask).logits) <= TOLERANCE
+
+
+def test_parts_of_a_model_may_have_attention_and_settings_of_their_own():
+    """Gemma 3 with images, the tokens of which see each other in both directions."""
+    model = build("gemma3_images", EXACT)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    ids = tokens()
+    ids[ids == model.config.image_token_id] = 3
+    ids[:, 10:14] = model.config.image_token_id
+    kinds = (ids == model.config.image_token_id).long()
+    given = {"input_ids": ids, "pixel_values": images, "token_type_ids": kinds}
+    with torch.no_grad():
+        result = model(**given).logits
+        with models.reference("gemma3_images", model):
+            expected = model(**given).logits
+        assert error(result, expected) <= TOLERANCE
+        text = model.model.language_model
+        configure(text, SMALL_EVERYWHERE)
+        assert (text.config.mra, model.config.vision_config.mra) == (SMALL_EVERYWHERE, EXACT)
+        assert error(model(**given).logits, expected) > 1e-3
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "mra"})
+        assert error(model(**given).logits, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

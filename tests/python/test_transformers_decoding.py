@@ -78,3 +78,19 @@ def test_steps_give_at_small_budgets_what_the_whole_sequence_gives(name: str):
             ):
                 with named((side, type(cache).__name__)):
                     assert error(steps(model, ids, mask, cache)[mask.bool()], expected) <= 1e-5
+
+
+def test_a_mask_of_pairs_beside_a_cache_is_aligned_with_the_last_key():
+    model = build("llama", SMALL)
+    ids = tokens()
+    visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=torch.ones_like(ids)).logits
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :60], cache=cache)
+        for start, stop in ((60, 61), (61, LENGTH)):
+            mask = visible[None, None, start:stop, :stop].expand(2, -1, -1, -1)
+            assert (
+                error(model(ids[:, start:stop], attention_mask=mask, cache=cache).logits, expected[:, start:stop])
+                <= 1e-5
+            )

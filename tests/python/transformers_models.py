@@ -114,6 +114,20 @@ BOTH = {
     "t5": Architecture("T5ForConditionalGeneration", "T5Config", _T5),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _BART | _SOUND),
 }
+COMPOSITE = {
+    "gemma3_images": Architecture(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": _DECODER | _WINDOW | {"head_dim": 8},
+            "vision_config": _SIZES | {"image_size": 16, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+            "image_token_id": 97,
+            "boi_token_index": 98,
+            "eoi_token_index": 99,
+        },
+    ),
+}
 IMAGES = {
     "vit": Architecture(
         "ViTModel",
@@ -137,7 +151,7 @@ CAPPED = {
         torch.float32,
     ),
 }
-ALL = {**ENCODERS, **DECODERS, **BOTH, **IMAGES, **CAPPED}
+ALL = {**ENCODERS, **DECODERS, **BOTH, **COMPOSITE, **IMAGES, **CAPPED}
 
 
 def build(name: str, mra: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Any:

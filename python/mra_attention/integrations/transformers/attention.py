@@ -35,6 +35,8 @@ class Sight(NamedTuple):
     """Whether the last query is beside the last key."""
     keys: int | None = None
     """How many keys count, the first ones; None for all."""
+    pool_queries: bool = True
+    """False where a token of a decoder would else learn from later ones, of which averages of queries know."""
     boundaries: tuple[Tensor, Tensor] | None = None
     """Those of packed queries and keys."""
 
@@ -75,8 +77,7 @@ def attend(
     is_sliding = sight.window_size != (-1, -1) or (sliding_window is not None and not _is_pattern(attention_mask))
     layer = getattr(module, "layer_idx", None)
     config = settings.of_layer(getattr(module, "config", None), layer, is_sliding, registered.defaults)
-    if not sight.is_causal and _is_cross_attention(module):
-        # A token of a decoder must not learn from later ones, which averages of queries would have it do.
+    if not sight.pool_queries or (not sight.is_causal and _is_cross_attention(module)):
         config = replace(config, pool_queries=False)
     if sight.keys is not None:
         key, value = key[:, :, : sight.keys], value[:, :, : sight.keys]
@@ -148,7 +149,7 @@ def _without_pattern(mask: Any, lengths: tuple[int, int], is_causal: bool, slidi
     """Return what a mask of pairs says, or what is meant where there is none: the rules of "sdpa"."""
     queries, keys = lengths
     if mask is not None:
-        return Sight(mask, lower_right=is_causal and queries < keys)
+        return Sight(mask, lower_right=is_causal and queries < keys, pool_queries=not is_causal)
     if sliding_window is not None and sliding_window <= keys:
         raise NotImplementedError(
             f"sliding_window={sliding_window} with attention_mask=None: nothing says whether the model means a window; "

@@ -127,16 +127,9 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return every config that a module of the model may ask, each once."""
-    waiting: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    found: dict[int, PreTrainedConfig] = {}
-    while waiting:
-        config = waiting.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            parts: Any = config.sub_configs
-            waiting += [getattr(config, name, None) for name in parts]
-    return list(found.values())
+    """Return every config that a layer of the model may ask, each once."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
 def _names(given: Any) -> list[str]:
