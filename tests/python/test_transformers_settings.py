@@ -182,6 +182,10 @@ def test_weights_of_attention_are_refused():
     assert len(model(tokens(), output_hidden_states=True).hidden_states) == 3
     model.set_attn_implementation("eager")
     assert len(model(tokens(), output_attentions=True).attentions) == 2
+    model.config.output_attentions = True  # which no layer is told of
+    model.set_attn_implementation("mra")
+    with pytest.raises(NotImplementedError, match=message):
+        model(tokens())
 
 
 def test_unknown_arguments_are_refused_unless_they_are_said_to_be_harmless():
