@@ -30,6 +30,8 @@ from mra_attention import MRAConfig
 from mra_attention.nn import MultiheadAttention, convert
 from torch import Tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+
 EXACT = MRAConfig(blocks_per_row=math.inf)
 FEW = MRAConfig(resolutions=(8, 1), blocks_per_row=1)
 
@@ -245,7 +247,6 @@ def test_initial_weights_are_torchs():
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("masks", ENCODER_MASKS)
 def test_a_converted_encoder(masks):
     """With and without gradients: torch's fused path reads the weights of the module that it calls otherwise."""

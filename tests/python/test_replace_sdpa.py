@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+
 
 def gradients(model: torch.nn.Module, out: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(out.square().sum(), list(model.parameters())))
@@ -104,7 +106,6 @@ def test_an_encoder(masks):
     assert_same_model(encoder(), tokens(), kept=lambda out: valid(out, keywords), **keywords)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("masks", ["nothing", "padding", "pairs"])
 @torch.no_grad()
 def test_fused_inference_is_off(masks):
@@ -139,7 +140,6 @@ class Wrapped(Tensor):
     """A subclass that could have attention of its own."""
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_what_is_not_supported_goes_to_torch():
     query, key, value = qkv()
     attention = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
@@ -196,6 +196,15 @@ def test_each_layer_warns_once():
         both(tokens())
         both(tokens())
     assert [str(w.message).split(":")[0] for w in warned] == ["layers.0", "layers.1"]
+
+
+def test_layers_are_named_in_the_outermost_module():
+    model = vision_model()
+    with replace_sdpa(**FEW) as replaced:
+        model[0](tokens())
+        model(tokens())
+        model[2](tokens())
+    assert [(row.layer, row.calls) for row in replaced.report()] == [("VisionAttention", 2), ("0", 1), ("2", 1)]
 
 
 def test_errors_are_torchs():
