@@ -134,10 +134,12 @@ pub(crate) struct BiasSums<'a> {
 impl BiasSums<'_> {
     /// Adds a number for each of the keys with these numbers, to the row of a query.
     pub(crate) fn add(&mut self, query: usize, keys: &Blocks, numbers: Range<usize>, gradients: impl Iterator<Item = f64>) {
+        if numbers.is_empty() {
+            return;
+        }
         let row = &mut self.sums[(query - self.first) * self.steps[0]..];
         if self.steps[1] == 0 {
             row[0] += gradients.take(numbers.len()).sum::<f64>();
-        } else if numbers.is_empty() {
         } else if keys.consecutive(numbers.clone()) {
             let row = &mut row[keys.token(numbers.start)..][..numbers.len()];
             row.iter_mut().zip(gradients).for_each(|(sum, gradient)| *sum += gradient);

@@ -162,9 +162,7 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         grads = _BackwardFunction.apply(*folding.fold_backward(info.batch_size, in_dims, args))
-        unfolded = [folding.unfold(info.batch_size, grad) for grad in grads]
-        unfolded[3] = folding.like_bias(unfolded[3], in_dims, args)
-        return tuple(unfolded), (0, 0, 0, 0, 0)
+        return tuple(folding.unfold(info.batch_size, grad) for grad in grads), (0, 0, 0, 0, 0)
 
 
 class _SelectFunction(torch.autograd.Function):

@@ -62,17 +62,8 @@ def fold_forward(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> li
 def fold_backward(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
     """Fold the arguments of `backward`."""
     refusals.refuse_dropout_below_vmap(args[-1])
-    # Every map has a gradient of its own, even of a bias that is not mapped.
+    # Every map has a gradient of its own, even of a bias that is not mapped. Autograd sums what batch items share.
     return _fold_all(count, dims, args, _OF_INPUTS, 2, of_backward(args).wants_grad_bias)
-
-
-def like_bias(grad: Tensor, dims: tuple[Any, ...], args: tuple[Any, ...]) -> Tensor:
-    """Give the gradient of a folded bias, unfolded, the batch size of the bias: 1 where that is repeated."""
-    place = 2 + _OF_INPUTS["attn_bias"]
-    if not of_backward(args).wants_grad_bias:
-        return grad
-    bias = args[place] if dims[place] is None else args[place].movedim(dims[place], 0)[0]
-    return grad.sum_to_size(grad.shape[0], *bias.shape)
 
 
 def fold_select(count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
