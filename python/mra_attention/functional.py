@@ -30,6 +30,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
+    causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -53,6 +54,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
+    causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -76,6 +78,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
+    causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -119,8 +122,8 @@ def scaled_dot_product_attention(
         pass 0.0 in evaluation. The others are divided by `1 - dropout_p`. A block outside the budget is dropped or kept
         as a whole. The seed is drawn from torch's default generator, and only if `dropout_p > 0`.
     is_causal : bool, default False
-        Whether query `t` sees the keys up to `t` only, which `causal_upper_left` also says; with `causal_lower_right`
-        it sees the keys up to `t + Lk - Lq`. May come together with masks and a window: a query sees what all allow.
+        Whether query `t` sees the keys up to its own position only. May come together with masks and a window: a query
+        sees what all allow.
     scale : float, optional
         Factor of the logits; `1 / sqrt(D)` by default.
     enable_gqa : bool, default False
@@ -128,6 +131,10 @@ def scaled_dot_product_attention(
         value may have different numbers of heads.
     window_size : tuple of two int, default (-1, -1)
         How many keys before and behind its own position a query sees; -1 for all. No mask of pairs is made for it.
+    causal_alignment : {"upper_left", "lower_right"}, default "upper_left"
+        Whether the first queries are beside the first keys or the last queries beside the last keys: the position of
+        query `t` among the keys is `t`, or `t + Lk - Lq`, as for the new tokens of a cache. A causal bias as
+        `attn_mask` says it itself.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0. Without it, and with
         `Lq == Lk`, padded keys are taken for padded queries, which take no part in averages and budgets.
@@ -136,8 +143,7 @@ def scaled_dot_product_attention(
         none, as in flash-attention.
     alibi_slopes : Tensor, optional
         Floating point `(H,)`: the bias `-alibi_slopes[h] * |p - s|` for the query at position `p` and the key at `s`,
-        as in ALiBi, without a mask of pairs. The position of query `t` is `t`, with `causal_lower_right`
-        `t + Lk - Lq`. It takes no gradient.
+        as in ALiBi, without a mask of pairs. It takes no gradient.
     sinks : Tensor, optional
         Floating point `(H,)`: one more logit for every query of a head, which counts in the denominator only, as in
         GPT-OSS. It has a gradient, and no say in the selection.
@@ -205,6 +211,7 @@ def scaled_dot_product_attention(
         softcap,
         alibi_slopes,
         sinks,
+        causal_alignment,
         config=config,
         settings=settings,
     )
@@ -229,6 +236,7 @@ def plan(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
+    causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -259,7 +267,7 @@ def plan(
         How many keys before and behind its own position a query sees; -1 for all.
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
-    softcap, alibi_slopes
+    causal_alignment, softcap, alibi_slopes
         As in `scaled_dot_product_attention`.
     config : MRAConfig, optional
         How attention is approximated. The selection is the same in both modes.
@@ -300,6 +308,7 @@ def plan(
         query_padding_mask,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        causal_alignment=causal_alignment,
         config=config,
         settings=settings,
     )
@@ -329,6 +338,7 @@ def can_run(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
+    causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -347,7 +357,7 @@ def can_run(
     ----------
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size, query_padding_mask
         As for `scaled_dot_product_attention`.
-    softcap, alibi_slopes, sinks, plan, return_lse, config, **settings
+    causal_alignment, softcap, alibi_slopes, sinks, plan, return_lse, config, **settings
         Likewise.
 
     Returns
@@ -386,6 +396,7 @@ def can_run(
         softcap,
         alibi_slopes,
         sinks,
+        causal_alignment,
         config=config,
         settings=settings,
     )

@@ -74,6 +74,7 @@ def test_keyword_parameters():
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == {
         "window_size": (-1, -1),
+        "causal_alignment": "upper_left",
         "query_padding_mask": None,
         "softcap": None,
         "alibi_slopes": None,
@@ -132,7 +133,7 @@ def test_varlen_attention_takes_the_parameters_of_attention():
     attention = inspect.signature(mra_attention.scaled_dot_product_attention).parameters
     varlen = inspect.signature(mra_attention.varlen_attention).parameters
     assert attention.keys() - varlen.keys() == {"attn_mask", "query_padding_mask", "plan"}
-    assert varlen.keys() - attention.keys() == {"cu_seqlens_q", "cu_seqlens_k", "causal_alignment"}
+    assert varlen.keys() - attention.keys() == {"cu_seqlens_q", "cu_seqlens_k"}
     for name in attention.keys() & varlen.keys():
         assert attention[name].default == varlen[name].default, name
 

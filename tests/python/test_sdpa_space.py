@@ -224,6 +224,10 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "pool_queries": (False, {}),
     "config": (MRAConfig(mode="sparse"), {}),
     "return_lse": (True, {}),
+    "causal_alignment": ("lower_right", {"window_size": (30, 20)}),
+    "softcap": (0.5, {}),
+    "alibi_slopes": (torch.full((HEADS,), 0.3), {}),
+    "sinks": (torch.full((HEADS,), 0.3), {}),
 }
 CAUSAL_UNUSUAL = {
     **{name: (value, {"is_causal": True} | base) for name, (value, base) in UNUSUAL.items()},

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_inputs
 from mra_attention import plan, scaled_dot_product_attention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH, HEAD_DIM = 2, 4, 40, 48, 16
 
@@ -146,3 +148,51 @@ def test_autocast_makes_mixed_inputs_equal_and_passes_gradients_back():
     assert grad.dtype == torch.float32
     assert grad.isfinite().all()
     assert grad.abs().max() > 0
+
+
+def test_alignment_by_name_and_by_a_causal_bias() -> None:
+    query, key, value, *_ = random_inputs((2, 2, 43, 51, 6))
+    more = {"resolutions": (8, 1), "blocks_per_row": 2.0}
+    by_bias = scaled_dot_product_attention(query, key, value, causal_lower_right(43, 51), **more)
+    by_name = scaled_dot_product_attention(query, key, value, is_causal=True, causal_alignment="lower_right", **more)
+    assert torch.equal(by_name, by_bias)
+    both = scaled_dot_product_attention(
+        query, key, value, causal_lower_right(43, 51), causal_alignment="lower_right", **more
+    )
+    assert torch.equal(both, by_bias)
+
+
+def test_last_queries_of_padded_sequences_get_what_they_get_alone() -> None:
+    """As in a decoder with a cache: few queries, and keys with padding in front, in a window too."""
+    query, key, value, *_ = random_inputs((2, 2, 60, 60, 6))
+    valid = torch.arange(60) >= torch.tensor([[0], [13]])
+    for window in ((-1, -1), (20, -1)):
+        more = {"resolutions": (8, 1), "blocks_per_row": 2.0, "is_causal": True, "window_size": window}
+        mask = {"attn_mask": valid[:, None, None]}
+        whole = scaled_dot_product_attention(query, key, value, **mask, **more)
+        last = scaled_dot_product_attention(
+            query[:, :, 55:], key, value, causal_alignment="lower_right", **mask, **more
+        )
+        assert torch.equal(last, whole[:, :, 55:])
+        alone = scaled_dot_product_attention(
+            query[1:, :, 55:], key[1:, :, 13:], value[1:, :, 13:], causal_alignment="lower_right", **more
+        )
+        assert torch.equal(last[1:], alone)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"causal_alignment": "lower"}, ValueError, "causal_alignment must be 'upper_left' or 'lower_right'"),
+        ({"causal_alignment": "lower_right"}, ValueError, "is for is_causal=True, a window_size, a mask or alibi"),
+        (
+            {"causal_alignment": "lower_right", "attn_mask": causal_upper_left(43, 51)},
+            ValueError,
+            "contradicts attn_mask",
+        ),
+    ],
+)
+def test_an_alignment_that_says_nothing_or_the_contrary(given, error, message) -> None:
+    query, key, value, *_ = random_inputs((2, 2, 43, 51, 6))
+    with pytest.raises(error, match=message):
+        scaled_dot_product_attention(query, key, value, **given)

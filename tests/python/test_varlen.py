@@ -245,7 +245,7 @@ def test_opcheck(form):
     config = MRAConfig(resolutions=(8, 1), **{k: v for k, v in FORMS[form].items() if k in SETTINGS})
     right = 0 if FORMS[form].get("is_causal") else FORMS[form].get("window_size", (-1, -1))[1]
     left = FORMS[form].get("window_size", (-1, -1))[0]
-    settings = calls.settings(config, 4, 0.3, (left, right), lower_right=False, dropout_p=0.0)
+    settings = calls.settings(config, 4, 0.3, None, (left, right), lower_right=False, dropout_p=0.0)
     starts = (boundaries(LENGTHS), boundaries(KEY_LENGTHS))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     inputs = Inputs(*leaves, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alignment alone": (
         {"causal_alignment": "lower_right"},
         ValueError,
-        "'lower_right' is for is_causal=True or a window",
+        "'lower_right' is for is_causal=True, a window",
     ),
     "window": ({"window_size": (1,)}, TypeError, "window_size must be two integers"),
     "local": ({"local_blocks": 0}, ValueError, "local_blocks must be an integer of at least 1"),

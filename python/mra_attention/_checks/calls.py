@@ -42,7 +42,7 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     call = Inputs(arranged[0], arranged[1], arranged[-1])
     if attn_mask is not None or query_padding_mask is not None:
         call = _with_masks(call, lead, attn_mask, query_padding_mask)
-    lower_right = causal_bias.is_lower_right(attn_mask, call.query.shape[2], call.key.shape[2])
+    lower_right = _is_lower_right(arguments, window, call)
     call = with_head_terms(call, arguments)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
     ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
@@ -50,6 +50,31 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
         given = arguments.settings if arguments.config is None else SETTINGS
         call, ready = use_plan(arguments.plan, config, given, call, ready)
     return Prepared(call, ready, lead)
+
+
+def _is_lower_right(arguments: Arguments, window: tuple[int, int], call: Inputs) -> bool:
+    attn_mask = arguments.attn_mask
+    needed = window != (-1, -1) or attn_mask is not None or arguments.alibi_slopes is not None
+    by_name = is_lower_right(arguments.causal_alignment, needed)
+    if not isinstance(attn_mask, CausalBias):
+        return by_name
+    by_bias = causal_bias.is_lower_right(attn_mask, call.query.shape[2], call.key.shape[2])
+    if by_name and not by_bias:
+        raise ValueError("causal_alignment='lower_right' contradicts attn_mask, a causal bias of another alignment")
+    return by_bias
+
+
+def is_lower_right(alignment: Any, needed: bool) -> bool:
+    """Check `causal_alignment`, which says nothing unless positions are `needed`."""
+    if alignment not in ("upper_left", "lower_right"):
+        error = ValueError if isinstance(alignment, str) else TypeError
+        raise error(f"causal_alignment must be 'upper_left' or 'lower_right', got {alignment!r}")
+    if alignment == "lower_right" and not needed:
+        raise ValueError(
+            "causal_alignment='lower_right' is for is_causal=True, a window_size, a mask or alibi_slopes; leave it at "
+            "'upper_left'"
+        )
+    return alignment == "lower_right"
 
 
 def finish(result: Tensor, lead: shapes.Shape | None) -> Tensor:

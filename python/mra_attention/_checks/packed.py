@@ -22,7 +22,8 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     numbers.check_bool("is_causal", is_causal)
     numbers.check_bool("enable_gqa", enable_gqa)
     window = calls.visible_window(arguments.window_size, is_causal)
-    lower_right = _is_lower_right(arguments.causal_alignment, window)
+    needed = window != (-1, -1) or arguments.alibi_slopes is not None
+    lower_right = calls.is_lower_right(arguments.causal_alignment, needed)
     if torch.is_autocast_enabled("cpu"):
         packed = cast("tuple[Any, Any, Any]", autocast(packed))
     tensors.check_inputs(*packed)
@@ -35,16 +36,6 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     settings = calls.settings(config, query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     inputs = Inputs(query, key, value, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
     return calls.with_head_terms(inputs, arguments), settings
-
-
-def _is_lower_right(alignment: Any, window: tuple[int, int]) -> bool:
-    if alignment not in ("upper_left", "lower_right"):
-        raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {alignment!r}")
-    if alignment == "lower_right" and window == (-1, -1):
-        raise ValueError(
-            "causal_alignment='lower_right' is for is_causal=True or a window_size only; leave it at 'upper_left'"
-        )
-    return alignment == "lower_right"
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

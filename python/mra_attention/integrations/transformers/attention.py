@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import calls
-from ..._checks.arguments import Arguments
-from ..._ops import forward_out
+from ...functional import scaled_dot_product_attention
 from ...varlen import varlen_attention
 from . import arguments, settings
 from .masks import PatternMask
@@ -93,11 +91,9 @@ def _call(query: Tensor, key: Tensor, value: Tensor, sight: Sight, options: dict
         attention: Any = varlen_attention  # whose overloads cannot be told apart by a dictionary
         out: Tensor = attention(*packed, *sight.boundaries, **options)
         return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
-    # The public function aligns the last query with the last key for a CausalBias only, which cannot come with padding.
-    inputs, ready, lead = calls.prepare((query, key, value), Arguments(sight.attn_mask, **options))
-    if ready.dropout_p != 0.0:
-        inputs = inputs._replace(seed=calls.draw_seed())
-    out = calls.finish(forward_out(inputs, ready._replace(lower_right=sight.lower_right)), lead)
+    alignment = "lower_right" if sight.lower_right else "upper_left"
+    attention = scaled_dot_product_attention
+    out = attention(query, key, value, sight.attn_mask, causal_alignment=alignment, **options)
     return out.transpose(1, 2).contiguous()
 
 
