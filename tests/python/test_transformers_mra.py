@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 transformers = pytest.importorskip("transformers")
-from mra_attention.integrations.transformers_mra import patch_mra, unpatch_mra  # noqa: E402
+from mra_attention.integrations.transformers import patch_mra, unpatch_mra  # noqa: E402
 from transformers import MraConfig, MraModel  # noqa: E402
 from transformers.models.mra.modeling_mra import MraSelfAttention  # noqa: E402
 from transformers_mra_reference import OWN_FORWARD, its_own_code, padded_to_blocks  # noqa: E402

@@ -42,8 +42,12 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     call = Inputs(arranged[0], arranged[1], arranged[-1])
     if attn_mask is not None or query_padding_mask is not None:
         call = _with_masks(call, lead, attn_mask, query_padding_mask)
-    lower_right = _is_lower_right(arguments, window, call)
-    call = with_head_terms(call, arguments)
+    # A small call takes as long in Python as in the native module, so what is not given is not looked at.
+    lower_right = False
+    if attn_mask is not None or arguments.causal_alignment != "upper_left":
+        lower_right = _is_lower_right(arguments, window, call)
+    if arguments.alibi_slopes is not None or arguments.sinks is not None:
+        call = with_head_terms(call, arguments)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
     ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     if arguments.plan is not None:
@@ -112,7 +116,7 @@ def settings(
         window_left=window[0],
         window_right=window[1],
         lower_right=lower_right,
-        softcap=numbers.softcap(softcap),
+        softcap=None if softcap is None else numbers.softcap(softcap),
         blocks_per_row=per_head,  # pyright: ignore[reportArgumentType] : checked when the config was made
         num_blocks=config.num_blocks,
         first_blocks=config.first_blocks,
@@ -138,8 +142,6 @@ def _with_masks(inputs: Inputs, lead: shapes.Shape | None, attn_mask: Any, query
 
 def with_head_terms(inputs: Inputs, arguments: Arguments) -> Inputs:
     """Check the numbers that each head has, and add them."""
-    if arguments.alibi_slopes is None and arguments.sinks is None:
-        return inputs
     batch, heads = inputs.query.shape[:2]
     slopes = head_terms.check("alibi_slopes", arguments.alibi_slopes, batch, heads)
     head_terms.refuse_gradient_of_slopes(arguments.alibi_slopes)

@@ -80,8 +80,8 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 
 def softcap(given: Any) -> float | None:
-    """Check `softcap`; 0, as in flash-attention, is none."""
-    if given is None or (type(given) in (float, int) and given == 0):
+    """Check `softcap`, if it is given; 0, as in flash-attention, is none."""
+    if type(given) in (float, int) and given == 0:
         return None
     number = _as_float("softcap", given, "None or a positive number")
     if not 0.0 < number < math.inf:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.mra import modeling_mra
 
-from ..functional import scaled_dot_product_attention
+from ...functional import scaled_dot_product_attention
 
 __all__ = ["patch_mra", "unpatch_mra"]
 
@@ -58,7 +58,7 @@ def patch_mra() -> AbstractContextManager[Any]:
     Examples
     --------
     >>> import torch
-    >>> from mra_attention.integrations.transformers_mra import patch_mra
+    >>> from mra_attention.integrations.transformers import patch_mra
     >>> from transformers import MraConfig, MraModel
     >>> with patch_mra():
     ...     model = MraModel(MraConfig(num_hidden_layers=1))
