@@ -1,4 +1,4 @@
-//! A bias by distance (ALiBi), `-slope |p - s|`: the mean distances of blocks (docs/definitions.md, section 6).
+//! A bias by distance (`alibi_slopes`), `-slope |p - s|`: the mean distances of blocks (docs/definitions.md, section 6).
 //!
 //! Where all tokens of one side lie before those of the other, the mean distance is that of the mean positions. So a table of the
 //! means suffices, and a correction for the few pairs of blocks that overlap.

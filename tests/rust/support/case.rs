@@ -51,6 +51,7 @@ pub(crate) enum Pairs {
 
 /// Everything that a call depends on; the numbers come from the seed.
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools, reason = "each says something of its own")]
 pub(crate) struct Case {
     pub(crate) batch: usize,
     pub(crate) kv_heads: usize,
