@@ -254,21 +254,8 @@ def plan(
         `(..., H, Lq, D)`; see `scaled_dot_product_attention`, as for all other arguments.
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`.
-    attn_mask : Tensor or BlockMask, optional
-        bool, an additive bias, a `BlockMask` or a causal bias. Blocks that a mask cuts are exact beside those of the
-        budget.
-    is_causal : bool, default False
-        Whether query `t` sees the keys up to `t` only.
-    scale : float, optional
-        Factor of the logits; `1 / sqrt(D)` by default.
-    enable_gqa : bool, default False
-        Whether groups of `H // Hk` query heads share a head of the key.
-    window_size : tuple of two int, default (-1, -1)
-        How many keys before and behind its own position a query sees; -1 for all.
-    query_padding_mask : Tensor, optional
-        bool `(B, Lq)` or `(Lq,)`, True where the query is valid.
-    causal_alignment, softcap, alibi_slopes
-        As in `scaled_dot_product_attention`.
+    attn_mask, is_causal, scale, enable_gqa, window_size, causal_alignment, query_padding_mask, softcap, alibi_slopes
+        Likewise. Blocks that a mask cuts are exact beside those of the budget.
     config : MRAConfig, optional
         How attention is approximated. The selection is the same in both modes.
     **settings
