@@ -160,7 +160,11 @@ def test_padded_keys_are_padded_queries_in_self_attention_only():
             for each in zip((x, key, key), weights, biases, strict=True)
         ]
         out = mra_attention.scaled_dot_product_attention(
-            *heads, attn_mask=~mask[:, None, None, :], query_padding_mask=queries, config=FEW
+            *heads,
+            attn_mask=~mask[:, None, None, :],
+            query_padding_mask=queries,
+            config=FEW,
+            pool_queries=key is x,
         )
         expected = ours.out_proj(out.transpose(1, 2).flatten(-2))
         assert_close(ours(x, key, key, key_padding_mask=mask)[0], expected, "module")
@@ -364,3 +368,12 @@ def test_compile(masks, gradient):
         out = compiled(tokens(), **keywords)
         assert_close(out, model(tokens(), **keywords), "out")
     assert not torch.allclose(valid(out, keywords), valid(expected, keywords))
+
+
+def test_subclasses_that_are_left_alone_are_named():
+    class Other(torch.nn.MultiheadAttention):
+        pass
+
+    model = torch.nn.ModuleList([torch.nn.MultiheadAttention(8, 2), Other(8, 2)])
+    with pytest.warns(UserWarning, match=r"left alone, since they are subclasses .*: '1'"):
+        assert list(convert(model)) == ["0"]

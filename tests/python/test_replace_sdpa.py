@@ -228,8 +228,10 @@ def test_min_length():
     with replace_sdpa(min_length=100, **FEW_SETTINGS) as replaced:
         for queries, keys in itertools.product((50, 100, 300), (99, 100)):
             inputs = (query[:, :, :queries], key[:, :, :keys], value[:, :, :keys])
-            function = few if keys >= 100 else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            expected = function(*inputs) if keys >= 100 else function(*inputs)[0]
+            if keys < 100:
+                expected = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs)[0]
+            else:
+                expected = few(*inputs, pool_queries=queries == keys)
             assert torch.equal(F.scaled_dot_product_attention(*inputs), expected), (queries, keys)
     short, long = replaced.report()
     assert short.reason == "fewer keys than min_length=100"

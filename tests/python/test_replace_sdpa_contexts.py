@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import EXACT, FEW, few, qkv
 from mra_attention import replace_sdpa
+from mra_attention.integrations.sdpa import _thread
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -128,3 +129,17 @@ def test_decorator_refuses_what_runs_later():
     for late in (generator, coroutine, asynchronous_generator, torch.nn.Linear):
         with pytest.raises(TypeError, match="use `with` inside"):
             replace_sdpa()(late)
+
+
+def test_suspended_contexts_are_left_in_order_or_not_at_all():
+    def suspended():
+        with replace_sdpa(blocks_per_row=1):
+            yield
+
+    first, second = suspended(), suspended()
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="left in another order than its contexts were entered"):
+        first.close()
+    second.close()
+    _thread.modes.pop().__exit__(None, None, None)  # what the first one left

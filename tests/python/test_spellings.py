@@ -184,7 +184,7 @@ def test_last_queries_of_padded_sequences_get_what_they_get_alone() -> None:
     ("given", "error", "message"),
     [
         ({"causal_alignment": "lower"}, ValueError, "causal_alignment must be 'upper_left' or 'lower_right'"),
-        ({"causal_alignment": "lower_right"}, ValueError, "is for is_causal=True, a window_size, a mask or alibi"),
+        ({"causal_alignment": "lower_right"}, ValueError, "is for is_causal=True, a window_size, a mask, alibi"),
         (
             {"causal_alignment": "lower_right", "attn_mask": causal_upper_left(43, 51)},
             ValueError,

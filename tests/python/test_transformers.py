@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers_models as models
 from helpers import named
 from mra_attention.integrations.transformers import configure
@@ -145,6 +146,28 @@ def test_decoders_learn_nothing_from_later_tokens_in_cross_attention(name: str):
         before, after = output(model, inputs), output(model, changed)
     assert error(after[:, :30], before[:, :30]) <= 1e-10
     assert error(after, before) > 1e-3
+
+
+def test_decoders_that_say_so_in_other_words_learn_nothing_from_later_tokens():
+    model = build("gpt2_cross", SMALL_EVERYWHERE)
+    ids, states = tokens(), torch.randn(2, LENGTH, 32, dtype=torch.float64)
+    changed = ids.clone()
+    changed[:, 30:] = 3
+    with torch.no_grad():
+        before, after = (model(x, encoder_hidden_states=states, use_cache=False).logits for x in (ids, changed))
+    assert error(after[:, :30], before[:, :30]) <= 1e-10
+    assert error(after, before) > 1e-3
+
+
+def test_boundaries_beside_a_cache_align_the_last_tokens():
+    model = build("llama", EXACT)
+    ids = tokens(1)
+    whole = model(ids).logits
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :50], cache=cache, use_cache=True)
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, LENGTH - 50]), "cu_seq_lens_k": torch.tensor([0, LENGTH])}
+    rest = model(ids[:, 50:], cache=cache, use_cache=True, **boundaries).logits
+    assert error(rest, whole[:, 50:]) <= 1e-10
 
 
 def test_config_is_causal_makes_a_decoder_see_both_directions():

@@ -171,8 +171,6 @@ def test_masks_that_do_not_fit_are_refused():
     query = torch.randn(2, 4, 12, 8)
     with pytest.raises(ValueError, match=r"is for .* = \(12, 12\), but query and key have \(12, 9\)"):
         attention(query, query[:, :, :9], query[:, :, :9], mask_of(CAUSAL))
-    with pytest.raises(ValueError, match="is_causal=False contradicts"):
-        attention(query, query, query, mask_of(CAUSAL), is_causal=False)
     with pytest.raises(NotImplementedError, match="sliding_window=4 with attention_mask=None"):
         attention(query, query, query, None, sliding_window=4)
 
@@ -206,6 +204,13 @@ def module() -> torch.nn.Module:
 def attention_function() -> Any:
     register(MRAConfig.from_dict(EXACT))
     return lambda *given, **options: AttentionInterface()["mra"](module(), *given, **options)
+
+
+def test_a_layer_that_is_told_not_causal_with_a_causal_mask_goes_by_the_mask():
+    """Some models pass `is_causal=False` because there is a mask."""
+    attention, query = attention_function(), torch.randn(2, 4, 12, 8)
+    expected, _ = attention(query, query, query, mask_of(CAUSAL))
+    assert torch.equal(attention(query, query, query, mask_of(CAUSAL), is_causal=False)[0], expected)
 
 
 def test_recognition_looks_at_code_and_not_at_names():

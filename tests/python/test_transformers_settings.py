@@ -208,3 +208,20 @@ def test_older_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, kv_length: None)
     with pytest.raises(ImportError, match=f"transformers {transformers.__version__} calls its mask functions without"):
         register()
+
+
+def test_settings_are_copied_and_layers_must_exist():
+    model, given = build("llama"), {"layers": {"1": {"blocks_per_row": 3}}}
+    configure(model, given)
+    given["layers"]["1"]["blocks_per_row"] = 5
+    assert model.config.mra["layers"]["1"]["blocks_per_row"] == 3
+    with pytest.raises(ValueError, match=r"settings of layers \['2'\], but there are 2"):
+        configure(model, {"layers": {"2": {}}})
+
+
+def test_models_that_compute_attention_by_themselves_are_refused():
+    config = transformers.LongformerConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    with pytest.raises(ValueError, match="LongformerModel computes attention by itself"):
+        configure(transformers.LongformerModel(config), {"blocks_per_row": 2})

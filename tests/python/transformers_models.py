@@ -114,6 +114,14 @@ BOTH = {
     "t5": Architecture("T5ForConditionalGeneration", "T5Config", _T5),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _BART | _SOUND),
 }
+# Decoders with cross-attention that are told of it in ways of their own.
+CROSS = {
+    "gpt2_cross": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True, **_SPECIAL},
+    ),
+}
 COMPOSITE = {
     "gemma3_images": Architecture(
         "Gemma3ForConditionalGeneration",
@@ -151,7 +159,7 @@ CAPPED = {
         torch.float32,
     ),
 }
-ALL = {**ENCODERS, **DECODERS, **BOTH, **COMPOSITE, **IMAGES, **CAPPED}
+ALL = {**ENCODERS, **DECODERS, **BOTH, **CROSS, **COMPOSITE, **IMAGES, **CAPPED}
 
 
 def build(name: str, mra: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Any:

@@ -45,7 +45,7 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     # A small call takes as long in Python as in the native module, so what is not given is not looked at.
     lower_right = False
     if attn_mask is not None or arguments.causal_alignment != "upper_left":
-        lower_right = _is_lower_right(arguments, window, call)
+        lower_right = _is_lower_right(arguments, window, call, config)
     if arguments.alibi_slopes is not None or arguments.sinks is not None:
         call = with_head_terms(call, arguments)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
@@ -56,9 +56,14 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     return Prepared(call, ready, lead)
 
 
-def _is_lower_right(arguments: Arguments, window: tuple[int, int], call: Inputs) -> bool:
+def _is_lower_right(arguments: Arguments, window: tuple[int, int], call: Inputs, config: MRAConfig) -> bool:
     attn_mask = arguments.attn_mask
-    needed = window != (-1, -1) or attn_mask is not None or arguments.alibi_slopes is not None
+    needed = (
+        window != (-1, -1)
+        or attn_mask is not None
+        or arguments.alibi_slopes is not None
+        or not config.pool_queries  # then positions say which blocks are local
+    )
     by_name = is_lower_right(arguments.causal_alignment, needed)
     if not isinstance(attn_mask, CausalBias):
         return by_name
@@ -75,8 +80,8 @@ def is_lower_right(alignment: Any, needed: bool) -> bool:
         raise error(f"causal_alignment must be 'upper_left' or 'lower_right', got {alignment!r}")
     if alignment == "lower_right" and not needed:
         raise ValueError(
-            "causal_alignment='lower_right' is for is_causal=True, a window_size, a mask or alibi_slopes; leave it at "
-            "'upper_left'"
+            "causal_alignment='lower_right' is for is_causal=True, a window_size, a mask, alibi_slopes or "
+            "pool_queries=False; leave it at 'upper_left'"
         )
     return alignment == "lower_right"
 

@@ -22,7 +22,7 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     numbers.check_bool("is_causal", is_causal)
     numbers.check_bool("enable_gqa", enable_gqa)
     window = calls.visible_window(arguments.window_size, is_causal)
-    needed = window != (-1, -1) or arguments.alibi_slopes is not None
+    needed = window != (-1, -1) or arguments.alibi_slopes is not None or not config.pool_queries
     lower_right = calls.is_lower_right(arguments.causal_alignment, needed)
     if torch.is_autocast_enabled("cpu"):
         packed = cast("tuple[Any, Any, Any]", autocast(packed))

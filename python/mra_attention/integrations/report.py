@@ -24,7 +24,8 @@ class Calls:
         The qualified name of the module that called, in the outermost module that was being called.
         "(no module)" outside of modules, "(compiled)" in code that torch.compile traced.
     function : str
-        The function of torch that was called: "scaled_dot_product_attention" or "multi_head_attention_forward".
+        The function of torch that was called: "scaled_dot_product_attention", "multi_head_attention_forward", or a
+        fused operator of a compiled layer.
     query_shape, key_shape : tuple of int or str
         The shapes; a size that was not always the same is a string, "smallest..largest", a jagged one is "j". Empty in
         compiled code.

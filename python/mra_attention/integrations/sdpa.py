@@ -8,6 +8,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -81,10 +82,17 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        If a setting is not accepted. Inside, calls raise what torch raises.
+        If a setting is not accepted.
+    RuntimeError
+        If contexts are not left in the order in which they were entered. Do not suspend one by `yield` or `await`.
 
     Notes
     -----
+    A token learns only from what it sees. In cross-attention of a decoder it does not see later tokens of its own
+    sequence, which averages of queries would have it learn from. So queries are averaged only where there are as many
+    of them as keys, and in `torch.nn.MultiheadAttention` only where query and key are one tensor. Where a model calls
+    torch's function for cross-attention of equal lengths, pass `pool_queries=False`.
+
     No function is patched. The context is a `torch.overrides.TorchFunctionMode`: other threads are not affected, and
     nothing is left behind, also after an exception. Contexts can be nested, and then the innermost one alone decides;
     one object may be used many times, also in several threads at once, and counts all calls.
@@ -136,6 +144,11 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
 
     def __exit__(self, *error: Any) -> None:
         modes = _thread.modes
+        if not modes or modes[-1].context is not self:
+            raise RuntimeError(
+                "replace_sdpa is left in another order than its contexts were entered, as after a yield or an await "
+                "inside of one; use `with` around calls alone"
+            )
         mode: Any = modes.pop()
         mode.__exit__(*error)
         if modes:
@@ -143,7 +156,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
 
     def attention(self, call: _Call) -> Any:
         """Compute a call of scaled_dot_product_attention."""
-        return self._compute(call, "scaled_dot_product_attention", scaled_dot_product_attention, _length(call.key))
+        return self._compute(call, "scaled_dot_product_attention", _attention, _length(call.key))
 
     def multi_head(self, call: _Call) -> Any:
         """Compute a call of multi_head_attention_forward, inside of which torch's attention could not be seen."""
@@ -161,7 +174,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
         if any(is_late(func) for is_late in _LATE):
             raise TypeError(
                 f"replace_sdpa decorates functions that return a result, got {func!r}, whose body runs after the call "
-                "returns; use `with` inside it"
+                "returns; use `with` inside it, around calls alone, without a yield or an await"
             )
         return super().__call__(func)
 
@@ -199,6 +212,21 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
         is_new = self._calls.add(layer, function, query, key, reason)
         if is_new and reason not in (None, self._too_short):
             warnings.warn(f"{layer}: torch's {function} is used: {reason}", FallbackWarning, _frames_to_caller())
+
+
+def _attention(query: Tensor, key: Tensor, *args: Any, config: MRAConfig, **kwargs: Any) -> Tensor:
+    """Compute attention; if there are not as many keys as queries, every token chooses for itself.
+
+    That is cross-attention, where a decoder's tokens would learn from later ones if queries were averaged, or a step
+    with a cache, whose one query is that of the last key.
+    """
+    attention: Any = scaled_dot_product_attention  # whose overloads cannot be told apart by a dictionary
+    lengths = [0 if x.is_nested or x.dim() < 2 else x.shape[-2] for x in (query, key)]
+    if lengths[0] != lengths[1]:
+        config = replace(config, pool_queries=False)
+        if lengths[0] == 1 and not kwargs.get("is_causal") and len(args) < 4:
+            kwargs = {**kwargs, "causal_alignment": "lower_right"}
+    return attention(query, key, *args, config=config, **kwargs)
 
 
 class _Call(NamedTuple):

@@ -37,7 +37,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        If a setting is not accepted, or `blocks_per_row` has as many budgets as there are no heads.
+        If a setting is not accepted, or the number of budgets in `blocks_per_row` is not that of the heads.
 
     Notes
     -----
@@ -45,6 +45,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     computed. `is_causal=True` needs no `attn_mask` beside it. And the fused inference path of
     `torch.nn.TransformerEncoderLayer`, which would read the weights of this module and compute torch's attention, is
     not taken; `torch.nn.TransformerEncoder` says so in a warning unless it is made with `enable_nested_tensor=False`.
+
+    In cross-attention, where query and key are not one tensor, every token chooses blocks for itself, since a decoder's
+    tokens must not learn from later ones: `pool_queries` counts in self-attention only.
 
     Definition: docs/definitions.md, sections 2 to 4. Deterministic, as `scaled_dot_product_attention`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -88,6 +89,12 @@ def convert(
     for name, given in chosen.items():
         heads: Any = found[name].num_heads
         check_heads(given, heads, name)
+    left = [name for name in _attentions(model) if name not in found]
+    if left:
+        warnings.warn(
+            f"left alone, since they are subclasses of torch.nn.MultiheadAttention: {', '.join(map(repr, left))}",
+            stacklevel=2,
+        )
     converted = {name: _convert(found[name], given) for name, given in chosen.items()}
     _keep_padding(model, set(converted.values()))
     return converted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def multi_head_attention_forward(
 
     The arguments are those of torch's function, and `batch_first` and `config`. It refuses `need_weights`, `static_k`
     and `static_v`. `average_attn_weights` says nothing without weights, as in torch. `is_causal=True` needs no
-    `attn_mask`; one that is given is taken for the causal mask, as torch says.
+    `attn_mask`; one that is given is taken for the causal mask, as torch says. In cross-attention, where `query` is not
+    `key`, every token chooses blocks for itself: `pool_queries` counts in self-attention only.
     """
     if need_weights:
         raise ValueError(
@@ -74,6 +76,9 @@ def multi_head_attention_forward(
     queries = None if mask is None or query is key else q.new_ones(q.shape[:2], dtype=torch.bool)
     q, k, v = (_heads_first(x, num_heads) for x in (q, k, v))
     dropout_p = dropout_p if training else 0.0
+    if query is not key:
+        # A token of a decoder must not learn from later ones, which averages of queries would have it do.
+        config = replace(config, pool_queries=False)
     out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, query_padding_mask=queries, config=config)
     out = out.transpose(1, 2).flatten(-2)
     if not batched:

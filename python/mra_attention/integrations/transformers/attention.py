@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ def attend(
     """
     arguments.check(others, registered.ignored)
     lengths = (query.shape[2], key.shape[2])
-    sight = _of_mask(attention_mask, lengths, is_causal, others.get("position_ids")) or _without_pattern(
+    sight = _of_mask(attention_mask, lengths, others.get("position_ids")) or _without_pattern(
         attention_mask, lengths, getattr(module, "is_causal", True) if is_causal is None else is_causal, sliding_window
     )
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -75,7 +75,7 @@ def attend(
     is_sliding = sight.window_size != (-1, -1) or (sliding_window is not None and not _is_pattern(attention_mask))
     layer = getattr(module, "layer_idx", None)
     config = settings.of_layer(getattr(module, "config", None), layer, is_sliding, registered.defaults)
-    if not sight.pool_queries or (not sight.is_causal and _is_cross_attention(module)):
+    if not (sight.pool_queries and _is_of_encoder(module, lengths, others)):
         config = replace(config, pool_queries=False)
     if sight.keys is not None:
         key, value = key[:, :, : sight.keys], value[:, :, : sight.keys]
@@ -89,7 +89,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, sight: Sight, options: dict
     if sight.boundaries is not None:
         packed = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
         attention: Any = varlen_attention  # whose overloads cannot be told apart by a dictionary
-        out: Tensor = attention(*packed, *sight.boundaries, **options)
+        alignment = "lower_right" if sight.is_causal or sight.window_size != (-1, -1) else "upper_left"
+        out: Tensor = attention(*packed, *sight.boundaries, causal_alignment=alignment, **options)
         return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
     alignment = "lower_right" if sight.lower_right else "upper_left"
     attention = scaled_dot_product_attention
@@ -101,12 +102,24 @@ def _is_pattern(mask: Any) -> bool:
     return isinstance(mask, PatternMask)
 
 
-def _is_cross_attention(module: torch.nn.Module) -> bool:
-    """Whether a layer whose mask is not causal belongs to a decoder; transformers has no one way to say so."""
-    return bool(getattr(module, "is_decoder", False)) or "CrossAttention" in type(module).__name__
+def _is_of_encoder(module: torch.nn.Module, lengths: tuple[int, int], others: Mapping[str, Any]) -> bool:
+    """Whether a layer is known to be self-attention of an encoder, whose queries may be averaged.
+
+    In cross-attention of a decoder a token would learn from later ones that way. transformers has no one way to say
+    what a layer is, so that is assumed of every layer that may be one.
+    """
+    is_cross = getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__
+    if is_cross or lengths[0] != lengths[1] or others.get("encoder_hidden_states") is not None:
+        return False
+    is_decoder = getattr(module, "is_decoder", None)
+    if is_decoder is not None:
+        return not is_decoder
+    config = getattr(module, "config", None)
+    decodes = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+    return not any(getattr(config, name, False) for name in decodes)
 
 
-def _of_mask(mask: Any, lengths: tuple[int, int], is_causal: bool | None, positions: Any) -> Sight | None:
+def _of_mask(mask: Any, lengths: tuple[int, int], positions: Any) -> Sight | None:
     """Return what our own mask says."""
     if not isinstance(mask, PatternMask):
         return None
@@ -117,11 +130,6 @@ def _of_mask(mask: Any, lengths: tuple[int, int], is_causal: bool | None, positi
         )
     is_pattern_causal, window_size, _ = mask.pattern
     documents = mask.documents(positions)
-    if is_causal is False and is_pattern_causal:
-        raise ValueError(
-            "is_causal=False contradicts the causal attention_mask; set model.config.is_causal = False, which makes "
-            "the mask one of both directions too"
-        )
     return Sight(
         attn_mask=None if mask.padding is None else mask.padding[:, None, None, :],
         is_causal=is_pattern_causal,

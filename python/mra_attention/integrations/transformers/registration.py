@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,7 @@ def register(
     TypeError
         If an argument has the wrong type.
     ImportError
-        If this version of transformers calls its mask functions otherwise.
+        If this version of transformers calls its mask functions with other arguments.
 
     Notes
     -----
@@ -105,7 +106,8 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        If the settings have an unknown name or a value that is not accepted. Then nothing is written.
+        If the settings have an unknown name or a value that is not accepted, name a layer that no part has, or the
+        model does not use the attention functions of transformers. Then nothing is written.
 
     Examples
     --------
@@ -117,11 +119,20 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
     2
     """
     given = config.to_dict() if isinstance(config, MRAConfig) else config
+    # A model that does not ask for attention functions by name would ignore the settings.
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
+        raise ValueError(
+            f"{type(model).__name__} computes attention by itself, whatever attn_implementation says: settings would "
+            "have no effect"
+        )
+    configs = _configs(model)
     if given is not None:
         settings.check(given)
-    for found in _configs(model):
+        counts = [getattr(found, "num_hidden_layers", None) for found in configs]
+        settings.check_layers(given, max((count for count in counts if count is not None), default=None))
+    for found in configs:
         if given is not None:
-            setattr(found, settings.FIELD, dict(given))
+            setattr(found, settings.FIELD, copy.deepcopy(dict(given)))
         elif hasattr(found, settings.FIELD):
             delattr(found, settings.FIELD)
 

@@ -66,6 +66,13 @@ def check(given: Any) -> None:
             _parse(text, layer, None, is_sliding, Defaults(MRAConfig(), MRAConfig()))
 
 
+def check_layers(given: Mapping[str, Any], count: int | None) -> None:
+    """Check that there are layers of these numbers."""
+    layers = _checked_layers(given.get(LAYERS, {}))
+    if count is not None and any(int(name) >= count for name in layers):
+        raise ValueError(f"settings of layers {sorted(layers)}, but there are {count}")
+
+
 def _checked_layers(layers: Any) -> dict[str, Any]:
     if not isinstance(layers, dict) or not all(name.isdecimal() for name in cast("dict[str, Any]", layers)):
         raise TypeError(f"config.{FIELD}[{LAYERS!r}] must map numbers of layers to settings, got {layers!r}")
@@ -98,7 +105,7 @@ def _resolve(
     if layers and layer is None:
         raise ValueError(
             f"config.{FIELD}[{LAYERS!r}] has settings of layers {sorted(layers)}, but this model does not number its "
-            "attention layers; leave it out"
+            "attention layers; configure the part that does, such as model.model.language_model, or leave it out"
         )
     if count is not None and any(int(name) >= count for name in layers):
         raise ValueError(f"config.{FIELD}[{LAYERS!r}] has settings of layers {sorted(layers)}, but there are {count}")
