@@ -75,7 +75,7 @@ pub fn forward(query: &TorchTensor, key: &TorchTensor, value: &TorchTensor, opti
     Ok(Output { lse: output.lse.squeeze_dim(-1), ..output })
 }
 
-/// The gradients of query, key and value, given that of `output.out`.
+/// The gradients of query, key and value, given that of `output.out`; those of a bias and of sinks are not computed.
 ///
 /// # Errors
 /// As [`forward`].

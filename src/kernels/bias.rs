@@ -30,15 +30,19 @@ impl<T: Scalar> Kernel<T> for AddBias<'_, T> {
     }
 }
 
+/// Positions, each as a whole number and a fraction.
+pub(crate) struct Positions<T> {
+    pub(crate) wholes: Vec<T>,
+    pub(crate) fractions: Vec<T>,
+}
+
 /// Adds to logits a bias by distance: minus the slope times how far apart query and key are.
 pub(crate) struct AddDistances<'a, T> {
     /// One row per key, one column per query.
     pub(crate) logits: &'a mut [T],
     pub(crate) slope: T,
-    /// The position of each query.
-    pub(crate) queries: &'a [T],
-    /// The position of each key.
-    pub(crate) keys: &'a [T],
+    pub(crate) queries: &'a Positions<T>,
+    pub(crate) keys: &'a Positions<T>,
 }
 
 impl<T: Scalar> Kernel<T> for AddDistances<'_, T> {
@@ -46,12 +50,14 @@ impl<T: Scalar> Kernel<T> for AddDistances<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, _: S) {
-        assert_eq!(self.logits.len(), self.keys.len() * self.queries.len(), "a logit for each pair");
-        for (row, &key) in self.logits.chunks_exact_mut(self.queries.len().max(1)).zip(self.keys) {
+        let columns = self.queries.wholes.len();
+        assert_eq!(self.logits.len(), self.keys.wholes.len() * columns, "a logit for each pair");
+        let rows = self.logits.chunks_exact_mut(columns.max(1)).zip(&self.keys.wholes).zip(&self.keys.fractions);
+        for ((row, &whole), &fraction) in rows {
             // The compiler makes vectors of this loop.
-            for (logit, &query) in row.iter_mut().zip(self.queries) {
-                let ahead = query - key;
-                let distance = if ahead < T::ZERO { key - query } else { ahead };
+            for ((logit, &query), &of_query) in row.iter_mut().zip(&self.queries.wholes).zip(&self.queries.fractions) {
+                let ahead = (query - whole) + (of_query - fraction);
+                let distance = if ahead < T::ZERO { T::ZERO - ahead } else { ahead };
                 *logit = *logit - self.slope * distance;
             }
         }

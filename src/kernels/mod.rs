@@ -25,7 +25,7 @@ mod softmax;
 pub(crate) use attend_rows::{AttendRows, MOST_QUERIES, Visible};
 pub(crate) use bf16::{AddValues, KeyDots};
 pub(crate) use bf16_pack::{RoundRows, ZipRows, pack_channel_pairs};
-pub(crate) use bias::{AddBias, AddDistances, Extend, ExtendMask};
+pub(crate) use bias::{AddBias, AddDistances, Extend, ExtendMask, Positions};
 pub(crate) use distances::{Candidate, ColumnMaxima, FindNear};
 pub(crate) use dropout::{Decisions, DropWeights, Dropout, DropoutRows, Stream};
 pub(crate) use gemm::{Gemm, Init};

@@ -1,7 +1,8 @@
 //! The gradient of an additive bias: the gradient of the logits, summed over all pairs that share a number of the bias.
 //!
 //! A pass of its own after that of queries, keys and values, so that nobody else pays for it: it computes the weights once more.
-//! What it needs beside the gradient itself is a few rows for each thread, in float64, since many numbers may fall to one sum.
+//! What it needs beside the gradient itself is a few rows for each thread, in float64, since many numbers may fall to one sum; where all
+//! queries share a row, one or a few for each row of the gradient.
 //!
 //! ```text
 //! for each row of the bias, some at a time: for each batch item, for each head that shares it        a task
@@ -43,7 +44,8 @@ pub enum BiasGradient<'a> {
 /// Queries of a task: their rows of a bias for some thousand keys fit into a second-level cache.
 const QUERIES: usize = 64;
 
-/// Parts in which all queries are summed where they share one row: a number that does not depend on the threads.
+/// Parts in which all queries are summed where they share one row, at least, unless there are fewer pieces of work: a number that does
+/// not depend on the threads.
 const PARTS: usize = 16;
 
 impl BiasGradient<'_> {
@@ -194,18 +196,20 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let [items, heads, _, keys] = self.shape;
         let length = self.problem.query_len;
         let chunks = length.div_ceil(QUERIES);
-        let mut partial = vec![0.0; items * heads * PARTS * keys];
+        // Rows of their own are tasks enough; only where there are few of them is each summed in parts.
+        let parts = PARTS.div_ceil((items * heads).max(1));
+        let mut partial = vec![0.0; items * heads * parts * keys];
         {
             let partial = Chunks::new(&mut partial, keys);
             threads::for_each(
                 self.threads(),
-                items * heads * PARTS,
+                items * heads * parts,
                 || self.scratch(),
                 |scratch, task| {
-                    let (item, head) = (task / PARTS / heads, task / PARTS % heads);
+                    let (item, head) = (task / parts / heads, task / parts % heads);
                     let sharers = self.sharers(item, head).flat_map(|place| (0..chunks).map(move |chunk| (place, chunk)));
                     let count = sharers.clone().count();
-                    let ends = [task % PARTS, task % PARTS + 1].map(|part| count * part / PARTS);
+                    let ends = [task % parts, task % parts + 1].map(|part| count * part / parts);
                     // SAFETY: each task has its own sums.
                     let sums = unsafe { partial.get_mut(task) };
                     for ((item, head), chunk) in sharers.skip(ends[0]).take(ends[1] - ends[0]) {
@@ -218,7 +222,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let mut sums = vec![0.0; keys];
         for row in 0..items * heads {
             sums.fill(0.0);
-            for part in row * PARTS..(row + 1) * PARTS {
+            for part in row * parts..(row + 1) * parts {
                 sums.iter_mut().zip(&partial[part * keys..]).for_each(|(sum, x)| *sum += x);
             }
             // SAFETY: the tasks are done.

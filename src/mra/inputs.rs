@@ -79,8 +79,13 @@ impl<E: Element> Gradients<'_, E> {
     /// Checks the shapes.
     pub(crate) fn validate(&self, problem: &Problem<'_>, inputs: &Inputs<'_, E>) -> Result<()> {
         let heads = problem.batch * problem.heads;
-        if let Some(sinks) = self.sinks.as_ref().filter(|sinks| sinks.len() != heads) {
-            return Err(Error::new(format!("grad_sinks: {} numbers, expected {heads}", sinks.len())));
+        if let Some(sinks) = &self.sinks {
+            if !problem.has_sinks() {
+                return Err(Error::new("grad_sinks: given, expected None where there are no sinks"));
+            }
+            if sinks.len() != heads {
+                return Err(Error::new(format!("grad_sinks: {} numbers, expected {heads}", sinks.len())));
+            }
         }
         Problem::expect("grad_query", self.query.shape(), inputs.query.shape())?;
         Problem::expect("grad_key", self.key.shape(), inputs.key.shape())?;

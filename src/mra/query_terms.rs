@@ -55,8 +55,10 @@ pub(crate) fn sink_gradients<T: Scalar>(problem: &Problem<'_>, terms: &[QueryTer
     }
     for (index, (to, terms)) in to.iter_mut().zip(terms.chunks_exact(problem.query_len)).enumerate() {
         let Some(sink) = problem.sink(index / problem.heads, index % problem.heads) else { continue };
+        // An infinite lse is that of a query that saw no key, whose gradients may be NaN.
+        let counts = |terms: &&QueryTerms<T>| !terms.idle && terms.lse < T::INFINITY;
         let of_query = |terms: &QueryTerms<T>| ((T::from_f64(sink) - terms.lse).exp() * terms.delta).into();
-        *to -= terms.iter().filter(|terms| !terms.idle).map(of_query).sum::<f64>();
+        *to -= terms.iter().filter(counts).map(of_query).sum::<f64>();
     }
 }
 

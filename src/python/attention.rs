@@ -230,7 +230,7 @@ pub(super) fn attend_cache(
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::Dense { offsets, key_lengths: Some(key_lengths) };
         let shapes = [query.shape("query")?, key.shape("key")?];
-        // SAFETY: there are no masks.
+        // SAFETY: there are no masks, and the descriptors keep the terms of the heads alive during the call.
         let problem = unsafe { settings.problem(shapes, &Masks::default(), &head_terms, &sequences, 0, threads) }?;
         with_element!(query.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.

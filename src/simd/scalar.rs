@@ -12,7 +12,6 @@ use super::{Kernel, Level, Simd};
 /// A number that kernels compute with: `f32` or `f64`.
 pub trait Scalar:
     Element<Compute = Self>
-    + Into<f64>
     + Debug
     + PartialOrd
     + Add<Output = Self>

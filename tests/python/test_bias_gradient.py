@@ -12,7 +12,7 @@ import oracle
 import plain_float32
 import pytest
 import torch
-from forms import distance, documents, hide, holes, left_padding, normal, right_padding
+from forms import distance, documents, hide, holes, left_padding, normal, right_padding, sinks, slopes
 from helpers import assert_close, named, random_inputs
 from mra_attention import scaled_dot_product_attention
 from oracle import Settings
@@ -41,6 +41,11 @@ def bias_gradient(
     return gradient
 
 
+def beside(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """What else logits are made of."""
+    return {"softcap": 0.7, "alibi_slopes": slopes(sizes), "sinks": sinks(sizes)}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "of each pair": {"bias": 2 * normal(SIZES)},
     "of each pair, sparse": {"bias": 2 * normal(SIZES), "mode": "sparse"},
@@ -55,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "of heads alone": {"bias": normal(SIZES)[:1, :, :1, :1]},
     "one number": {"bias": normal(SIZES)[:1, :1, :1, :1]},
     "token form": {"bias": 2 * normal(SIZES), "pool_queries": False},
+    "beside softcap, slopes and sinks": {"bias": normal(SIZES)[0], **beside(SIZES)},
+    "causal, beside softcap, slopes and sinks": {"bias": normal(SIZES)[0], "is_causal": True, **beside(SIZES)},
     "causal": {"bias": normal(SIZES)[0], "is_causal": True},
     "causal, sparse": {"bias": normal(SIZES)[0], "is_causal": True, "mode": "sparse"},
     "causal, zeros": {"bias": torch.zeros(SIZES, dtype=torch.float64), "is_causal": True},

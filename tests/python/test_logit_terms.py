@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from forms import FORMS, settings_of, sinks, slopes
-from helpers import assert_close, call_keywords, random_inputs, run_package
+from helpers import assert_close, call_keywords, keep_factors, random_inputs, run_package
 from mra_attention import KVCache, scaled_dot_product_attention, varlen_attention
 from torch import Tensor
 
@@ -170,6 +170,29 @@ def test_transforms_and_compilers_take_them() -> None:
     torch.testing.assert_close(grad, each[0])
 
 
+def test_mapped_terms_of_heads() -> None:
+    query, key, value = (torch.randn(2, 4, 20, 8) for _ in range(3))
+    of_maps = torch.rand(3, 4)
+
+    def attend(terms: Tensor) -> Tensor:
+        more: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 1.0}
+        return scaled_dot_product_attention(query, key, value, sinks=terms, alibi_slopes=terms, **more)
+
+    torch.testing.assert_close(torch.vmap(attend)(of_maps), torch.stack([attend(terms) for terms in of_maps]))
+
+
+@pytest.mark.parametrize("form", ["softcap", "slopes", "sinks", "causal window, softcap, sinks", "causal, slopes"])
+def test_dropout_beside_them(form: str) -> None:
+    """Weights are dropped after the softmax, whatever its logits are made of."""
+    query, key, value, *_ = random_inputs(SHAPE)
+    settings = settings_of(form, SHAPE)
+    selected = oracle.select(query, key, settings)
+    keep = keep_factors(query, key, selected, 0.3, 5)
+    torch.manual_seed(5)
+    out = scaled_dot_product_attention(query, key, value, dropout_p=0.3, **call_keywords(query, key, settings))
+    assert_close(out, oracle.attention(query, key, value, selected, settings, keep=keep)[0], "out")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "negative": ({"softcap": -1.0}, ValueError, "softcap must be None or a positive number, got -1.0"),
     "infinite": ({"softcap": math.inf}, ValueError, "softcap must be"),
@@ -205,7 +228,51 @@ def test_what_is_refused(case: str) -> None:
 def test_no_softcap_by_0() -> None:
     query, key, value, *_ = random_inputs(SHAPE)
     expected = scaled_dot_product_attention(query, key, value)
-    assert torch.equal(scaled_dot_product_attention(query, key, value, softcap=0.0), expected)
+    for softcap in (0.0, 0, torch.tensor(0.0)):
+        assert torch.equal(scaled_dot_product_attention(query, key, value, softcap=softcap), expected)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (3, 3)], ids=["padding", "window"])
+def test_queries_without_a_key_have_no_say_in_the_gradient_of_sinks(window: tuple[int, int]) -> None:
+    query, key, value, grad_out, grad_lse = random_inputs((1, 4, 40, 40, 8))
+    mask = (torch.arange(40) < (0 if window[0] < 0 else 10))[None, None, None]
+    leaf = torch.zeros(4, requires_grad=True)
+    more: dict[str, Any] = {"attn_mask": mask, "window_size": window, "sinks": leaf, "return_lse": True}
+    more["query_padding_mask"] = torch.ones(1, 40, dtype=torch.bool)
+    out, lse = scaled_dot_product_attention(query, key, value, **more)
+    blind = lse.detach() == -math.inf
+    assert blind.any()
+    grads = [(grad_out, grad_lse), (grad_out.clone(), grad_lse.clone())]
+    grads[1][0][blind] = math.nan
+    grads[1][1][blind] = math.nan
+    with_nan, without = (
+        torch.autograd.grad((out, lse), leaf, given, retain_graph=True)[0] for given in reversed(grads)
+    )
+    assert torch.equal(with_nan, without)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_numbers_beyond_float32(is_causal: bool) -> None:
+    query, key, value, *_ = random_inputs((1, 4, 40, 40, 8), dtype=torch.float32)
+    more: dict[str, Any] = {"is_causal": is_causal, "blocks_per_row": 1.0, "resolutions": (8, 1)}
+    plain = scaled_dot_product_attention(query, key, value, **more)
+    for softcap in (1e30, 1e39, 1e300):
+        assert torch.equal(scaled_dot_product_attention(query, key, value, softcap=softcap, **more), plain)
+    even = scaled_dot_product_attention(
+        torch.zeros_like(query), key, value, is_causal=is_causal, blocks_per_row=math.inf
+    )
+    for softcap in (1e-30, 1e-39, 1e-300):
+        capped = scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, softcap=softcap, blocks_per_row=math.inf
+        )
+        assert_close(capped, even, "out", tolerance=1e-6)
+    for large in (1e39, math.inf):
+        terms = torch.full((4,), large, dtype=torch.float64)
+        out, lse = scaled_dot_product_attention(query, key, value, sinks=terms, return_lse=True, **more)
+        assert not out.any()
+        assert lse.isfinite().all()
+        nearest = scaled_dot_product_attention(query, key, value, alibi_slopes=terms, **more)
+        assert not nearest.isnan().any()
 
 
 def test_a_plan_with_softcap_is_used_with_another() -> None:

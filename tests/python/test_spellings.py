@@ -162,6 +162,22 @@ def test_alignment_by_name_and_by_a_causal_bias() -> None:
     assert torch.equal(both, by_bias)
 
 
+def test_last_queries_have_the_bits_of_the_whole_with_holes_and_slopes() -> None:
+    """Means of positions with holes are no numbers of float32; what they are counted from must not matter."""
+    query, key, value, *_ = random_inputs((1, 2, 300, 300, 8), dtype=torch.float32)
+    more = {"resolutions": (8, 1), "blocks_per_row": 2.0, "is_causal": True, "alibi_slopes": torch.tensor([0.3, 0.01])}
+    for seed in range(5):
+        valid = torch.rand(300, generator=torch.Generator().manual_seed(seed)) > 0.3
+        mask = {"attn_mask": valid[None, None, None]}
+        padding = {"query_padding_mask": torch.ones(1, 300, dtype=torch.bool)}
+        whole = scaled_dot_product_attention(query, key, value, **mask, **padding, **more)
+        for count in (5, 17):
+            last = scaled_dot_product_attention(
+                query[:, :, -count:], key, value, causal_alignment="lower_right", **mask, **more
+            )
+            assert torch.equal(last, whole[:, :, -count:])
+
+
 def test_last_queries_of_padded_sequences_get_what_they_get_alone() -> None:
     """As in a decoder with a cache: few queries, and keys with padding in front, in a window too."""
     query, key, value, *_ = random_inputs((2, 2, 60, 60, 6))

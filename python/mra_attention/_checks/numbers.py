@@ -81,9 +81,9 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 def softcap(given: Any) -> float | None:
     """Check `softcap`, if it is given; 0, as in flash-attention, is none."""
-    if type(given) in (float, int) and given == 0:
-        return None
     number = _as_float("softcap", given, "None or a positive number")
+    if number == 0.0:
+        return None
     if not 0.0 < number < math.inf:
         raise ValueError(f"softcap must be None or a positive number, got {given!r}")
     return number

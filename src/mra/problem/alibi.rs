@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use super::blocks::Blocks;
-use crate::kernels::AddDistances;
+use super::blocks::{Blocks, to_i64};
+use crate::kernels::{AddDistances, Positions};
 use crate::simd::{Level, Scalar};
 
 /// Where the tokens of a block lie. Those of an empty one lie where the block before it ends.
@@ -14,23 +14,31 @@ use crate::simd::{Level, Scalar};
 struct Extent {
     first: i64,
     last: i64,
-    mean: f64,
+    mean: Place,
 }
 
-fn extents(blocks: &Blocks, position: impl Fn(usize) -> i64) -> Vec<Extent> {
-    let mut end = Extent { first: 0, last: 0, mean: 0.0 };
-    let of_block = |block: usize| {
-        let numbers = blocks.numbers(block);
-        end = if numbers.is_empty() {
-            Extent { first: end.last, last: end.last, mean: end.last as f64 }
-        } else {
-            let (first, count) = (position(numbers.start), numbers.len());
-            let offsets: i64 = numbers.clone().map(|number| position(number) - first).sum();
-            Extent { first, last: position(numbers.end - 1), mean: first as f64 + offsets as f64 / count as f64 }
-        };
-        end
-    };
-    (0..blocks.len()).map(of_block).collect()
+/// A position, or a mean of some: a whole number and a fraction. Apart, differences of whole numbers are exact and round the same
+/// wherever positions are counted from.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    whole: i64,
+    fraction: f64,
+}
+
+impl Place {
+    fn at(position: i64) -> Self {
+        Self { whole: position, fraction: 0.0 }
+    }
+
+    /// The mean of `count` positions that are `offsets` in sum behind a first one.
+    fn mean(first: i64, offsets: i64, count: usize) -> Self {
+        let count = to_i64(count);
+        Self { whole: first + offsets / count, fraction: (offsets % count) as f64 / count as f64 }
+    }
+
+    fn distance(self, other: Self) -> f64 {
+        ((self.whole - other.whole) as f64 + (self.fraction - other.fraction)).abs()
+    }
 }
 
 /// The mean distances of a sequence.
@@ -39,52 +47,50 @@ pub(crate) struct Alibi {
     keys: Vec<Extent>,
     /// Of the blocks of queries; block form.
     rows: Vec<Extent>,
-    key_positions: Vec<i64>,
+    /// Of the keys by number, unless it is the number: a look at every key would take longer than a step of decoding.
+    key_positions: Option<Vec<i64>>,
     /// For each block of queries, the blocks of keys that overlap it, and how much farther apart they are than their means.
     near: Vec<Vec<(usize, f64)>>,
 }
 
 impl Alibi {
-    /// `queries` are the blocks that are averaged; none in the token form.
-    pub(crate) fn new(
-        queries: &Blocks,
-        keys: &Blocks,
-        query_position: impl Fn(usize) -> i64,
-        key_position: impl Fn(usize) -> i64,
-    ) -> Self {
+    /// `queries` are the blocks that are averaged; none in the token form. Positions of keys count from the first valid one.
+    pub(crate) fn new(queries: &Blocks, keys: &Blocks, query_position: impl Fn(usize) -> i64) -> Self {
+        let key_position = |number: usize| to_i64(keys.token(number)) - keys.origin();
+        let of_query = |number: usize| query_position(queries.token(number));
         let mut alibi = Self {
-            keys: extents(keys, &key_position),
-            rows: extents(queries, |number| query_position(queries.token(number))),
-            key_positions: (0..keys.total()).map(key_position).collect(),
+            keys: extents(keys, key_position),
+            rows: extents(queries, of_query),
+            key_positions: (!keys.are_all()).then(|| (0..keys.total()).map(key_position).collect()),
             near: Vec::new(),
         };
         let near = |i: usize| {
-            let positions: Vec<i64> = queries.numbers(i).map(|number| query_position(queries.token(number))).collect();
             let row = alibi.rows[i];
             let first = alibi.keys.partition_point(|keys| keys.last <= row.first);
             let overlapping = (first..keys.len()).take_while(|&j| alibi.keys[j].first < row.last);
             let excess = |j: usize| {
-                let sum: f64 = positions.iter().map(|&p| alibi.sum_of_distances(p, keys, j)).sum();
-                let pairs = positions.len() * keys.count(j);
-                sum / pairs.max(1) as f64 - (row.mean - alibi.keys[j].mean).abs()
+                let sum: f64 = queries.numbers(i).map(|number| alibi.sum_of_distances(of_query(number), keys, j)).sum();
+                let pairs = queries.count(i) * keys.count(j);
+                sum / pairs.max(1) as f64 - row.mean.distance(alibi.keys[j].mean)
             };
-            overlapping.filter(|&j| keys.count(j) > 0).map(|j| (j, excess(j))).collect::<Vec<_>>()
+            overlapping.filter(|&j| keys.count(j) > 0).map(|j| (j, excess(j))).collect()
         };
         let near = (0..queries.len()).map(near).collect();
         alibi.near = near;
         alibi
     }
 
+    /// The position of the key with this number.
+    pub(crate) fn key_position(&self, number: usize) -> i64 {
+        self.key_positions.as_ref().map_or_else(|| to_i64(number), |positions| positions[number])
+    }
+
     fn sum_of_distances(&self, position: i64, keys: &Blocks, block: usize) -> f64 {
-        keys.numbers(block).map(|number| self.key_positions[number].abs_diff(position) as f64).sum()
+        keys.numbers(block).map(|number| self.key_position(number).abs_diff(position) as f64).sum()
     }
 
-    fn means(&self, blocks: Range<usize>, base: f64) -> impl Iterator<Item = f64> {
-        self.keys[blocks].iter().map(move |keys| keys.mean - base)
-    }
-
-    /// Adds to logits, one row of `columns` for each of the keys with these numbers and a lane for each query at these positions, the biases
-    /// of that slope.
+    /// Adds to logits, one row of `columns` for each of the keys with these numbers and a lane for each query at these positions, the
+    /// biases of that slope.
     pub(crate) fn add_to_pairs<T: Scalar>(
         &self,
         level: Level,
@@ -95,9 +101,8 @@ impl Alibi {
         columns: usize,
     ) {
         let Some(base) = positions.clone().next() else { return };
-        let lanes = positions.map(|position| position.saturating_sub(base) as f64);
-        let keys = self.key_positions[keys].iter().map(|&position| position.saturating_sub(base) as f64);
-        add(level, slope, lanes, keys, logits, columns);
+        let keys = keys.map(|number| Place::at(self.key_position(number)));
+        add(level, slope, base, positions.map(Place::at), keys, logits, columns);
     }
 
     /// Adds to logits, one row of `columns` for each of `blocks` of keys and a lane for each of some blocks of queries, the mean biases of
@@ -111,9 +116,9 @@ impl Alibi {
         logits: &mut [T],
         columns: usize,
     ) {
-        let Some(base) = self.rows.get(rows.start).map(|row| row.mean) else { return };
-        let lanes = rows.clone().map(|i| self.rows[i].mean - base);
-        add(level, slope, lanes, self.means(blocks.clone(), base), logits, columns);
+        let Some(base) = self.rows.get(rows.start).map(|row| row.mean.whole) else { return };
+        let lanes = rows.clone().map(|i| self.rows[i].mean);
+        add(level, slope, base, lanes, self.means(blocks.clone()), logits, columns);
         for (lane, i) in rows.enumerate() {
             for &(j, excess) in self.near[i].iter().filter(|(j, _)| blocks.contains(j)) {
                 logits[(j - blocks.start) * columns + lane] += T::from_f64(-slope * excess);
@@ -134,31 +139,61 @@ impl Alibi {
         columns: usize,
     ) {
         let Some(base) = positions.clone().next() else { return };
-        let lanes = positions.clone().map(|position| position.saturating_sub(base) as f64);
-        add(level, slope, lanes, self.means(blocks.clone(), base as f64), logits, columns);
+        add(level, slope, base, positions.clone().map(Place::at), self.means(blocks.clone()), logits, columns);
         for (lane, position) in positions.enumerate() {
             let block = self.keys.partition_point(|keys| keys.last <= position);
             if blocks.contains(&block) && self.keys[block].first < position {
                 let mean = self.sum_of_distances(position, keys, block) / keys.count(block).max(1) as f64;
-                let excess = mean - (position as f64 - self.keys[block].mean).abs();
+                let excess = mean - Place::at(position).distance(self.keys[block].mean);
                 logits[(block - blocks.start) * columns + lane] += T::from_f64(-slope * excess);
             }
         }
     }
+
+    fn means(&self, blocks: Range<usize>) -> impl Iterator<Item = Place> {
+        self.keys[blocks].iter().map(|keys| keys.mean)
+    }
 }
 
-/// Adds to logits, one row of `columns` for each key and a lane for each query, the biases of that slope. Positions count from some place
-/// near the queries, so that small distances are exact wherever they lie.
+fn extents(blocks: &Blocks, position: impl Fn(usize) -> i64) -> Vec<Extent> {
+    let mut end = Extent { first: 0, last: 0, mean: Place::at(0) };
+    let of_block = |block: usize| {
+        let numbers = blocks.numbers(block);
+        end = if numbers.is_empty() {
+            Extent { first: end.last, last: end.last, mean: Place::at(end.last) }
+        } else {
+            let (first, last, count) = (position(numbers.start), position(numbers.end - 1), numbers.len());
+            let offsets = if blocks.consecutive(numbers.clone()) {
+                (last - first) * to_i64(count) / 2
+            } else {
+                numbers.map(|number| position(number) - first).sum()
+            };
+            Extent { first, last, mean: Place::mean(first, offsets, count) }
+        };
+        end
+    };
+    (0..blocks.len()).map(of_block).collect()
+}
+
+/// Adds to logits, one row of `columns` for each key and a lane for each query, the biases of that slope. Positions are counted from
+/// `base`, near the queries, so that small distances are exact wherever they lie.
 fn add<T: Scalar>(
     level: Level,
     slope: f64,
-    queries: impl ExactSizeIterator<Item = f64>,
-    keys: impl Iterator<Item = f64>,
+    base: i64,
+    queries: impl Iterator<Item = Place>,
+    keys: impl Iterator<Item = Place>,
     logits: &mut [T],
     columns: usize,
 ) {
-    let mut lanes = vec![T::ZERO; columns];
-    lanes.iter_mut().zip(queries).for_each(|(to, position)| *to = T::from_f64(position));
-    let keys: Vec<T> = keys.map(T::from_f64).collect();
-    T::run(level, AddDistances { logits, slope: T::from_f64(slope), queries: &lanes, keys: &keys });
+    let (mut queries, keys) = (positions(queries, base), positions(keys, base));
+    queries.wholes.resize(columns, T::ZERO);
+    queries.fractions.resize(columns, T::ZERO);
+    T::run(level, AddDistances { logits, slope: T::from_f64(slope), queries: &queries, keys: &keys });
+}
+
+fn positions<T: Scalar>(places: impl Iterator<Item = Place>, base: i64) -> Positions<T> {
+    let number = |place: Place| (T::from_f64(place.whole.saturating_sub(base) as f64), T::from_f64(place.fraction));
+    let (wholes, fractions) = places.map(number).unzip();
+    Positions { wholes, fractions }
 }

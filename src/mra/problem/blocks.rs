@@ -90,6 +90,11 @@ impl Blocks {
         (self.listed.is_none() && blocks.end * self.size <= self.tokens.len()).then_some(self.size)
     }
 
+    /// Whether all tokens count.
+    pub(crate) fn are_all(&self) -> bool {
+        self.listed.is_none()
+    }
+
     /// Whether some block is empty.
     pub(crate) fn any_empty(&self) -> bool {
         self.listed.is_some() && (0..self.len).any(|block| self.count(block) == 0)

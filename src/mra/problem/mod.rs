@@ -125,7 +125,7 @@ impl<'a> Problem<'a> {
             level: options.level,
             window: options.window,
             bias: options.bias,
-            softcap: options.softcap,
+            softcap: options.softcap.filter(|&cap| cap <= LARGEST_SOFTCAP).map(|cap| cap.max(1.0 / LARGEST_SOFTCAP)),
             alibi_slopes: options.alibi_slopes,
             sinks: options.sinks,
             budget: options.budget.clone(),
@@ -167,7 +167,7 @@ impl<'a> Problem<'a> {
 
     /// The slope of the bias by distance of a head, if there is one.
     pub(crate) fn alibi_slope(&self, item: usize, head: usize) -> Option<f64> {
-        self.alibi_slopes.map(|slopes| slopes[item * self.heads + head])
+        self.alibi_slopes.map(|slopes| in_float32(slopes[item * self.heads + head]))
     }
 
     /// Whether biases by distance belong to the logits.
@@ -175,9 +175,16 @@ impl<'a> Problem<'a> {
         self.alibi_slopes.is_some()
     }
 
+    /// Whether heads have a logit that counts in the denominators alone.
+    pub(crate) fn has_sinks(&self) -> bool {
+        self.sinks.is_some()
+    }
+
     /// The logit of a head that counts in the denominators alone, if there is one.
     pub(crate) fn sink(&self, item: usize, head: usize) -> Option<f64> {
-        self.sinks.map(|sinks| sinks[item * self.heads + head])
+        let of_head = |sinks: &[f64]| sinks[item * self.heads + head];
+        // Minus infinity is no sink.
+        self.sinks.map(of_head).filter(|&sink| sink != f64::NEG_INFINITY).map(in_float32)
     }
 
     /// What a query of a head sees; token form.
@@ -189,6 +196,15 @@ impl<'a> Problem<'a> {
     pub(crate) fn token_budget(&self, segment: &Segment, head: usize) -> TokenBudget {
         self.budget.of_token(head, segment.live_rows())
     }
+}
+
+/// A softcap above this one changes no logit that could matter, and one below its inverse makes all logits alike. Within, float32 holds
+/// quotients of a logit and the softcap as normal numbers.
+const LARGEST_SOFTCAP: f64 = 1e18;
+
+/// A number of a head, in the range of float32: an infinite one would make NaN of differences.
+fn in_float32(x: f64) -> f64 {
+    x.clamp(f64::from(f32::MIN), f64::from(f32::MAX))
 }
 
 /// See [`Problem::threads_for`].

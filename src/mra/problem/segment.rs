@@ -128,8 +128,7 @@ impl Segment {
             }
         }
         if options.alibi_slopes.is_some() {
-            let (position, key_position) = (|query| segment.position(query), |number| segment.key_position(number));
-            segment.alibi = Some(Arc::new(Alibi::new(&segment.queries, &segment.keys, position, key_position)));
+            segment.alibi = Some(Arc::new(Alibi::new(&segment.queries, &segment.keys, |query| segment.position(query))));
         }
         segment.live_rows = if implied && segment.form == Form::Token {
             // Padded queries have no share in the budget, and the valid ones are those of the keys.
@@ -177,11 +176,6 @@ impl Segment {
     /// The place of a block of queries, counted from the first valid one.
     pub(crate) fn row_position(&self, i: usize) -> i64 {
         to_i64(i) - to_i64(self.lead)
-    }
-
-    /// The position of a key with this number, counted from the first valid one.
-    pub(crate) fn key_position(&self, number: usize) -> i64 {
-        to_i64(self.keys.token(number)) - self.keys.origin()
     }
 
     /// The position of a query, counted from the first valid key.

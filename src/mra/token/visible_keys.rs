@@ -44,11 +44,11 @@ impl<'a> Viewer<'a> {
             Some(bias) => bias.read([self.item, self.head, token], &self.segment.keys, numbers.clone(), row),
             None => row.fill(T::ZERO),
         }
-        if let Some(slope) = self.problem.alibi_slope(self.item, self.head) {
-            let (position, slope) = (self.segment.position(token), T::from_f64(slope));
+        if let (Some(alibi), Some(slope)) = (&self.segment.alibi, self.problem.alibi_slope(self.item, self.head)) {
+            let position = self.segment.position(token);
             for (bias, number) in row.iter_mut().zip(numbers.clone()) {
-                let distance = self.segment.key_position(number).abs_diff(position);
-                *bias = *bias - slope * T::from_f64(distance as f64);
+                let distance = alibi.key_position(number).abs_diff(position);
+                *bias = *bias - T::from_f64(slope) * T::from_f64(distance as f64);
             }
         }
         let seen = Self::range(sight, numbers);
