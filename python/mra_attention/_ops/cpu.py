@@ -39,13 +39,6 @@ def describe_masks(query: Sequence[int], key: Sequence[int], masks: tuple[Tensor
     )
 
 
-def _head_terms(inputs: Inputs) -> HeadTerms:
-    """Describe alibi_slopes and sinks."""
-    if inputs.alibi_slopes is None and inputs.sinks is None:
-        return None, None
-    return describe_head_terms(inputs.alibi_slopes, inputs.sinks)
-
-
 def describe_head_terms(alibi_slopes: Tensor | None, sinks: Tensor | None) -> HeadTerms:
     """Describe numbers for each head of each batch item, which may be repeated by strides of 0."""
     slopes = None if alibi_slopes is None else describe(alibi_slopes.contiguous())
@@ -104,7 +97,7 @@ def _forward(
         describe(key),
         describe(value),
         _masks(inputs),
-        _head_terms(inputs),
+        describe_head_terms(inputs.alibi_slopes, inputs.sinks),
         describe_optional(plan),
         plan_out,
         describe(out),
@@ -131,7 +124,7 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         describe(key),
         describe(value),
         _masks(inputs),
-        _head_terms(inputs),
+        describe_head_terms(inputs.alibi_slopes, inputs.sinks),
         describe(plan),
         describe(out),
         describe(lse),
@@ -157,7 +150,7 @@ def select(*args: Any) -> Tensor:
         describe(query),
         describe(key),
         _masks(inputs),
-        _head_terms(inputs),
+        describe_head_terms(inputs.alibi_slopes, inputs.sinks),
         describe(plan),
         settings=settings,
         sequences=read_boundaries(inputs),

@@ -127,9 +127,8 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
         )
     configs = _configs(model)
     if given is not None:
-        settings.check(given)
         counts = [getattr(found, "num_hidden_layers", None) for found in configs]
-        settings.check_layers(given, max((count for count in counts if count is not None), default=None))
+        settings.check(given, max((count for count in counts if count is not None), default=None))
     for found in configs:
         if given is not None:
             setattr(found, settings.FIELD, copy.deepcopy(dict(given)))

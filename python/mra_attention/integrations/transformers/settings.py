@@ -57,26 +57,22 @@ def of_layer(model_config: Any, layer: int | None, is_sliding: bool, defaults: D
     return _parse(_as_text(given), layer, count, is_sliding, defaults)
 
 
-def check(given: Any) -> None:
-    """Check the value of a field `mra`, every layer of it."""
+def check(given: Any, count: int | None) -> None:
+    """Check the value of a field `mra`, every layer of it; `count` is the number of layers, if that is known."""
     text = _as_text(given)
-    layers = _checked_layers(json.loads(text).get(LAYERS, {}))
+    layers = _checked_layers(json.loads(text).get(LAYERS, {}), count)
     for layer in [int(name) for name in layers] or [None]:
         for is_sliding in (False, True):
             _parse(text, layer, None, is_sliding, Defaults(MRAConfig(), MRAConfig()))
 
 
-def check_layers(given: Mapping[str, Any], count: int | None) -> None:
-    """Check that there are layers of these numbers."""
-    layers = _checked_layers(given.get(LAYERS, {}))
-    if count is not None and any(int(name) >= count for name in layers):
-        raise ValueError(f"settings of layers {sorted(layers)}, but there are {count}")
-
-
-def _checked_layers(layers: Any) -> dict[str, Any]:
+def _checked_layers(layers: Any, count: int | None) -> dict[str, Any]:
     if not isinstance(layers, dict) or not all(name.isdecimal() for name in cast("dict[str, Any]", layers)):
         raise TypeError(f"config.{FIELD}[{LAYERS!r}] must map numbers of layers to settings, got {layers!r}")
-    return cast("dict[str, Any]", layers)
+    layers = cast("dict[str, Any]", layers)
+    if count is not None and any(int(name) >= count for name in layers):
+        raise ValueError(f"config.{FIELD}[{LAYERS!r}] has settings of layers {sorted(layers)}, but there are {count}")
+    return layers
 
 
 def _as_text(given: Any) -> str:
@@ -100,15 +96,13 @@ def _resolve(
     mra: Mapping[str, Any], layer: int | None, count: int | None, is_sliding: bool, defaults: Defaults
 ) -> MRAConfig:
     given = dict(mra)
-    layers = _checked_layers(given.pop(LAYERS, {}))
+    layers = _checked_layers(given.pop(LAYERS, {}), count)
     sliding = given.pop(SLIDING, {})
     if layers and layer is None:
         raise ValueError(
             f"config.{FIELD}[{LAYERS!r}] has settings of layers {sorted(layers)}, but this model does not number its "
             "attention layers; configure the part that does, such as model.model.language_model, or leave it out"
         )
-    if count is not None and any(int(name) >= count for name in layers):
-        raise ValueError(f"config.{FIELD}[{LAYERS!r}] has settings of layers {sorted(layers)}, but there are {count}")
     config = _with(defaults.config, given, f"config.{FIELD}")
     if is_sliding:
         # What is said of all layers holds here too, but for the budget: a layer's window is its own.
