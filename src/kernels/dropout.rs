@@ -31,6 +31,8 @@ pub(crate) struct Dropout {
     seed: u64,
     threshold: u32,
     factor: f64,
+    /// Sets the blocks of a level apart from those of the others.
+    level: u64,
 }
 
 impl Dropout {
@@ -43,13 +45,22 @@ impl Dropout {
         )]
         let threshold = (p * 4_294_967_296.0).round() as u32;
         let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
-        (p > 0.0).then_some(Self { seed, threshold, factor })
+        (p > 0.0).then_some(Self { seed, threshold, factor, level: 0 })
+    }
+
+    /// The same for the blocks of a level, counted from the coarsest one.
+    pub(crate) fn at_level(self, level: usize) -> Self {
+        Self { level: level as u64, ..self }
     }
 
     /// What the decisions of one query have in common. `head` is a flat index over all sequences; `query` is the number of
     /// a token, or of a block of tokens where the whole block shares its weights.
     pub(crate) fn row(&self, stream: Stream, head: usize, query: usize) -> u64 {
-        let start = mix(self.seed ^ if stream == Stream::Exact { 0 } else { 0x5851_f42d_4c95_7f2d });
+        let salt = match stream {
+            Stream::Exact => 0,
+            Stream::Coarse => 0x5851_f42d_4c95_7f2d_u64.wrapping_mul(2 * self.level + 1),
+        };
+        let start = mix(self.seed ^ salt);
         [head, query].into_iter().fold(start, |hash, number| mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ number as u64))
     }
 }

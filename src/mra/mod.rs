@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use bias_gradient::BiasGradient;
 pub use inputs::{Gradients, Inputs, Saved};
 use problem::{Batch, Blocks, Form};
-pub use problem::{Bias, BiasData, Budget, Layout, Mask, Mode, Options, Problem, Window};
+pub use problem::{Bias, BiasData, Budget, CoarserLevel, Layout, Mask, Mode, Options, Problem, Window};
 pub use pyramid::{PooledInputs, append};
 
 use crate::error::{Error, Result};

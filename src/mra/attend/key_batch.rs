@@ -15,8 +15,8 @@ use crate::mra::problem::{Blocks, Problem};
 use crate::simd::{Element, Scalar};
 use crate::tensor::Rows;
 
-/// Keys of a batch, at most, unless one block has more or there are fewer in all.
-const BATCH_KEYS: usize = 128;
+/// Keys of a batch, at most: as many as the largest block has.
+const BATCH_KEYS: usize = Problem::MAX_BLOCK;
 
 /// Bytes of keys and values of a head that a second-level cache may hold beside everything else.
 const NEAR: usize = 512 << 10;
@@ -150,7 +150,7 @@ impl<T: Scalar> KeyBatch<T> {
 
     /// The most keys of a batch.
     pub(crate) fn capacity(problem: &Problem<'_>) -> usize {
-        BATCH_KEYS.max(problem.block_size).min(problem.key_len).max(1)
+        BATCH_KEYS.min(problem.key_len).max(1)
     }
 
     pub(crate) fn rows(&self) -> usize {

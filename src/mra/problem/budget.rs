@@ -69,10 +69,31 @@ impl Budget {
         self.num_blocks.unwrap_or_else(|| floor(self.of_head(head) * live_rows as f64 + 0.5))
     }
 
-    /// Block form: whether block `(i, j)` is exact whatever its score; `i` is negative for blocks of padded queries in front.
-    pub(crate) fn forces(&self, i: i64, j: usize) -> bool {
-        let (first, j) = (i64::try_from(self.first_blocks.unwrap_or(0)).unwrap_or(i64::MAX), super::blocks::to_i64(j));
-        self.reach().is_some_and(|reach| i.abs_diff(j) <= reach as u64) || i.min(j) < first
+    /// Block form: whether block `(i, j)` is exact, or refined, whatever its score: whether one of the `ratio x ratio` finest blocks in it
+    /// is forced. `i` is negative for blocks of padded queries in front.
+    pub(crate) fn forces(&self, i: i64, j: usize, ratio: usize) -> bool {
+        let (first, j) =
+            (i64::try_from(self.first_blocks.unwrap_or(0).div_ceil(ratio)).unwrap_or(i64::MAX), super::blocks::to_i64(j));
+        // The nearest finest blocks of neighbours are one apart, and `ratio` more with each block between them.
+        self.reach().is_some_and(|reach| i.abs_diff(j) <= reach.div_ceil(ratio) as u64) || i.min(j) < first
+    }
+
+    /// Block form: the most blocks of a head of so many blocks of queries and of keys that are forced, those that are the best of their row
+    /// among them.
+    pub(crate) fn most_forced(&self, rows: usize, columns: usize, ratio: usize) -> usize {
+        let diagonal = self.reach().map_or(0, |reach| reach.div_ceil(ratio).saturating_mul(2).saturating_add(1));
+        let first = self.first_blocks.unwrap_or(0).div_ceil(ratio);
+        rows.saturating_mul(diagonal.saturating_add(1)).saturating_add(first.saturating_mul(rows + columns))
+    }
+
+    /// Block form: the most blocks of a head that are refined, and so the room for what is chosen among their children. What several
+    /// sequences need is at most what one as long as all of them does.
+    pub(crate) fn capacity(&self, rows: usize, columns: usize, ratio: usize) -> usize {
+        let rate = self.blocks_per_row.iter().copied().fold(0.0, f64::max);
+        let chosen = floor(rate.ceil()).saturating_mul(rows);
+        // Rows of padded queries take one block each beyond the budget.
+        let most = chosen.saturating_add(self.most_forced(rows, columns, ratio)).saturating_add(rows);
+        most.min(rows.saturating_mul(columns))
     }
 
     /// Block form: how far off the diagonal blocks are forced, if any are.
@@ -100,20 +121,17 @@ impl Budget {
         self.local_blocks.max(if self.diagonal_blocks > 0 { self.diagonal_blocks / 2 + 1 } else { 1 })
     }
 
-    /// Token form: whether every block of every head is exact, so that nothing is to be chosen.
+    /// Whether every block of every head is exact.
     pub(crate) fn is_everything(&self) -> bool {
         self.num_blocks.is_none() && self.blocks_per_row.iter().all(|number| number.is_infinite())
     }
 
-    /// Token form: room for the blocks of a token that no mask cuts; 0 if every block is exact.
-    pub(crate) fn token_width(&self, key_blocks: usize) -> usize {
-        if self.is_everything() {
-            return 0;
-        }
+    /// Token form: room for the blocks of a token that no mask cuts, of which each has `ratio` finest ones.
+    pub(crate) fn token_width(&self, key_blocks: usize, ratio: usize) -> usize {
         let per_token = self.num_blocks.unwrap_or_else(|| {
             self.blocks_per_row.iter().map(|&number| floor(number + 0.5).clamp(1, EVERY_BLOCK)).max().unwrap_or(1)
         });
-        let local = self.local().saturating_mul(2) - 1;
+        let local = (self.local() - 1).saturating_mul(2).div_ceil(ratio).saturating_add(1);
         per_token.max(local.saturating_add(self.first_blocks.unwrap_or(1))).min(key_blocks)
     }
 }

@@ -15,23 +15,24 @@ mod segment;
 mod sight;
 mod token_kinds;
 
+use crate::mra::select::LevelPlace;
 pub(crate) use batch::Batch;
 pub(crate) use blocks::Blocks;
 pub use budget::Budget;
 pub(crate) use budget::TokenBudget;
 pub use mask::{Bias, BiasData, Mask};
-pub use options::{Layout, Mode, Options};
+pub use options::{CoarserLevel, Layout, Mode, Options};
 use segment::Place;
 pub(crate) use segment::{Form, Segment};
 pub use sight::Window;
-pub(crate) use sight::{Kind, Sight};
+pub(crate) use sight::{Forced, Kind, Sight};
 
 use crate::error::{Error, Result};
 use crate::kernels::Dropout;
 use crate::simd::{Level, Scalar};
 
 /// One validated call.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Problem<'a> {
     pub(crate) batch: usize,
     pub(crate) heads: usize,
@@ -57,6 +58,15 @@ pub struct Problem<'a> {
     /// How many sequences are packed, if they are.
     pub(crate) packed: Option<usize>,
     pub(crate) plan_starts: Vec<usize>,
+    /// The levels above this one, the coarsest first; each is a problem of the same inputs with larger blocks, and what its plan selects is
+    /// refined at the next level. Theirs are empty.
+    pub(crate) coarser: Vec<Problem<'a>>,
+    /// How many of the finest blocks a block has side by side; 1 at the finest level.
+    pub(crate) ratio: usize,
+    /// Whether every block of every level is selected.
+    everything: bool,
+    /// Where the plan of this level lies in that of a batch item.
+    pub(crate) plan_place: LevelPlace,
 }
 
 impl<'a> Problem<'a> {
@@ -100,6 +110,7 @@ impl<'a> Problem<'a> {
             }
         }
         options.budget.validate(heads)?;
+        validate_levels(options, heads)?;
         for (name, mask, length) in [("query_mask", options.query_mask, query_len), ("key_mask", options.key_mask, key_len)] {
             if let Some(mask) = mask.filter(|mask| mask.shape != [batch, length]) {
                 return Err(Error::new(format!("{name}: shape {:?}, expected {:?}", mask.shape, [batch, length])));
@@ -110,7 +121,8 @@ impl<'a> Problem<'a> {
             return Err(Error::new(format!("bias: shape {:?}, expected {expected:?}", bias.shape)));
         }
         let places = places(batch, query_len, key_len, options)?;
-        let mut problem = Self {
+        let mut coarser: Vec<Self> = Vec::with_capacity(options.coarser.len());
+        let base = Self {
             batch,
             heads,
             kv_heads,
@@ -130,13 +142,63 @@ impl<'a> Problem<'a> {
             sinks: options.sinks,
             budget: options.budget.clone(),
             dropout: Dropout::new(options.dropout, options.seed),
-            segments: segments(&places, options),
+            segments: Vec::new(),
             form_is_open: options.window.is_unlimited() && options.pool_queries,
             packed: matches!(options.layout, Layout::Packed { .. }).then_some(places.len()),
             plan_starts: Vec::new(),
+            coarser: Vec::new(),
+            ratio: 1,
+            everything: options.budget.is_everything()
+                && options.coarser.iter().all(|level| level.blocks_per_row.iter().all(|rate| rate.is_infinite())),
+            plan_place: LevelPlace::default(),
         };
-        problem.plan_starts = problem.find_plan_starts();
+        for (index, level) in options.coarser.iter().enumerate() {
+            let budget = Budget { blocks_per_row: level.blocks_per_row.clone(), ..options.budget.clone() };
+            coarser.push(base.at_level(index, level.block_size, budget, &places, options, coarser.last()));
+        }
+        let mut problem =
+            base.at_level(coarser.len(), options.block_size, options.budget.clone(), &places, options, coarser.last());
+        problem.coarser = coarser;
+        problem.place_plans();
         Ok(problem)
+    }
+
+    /// The problem of one level, counted from the coarsest one; `above` is the one before.
+    fn at_level(
+        &self,
+        index: usize,
+        size: usize,
+        budget: Budget,
+        places: &[Place],
+        options: &Options<'a>,
+        above: Option<&Self>,
+    ) -> Self {
+        // The form is the same at every level; small blocks may be free of what hides pairs of large ones.
+        let forms = above.map(|above| above.segments.iter().map(|segment| segment.form).collect::<Vec<_>>());
+        Self {
+            block_size: size,
+            ratio: size / options.block_size,
+            budget,
+            segments: segments(places, options, size, forms.as_deref()),
+            dropout: self.dropout.map(|dropout| dropout.at_level(index)),
+            ..self.clone()
+        }
+    }
+
+    /// All levels, the coarsest first; the last one is the problem itself.
+    pub(crate) fn levels(&self) -> impl ExactSizeIterator<Item = &Self> {
+        let levels: Vec<&Self> = self.coarser.iter().chain(std::iter::once(self)).collect();
+        levels.into_iter()
+    }
+
+    /// Whether there are levels above the finest blocks.
+    pub(crate) fn is_ladder(&self) -> bool {
+        !self.coarser.is_empty()
+    }
+
+    /// Whether every block of every head is selected at every level.
+    pub(crate) fn is_everything(&self) -> bool {
+        self.everything
     }
 
     /// Threads worth starting for products of `multiplications` in all: below some tens of microseconds of work the
@@ -262,6 +324,23 @@ fn places(batch: usize, query_len: usize, key_len: usize, options: &Options<'_>)
     }
 }
 
+/// Checks the sizes and budgets of the levels above the finest blocks.
+fn validate_levels(options: &Options<'_>, heads: usize) -> Result<()> {
+    let sizes: Vec<usize> = options.coarser.iter().map(|level| level.block_size).chain([options.block_size]).collect();
+    let fits = |above: usize, size: usize| above.is_multiple_of(size) && (2..=Problem::MAX_BLOCK).contains(&(above / size));
+    if !sizes.windows(2).all(|pair| fits(pair[0], pair[1])) {
+        let most = Problem::MAX_BLOCK;
+        return Err(Error::new(format!("block sizes: {sizes:?}, expected each to be 2 to {most} times the next one")));
+    }
+    if options.budget.num_blocks.is_some() && !options.coarser.is_empty() {
+        return Err(Error::new("num_blocks: given, expected None where there are several levels"));
+    }
+    options
+        .coarser
+        .iter()
+        .try_for_each(|level| Budget { blocks_per_row: level.blocks_per_row.clone(), ..options.budget.clone() }.validate(heads))
+}
+
 fn check_boundaries(name: &str, boundaries: &[usize], total: usize) -> Result<()> {
     let rising = boundaries.is_sorted() && boundaries.first() == Some(&0) && boundaries.last() == Some(&total);
     if rising {
@@ -271,8 +350,8 @@ fn check_boundaries(name: &str, boundaries: &[usize], total: usize) -> Result<()
     }
 }
 
-/// The segments at these places. Where all batch items have the same mask and nothing else tells them apart, it is read once.
-fn segments(places: &[Place], options: &Options<'_>) -> Vec<Segment> {
+/// The segments at these places, with blocks of this size and, if it is known, of this form. Where all batch items have the same mask and nothing else tells them apart, it is read once.
+fn segments(places: &[Place], options: &Options<'_>, size: usize, forms: Option<&[Form]>) -> Vec<Segment> {
     let same = options.key_mask.is_none() && options.query_mask.is_none();
     let shared = same && options.bias.is_some_and(|bias| bias.is_same_for_items());
     let alike = |a: &Place, b: &Place| (&a.queries, &a.keys, a.offset) == (&b.queries, &b.keys, b.offset);
@@ -280,7 +359,7 @@ fn segments(places: &[Place], options: &Options<'_>) -> Vec<Segment> {
     for place in places {
         let segment = match (segments.first(), places.first()) {
             (Some(first), Some(of_first)) if shared && alike(place, of_first) => first.at(place),
-            _ => Segment::new(place, options),
+            _ => Segment::new(place, options, size, forms.map(|forms| forms[place.index])),
         };
         segments.push(segment);
     }

@@ -36,11 +36,23 @@ pub enum Layout<'a> {
     },
 }
 
+/// A level above the finest blocks (docs/definitions.md, section 5): which of its blocks are refined is chosen first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CoarserLevel {
+    /// Tokens per block: at least 2 and at most [`Problem::MAX_BLOCK`](super::Problem::MAX_BLOCK) blocks of the next level.
+    pub block_size: usize,
+    /// Refined blocks per query block of this size (block form, on average) or per token (token form): one number for all heads, or one
+    /// for each. Positive; infinite is every block.
+    pub blocks_per_row: Vec<f64>,
+}
+
 /// What does not follow from the tensors.
 #[derive(Debug, Clone)]
 pub struct Options<'a> {
-    /// Tokens per block, 1 to [`Problem::MAX_BLOCK`](super::Problem::MAX_BLOCK).
+    /// Tokens per block, 1 to [`Problem::MAX_BLOCK`](super::Problem::MAX_BLOCK); of the finest blocks where there are several levels.
     pub block_size: usize,
+    /// The levels above, the coarsest one first; none for two resolutions.
+    pub coarser: Vec<CoarserLevel>,
     /// The factor of the logits; `None` is `1 / sqrt(D)`.
     pub scale: Option<f64>,
     /// Which terms the softmax has.
@@ -80,6 +92,7 @@ impl Options<'_> {
     pub fn new(level: Level) -> Self {
         Self {
             block_size: 32,
+            coarser: Vec::new(),
             scale: None,
             mode: Mode::Full,
             pool_queries: true,

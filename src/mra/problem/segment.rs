@@ -62,8 +62,9 @@ pub(crate) struct Place {
 }
 
 impl Segment {
-    pub(crate) fn new(place: &Place, options: &Options<'_>) -> Self {
-        let (size, item, threads) = (options.block_size, place.batch, options.threads);
+    /// With blocks of `size` tokens; in this form if a level above has it.
+    pub(crate) fn new(place: &Place, options: &Options<'_>, size: usize, form: Option<Form>) -> Self {
+        let (item, threads) = (place.batch, options.threads);
         let unmasked_key = |key: usize| options.key_mask.is_none_or(|mask| mask.is_valid(item, key));
         let unmasked_query = |query: usize| options.query_mask.is_none_or(|mask| mask.is_valid(item, query));
         let found = options.bias.as_ref().map(|bias| {
@@ -89,8 +90,10 @@ impl Segment {
         } else {
             place.queries.clone().find(|&query| sees(query)).unwrap_or(place.queries.start)
         };
-        let hides =
-            !options.window.is_unlimited() || !options.pool_queries || found.as_ref().is_some_and(|found| !found.is_all);
+        let hides = !options.window.is_unlimited()
+            || !options.pool_queries
+            || form == Some(Form::Token)
+            || found.as_ref().is_some_and(|found| !found.is_all);
         let is_biased = found.as_ref().is_some_and(|found| found.is_biased);
         let mut segment = Self {
             index: place.index,
@@ -171,6 +174,11 @@ impl Segment {
     /// How many blocks of queries have a valid one.
     pub(crate) fn live_rows(&self) -> usize {
         self.live_rows
+    }
+
+    /// Blocks of padded queries in front of the first valid one.
+    pub(crate) fn lead(&self) -> usize {
+        self.lead
     }
 
     /// The place of a block of queries, counted from the first valid one.

@@ -41,6 +41,21 @@ impl Window {
     }
 }
 
+/// The blocks that are exact for a token whatever their logits: those before one, and local ones.
+#[derive(Debug, Clone)]
+pub(crate) struct Forced {
+    behind_first: usize,
+    local: Range<usize>,
+}
+
+impl Forced {
+    /// The same at a level where a block has `ratio` of these side by side: those that contain one of them.
+    pub(crate) fn at_level(&self, ratio: usize) -> Self {
+        let local = self.local.start / ratio..self.local.end.div_ceil(ratio);
+        Self { behind_first: self.behind_first.div_ceil(ratio), local }
+    }
+}
+
 /// What one token sees.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sight<'a> {
@@ -121,14 +136,19 @@ impl<'a> Sight<'a> {
         }
     }
 
-    /// Ranges that hold the open blocks that are not forced, and no forced one: the token chooses among them.
-    pub(crate) fn free_ranges(&self, budget: &TokenBudget) -> [Range<usize>; 2] {
-        let candidates = if self.is_masked() { self.live.clone() } else { self.open.clone() };
-        let start = candidates.start.max(self.behind_first(budget.first_blocks));
+    /// The blocks that are exact whatever their logits, if they are not dead; `self` speaks of the finest blocks.
+    pub(crate) fn forced(&self, budget: &TokenBudget) -> Forced {
         let reach = i64::try_from(budget.local_blocks).unwrap_or(i64::MAX);
         let place = |block: i64| usize::try_from(block.max(0)).unwrap_or(usize::MAX);
-        let (local_start, local_end) =
-            (place(self.own.saturating_sub(reach).saturating_add(1)), place(self.own.saturating_add(reach)));
+        let local = place(self.own.saturating_sub(reach).saturating_add(1))..place(self.own.saturating_add(reach));
+        Forced { behind_first: self.behind_first(budget.first_blocks), local }
+    }
+
+    /// Ranges that hold the open blocks that are not forced, and no forced one: the token chooses among them.
+    pub(crate) fn free_ranges(&self, forced: &Forced) -> [Range<usize>; 2] {
+        let candidates = if self.is_masked() { self.live.clone() } else { self.open.clone() };
+        let start = candidates.start.max(forced.behind_first);
+        let (local_start, local_end) = (forced.local.start, forced.local.end);
         let range = |start: usize, end: usize| start.min(end)..end;
         let before = range(start, candidates.end.min(local_start.max(start.min(candidates.end))));
         let behind = range(start.max(local_end).max(before.end), candidates.end.max(before.end));
@@ -137,14 +157,12 @@ impl<'a> Sight<'a> {
 
     /// The block behind the first `count` ones that are not dead.
     fn behind_first(&self, count: usize) -> usize {
+        let Some(last) = count.checked_sub(1) else { return 0 };
         if !self.is_masked() {
             return self.live.start.saturating_add(count);
         }
         let mut alive = self.live.clone().filter(|&block| self.kinds[block] != Kind::Dead);
-        match count.checked_sub(1) {
-            None => self.live.start,
-            Some(last) => alive.nth(last).map_or(self.live.end, |block| block + 1),
-        }
+        alive.nth(last).map_or(self.live.end, |block| block + 1)
     }
 
     /// How many blocks of these ranges are open.
@@ -175,8 +193,7 @@ mod tests {
     }
 
     fn free(sight: &Sight<'_>, first_blocks: usize, local_blocks: usize) -> Vec<usize> {
-        let budget = TokenBudget { blocks: 1, first_blocks, local_blocks };
-        let ranges = sight.free_ranges(&budget);
+        let ranges = sight.free_ranges(&sight.forced(&TokenBudget { blocks: 1, first_blocks, local_blocks }));
         let blocks: Vec<usize> = ranges.iter().flat_map(Clone::clone).collect();
         assert_eq!(sight.count_open(&ranges), blocks.len());
         blocks
@@ -219,7 +236,7 @@ mod tests {
         let sight = sight(None, None, 13).with_kinds(&kinds, 1..7);
         assert_eq!((cut(&sight), sight.count_alive()), (vec![2], 5));
         let budget = TokenBudget { blocks: 1, first_blocks: 1, local_blocks: 1 };
-        let ranges = sight.free_ranges(&budget);
+        let ranges = sight.free_ranges(&sight.forced(&budget));
         assert_eq!((ranges.clone(), sight.count_open(&ranges)), ([2..3, 4..7], 2));
     }
 }

@@ -1,6 +1,7 @@
 //! Means over the tokens of each block: the coarse level of queries, keys and values.
 
 mod append;
+mod coarsen;
 mod given;
 
 pub use append::append;

@@ -7,5 +7,5 @@ mod scores;
 
 pub(crate) use per_row::{select_rows, select_rows_then};
 pub(crate) use per_token::Chooser;
-pub(crate) use plan::{BlockPlan, number, selected};
+pub(crate) use plan::{BlockPlan, LevelPlace, child_columns, number, selected, set_bit};
 pub(crate) use scores::{Scores, add_mean_bias};

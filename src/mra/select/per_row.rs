@@ -67,6 +67,7 @@ pub(crate) fn select_rows_then<T: Scalar, S>(
                 scores,
                 segment,
                 budget: &problem.budget,
+                ratio: problem.ratio,
                 head: head % problem.heads,
                 row_bytes,
             };
@@ -83,6 +84,7 @@ struct Choice<'a, T> {
     scores: &'a Scores<T>,
     segment: &'a Segment,
     budget: &'a Budget,
+    ratio: usize,
     head: usize,
     row_bytes: usize,
 }
@@ -156,7 +158,7 @@ impl<T: Scalar> Choice<'_, T> {
             }
             if self.budget.forces_any() {
                 let position = self.segment.row_position(i);
-                let forced = |&j: &usize| self.is_live(i, j) && self.budget.forces(position, j);
+                let forced = |&j: &usize| self.is_live(i, j) && self.budget.forces(position, j, self.ratio);
                 (0..self.segment.keys.len()).filter(forced).for_each(force);
             }
         }

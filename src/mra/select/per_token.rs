@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::ops::Range;
 
 use crate::kernels::{Largest, Matrix};
-use crate::mra::problem::{Sight, TokenBudget};
+use crate::mra::problem::{Forced, Sight, TokenBudget};
 use crate::simd::{Level, Scalar};
 
 /// What one query is free to choose.
@@ -19,8 +19,8 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    fn new(sight: &Sight<'_>, budget: &TokenBudget) -> Self {
-        let ranges = sight.free_ranges(budget);
+    fn new(sight: &Sight<'_>, forced: &Forced, budget: &TokenBudget) -> Self {
+        let ranges = sight.free_ranges(forced);
         let free = sight.count_open(&ranges);
         // Cut and forced blocks count towards the budget, and are exact beyond it too.
         let take = budget.blocks.saturating_sub(sight.count_alive() - free).min(free);
@@ -56,9 +56,18 @@ pub(crate) struct Chooser {
 
 impl Chooser {
     /// Starts a tile of queries. Returns the blocks whose logits are needed, none if every query takes all that it may.
-    pub(crate) fn start(&mut self, budget: &TokenBudget, sights: &[Sight<'_>]) -> Range<usize> {
+    ///
+    /// `finest` is what the queries see of the finest blocks, which say what is forced; a block has `ratio` of them side by side.
+    pub(crate) fn start(
+        &mut self,
+        budget: &TokenBudget,
+        sights: &[Sight<'_>],
+        finest: &[Sight<'_>],
+        ratio: usize,
+    ) -> Range<usize> {
         self.choices.clear();
-        self.choices.extend(sights.iter().map(|sight| Choice::new(sight, budget)));
+        let forced = finest.iter().map(|sight| sight.forced(budget).at_level(ratio));
+        self.choices.extend(sights.iter().zip(forced).map(|(sight, forced)| Choice::new(sight, &forced, budget)));
         let spans = self.choices.iter().filter(|choice| choice.leaves_some()).map(Choice::span);
         spans.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0)
     }

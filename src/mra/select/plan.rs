@@ -3,8 +3,10 @@
 //! Selection is discontinuous, so it is made once and kept as a value: forward, backward and tests read the plan, never a threshold.
 //!
 //! ```text
-//! for each batch item    8 bytes, of which the first one says the form
+//! for each batch item    8 bytes, of which the first one says the form; then, for each level from the coarsest one on:
 //! block form, for each head and block of queries    ceil(nk / 8) bytes: block j is bit j % 8 of byte j / 8
+//!     below the coarsest level, for each head and refined block of the level above, by rows, and each row of blocks in it
+//!                                                   ceil(r / 8) bytes for its r blocks, likewise
 //! token form, for each head and token               width little-endian int32: blocks of which it sees all keys, ascending, then -1;
 //!                                                   nothing (width 0) if every block is exact
 //! ```
@@ -14,33 +16,102 @@
 
 use std::ops::Range;
 
-use ndarray::Array3;
+use ndarray::{Array3, ArrayView2, ArrayViewMut2, Axis};
 
 use crate::error::{Error, Result};
-use crate::mra::problem::{Batch, Form, Kind, Problem, Segment};
+use crate::mra::problem::{Batch, Budget, Form, Kind, Problem, Segment};
+
+/// Where the plan of a level lies in that of each batch item.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LevelPlace {
+    /// Behind the start of the item.
+    start: usize,
+    /// Bytes of an item, over all levels.
+    item_bytes: usize,
+    /// The next coarser level, if there is one: blocks are chosen among the children of those that it refines.
+    above: Option<Above>,
+}
+
+/// What the plan of a level depends on of the level above.
+#[derive(Debug, Clone)]
+struct Above {
+    block_size: usize,
+    ratio: usize,
+    budget: Budget,
+}
 
 impl Problem<'_> {
     /// Bytes of a plan. They follow from shapes and settings alone, not from what masks hold.
     pub fn plan_bytes(&self) -> usize {
-        self.batch * self.plan_bytes_of_item()
+        self.batch * self.plan_place.item_bytes
     }
 
-    fn plan_bytes_of_item(&self) -> usize {
-        let (size, heads) = (self.block_size, self.heads);
-        let (rows, row_bytes) = match self.packed {
-            // A sequence has at most two blocks more than its share, and its rows one byte more.
-            Some(count) => (self.query_len / size + 2 * count, self.key_len / (8 * size) + 2),
-            // One row more: padded queries in front of the first valid one are cut backwards.
-            None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size).div_ceil(8)),
-        };
-        let block = heads * rows * row_bytes;
-        let token = 4 * heads * self.query_len * self.budget.token_width(self.key_len.div_ceil(size));
-        HEADER
-            + match (self.form_is_open, &self.bias) {
-                (false, _) => token,
-                (true, None) => block,
-                (true, Some(_)) => block + token,
+    /// Gives each level its place in the plan.
+    pub(crate) fn place_plans(&mut self) {
+        let mut places: Vec<LevelPlace> = Vec::new();
+        let mut start = HEADER;
+        let mut above = None;
+        for level in self.levels() {
+            let place = LevelPlace { start, item_bytes: 0, above };
+            start += level.level_bytes(place.above.as_ref());
+            above = Some(Above { block_size: level.block_size, ratio: level.ratio, budget: level.budget.clone() });
+            places.push(place);
+        }
+        for (index, place) in places.into_iter().enumerate() {
+            let level = self.coarser.get_mut(index);
+            let set = |level: &mut Self| {
+                level.plan_place = LevelPlace { item_bytes: start, ..place };
+                level.plan_starts = level.find_plan_starts();
+            };
+            match level {
+                Some(level) => set(level),
+                None => set(self),
             }
+        }
+    }
+
+    /// Bytes of the plan of this level for a batch item.
+    fn level_bytes(&self, above: Option<&Above>) -> usize {
+        let size = self.block_size;
+        let block = match above {
+            Some(above) => self.heads * self.room_for_children(above),
+            None => {
+                let (rows, row_bytes) = match self.packed {
+                    // A sequence has at most two blocks more than its share, and its rows one byte more.
+                    Some(count) => (self.query_len / size + 2 * count, self.key_len / (8 * size) + 2),
+                    // One row more: padded queries in front of the first valid one are cut backwards.
+                    None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size).div_ceil(8)),
+                };
+                self.heads * rows * row_bytes
+            }
+        };
+        let token = 4 * self.heads * self.query_len * self.width_of(self.key_len.div_ceil(size));
+        match (self.form_is_open, &self.bias) {
+            (false, _) => token,
+            (true, None) => block,
+            (true, Some(_)) => block + token,
+        }
+    }
+
+    /// Bytes for the children of the blocks of a head that the level above refines, over all sequences of a batch item.
+    fn room_for_children(&self, above: &Above) -> usize {
+        let size = above.block_size;
+        let (rows, columns) = match self.packed {
+            Some(count) => (self.query_len / size + 2 * count, self.key_len / size + 2 * count),
+            None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size)),
+        };
+        above.budget.capacity(rows, columns, above.ratio) * self.children_bytes(above)
+    }
+
+    /// Bytes for the children of a block of the level above.
+    fn children_bytes(&self, above: &Above) -> usize {
+        let children = above.block_size / self.block_size;
+        children * row_bytes(children)
+    }
+
+    /// Room for the blocks that a token chooses among so many; 0 if every block is exact.
+    fn width_of(&self, key_blocks: usize) -> usize {
+        if self.is_everything() { 0 } else { self.budget.token_width(key_blocks, self.ratio) }
     }
 
     /// Checks the length of a plan.
@@ -77,7 +148,12 @@ impl Problem<'_> {
     /// Starts a plan: writes what [`Self::check_plan`] reads, and zeros where nothing else is written, so that equal calls give equal
     /// bytes.
     pub(crate) fn start_plan(&self, plan: &mut [u8]) {
-        let item = self.plan_bytes_of_item();
+        if self.is_ladder() {
+            plan.fill(0);
+            self.segments.iter().for_each(|segment| plan[self.header(segment)] = tag(segment.form));
+            return;
+        }
+        let item = self.plan_place.item_bytes;
         for (index, segment) in self.segments.iter().enumerate() {
             let header = self.header(segment);
             if self.packed.is_none() || index == 0 {
@@ -92,19 +168,25 @@ impl Problem<'_> {
     }
 
     fn header(&self, segment: &Segment) -> usize {
-        segment.batch * self.plan_bytes_of_item()
+        segment.batch * self.plan_place.item_bytes
     }
 
     /// How many numbers the plan has for each token of a segment of the token form.
     pub(crate) fn plan_width(&self, segment: &Segment) -> usize {
-        self.budget.token_width(segment.keys.len())
+        self.width_of(segment.keys.len())
     }
 
     /// Bytes of one head of a segment.
     fn head_bytes(&self, segment: &Segment) -> usize {
-        match segment.form {
-            Form::Block => segment.rows.len() * row_bytes(segment.keys.len()),
-            Form::Token => segment.rows.tokens().len() * self.plan_width(segment) * 4,
+        match (segment.form, &self.plan_place.above) {
+            (Form::Block, None) => segment.rows.len() * row_bytes(segment.keys.len()),
+            (Form::Block, Some(above)) if self.packed.is_none() => self.room_for_children(above),
+            (Form::Block, Some(above)) => {
+                let children = above.block_size / self.block_size;
+                let (rows, columns) = (segment.rows.len().div_ceil(children), segment.keys.len().div_ceil(children));
+                above.budget.capacity(rows, columns, above.ratio) * self.children_bytes(above)
+            }
+            (Form::Token, _) => segment.rows.tokens().len() * self.plan_width(segment) * 4,
         }
     }
 
@@ -117,9 +199,10 @@ impl Problem<'_> {
     /// Where the plan of each segment starts.
     pub(crate) fn find_plan_starts(&self) -> Vec<usize> {
         if self.packed.is_none() {
-            return (0..self.segments.len()).map(|index| index * self.plan_bytes_of_item() + HEADER).collect();
+            let LevelPlace { start, item_bytes, .. } = self.plan_place;
+            return (0..self.segments.len()).map(|index| index * item_bytes + start).collect();
         }
-        let starts = self.segments.iter().scan(HEADER, |next, segment| {
+        let starts = self.segments.iter().scan(self.plan_place.start, |next, segment| {
             let start = *next;
             *next += self.heads * self.head_bytes(segment);
             Some(start)
@@ -127,43 +210,111 @@ impl Problem<'_> {
         starts.collect()
     }
 
-    /// A plan of given blocks: `selected(segment, head, row, block)`, where a row is a block of queries in the block form and a query,
-    /// counted from the first one of the segment, in the token form. Blocks that a row sees nothing of are left out, and those for
-    /// which a token has no room.
+    /// A plan of given blocks of a problem with two resolutions: as [`Self::plan_from_levels`], without the level.
     ///
     /// # Panics
     /// If a sequence has more than 2^31 blocks.
     pub fn plan_from(&self, selected: impl Fn(usize, usize, usize, usize) -> bool) -> Vec<u8> {
-        let (mut plan, selected) = (vec![0; self.plan_bytes()], &selected);
+        self.plan_from_levels(|_, segment, head, row, block| selected(segment, head, row, block))
+    }
+
+    /// A plan of given blocks: `selected(level, segment, head, row, block)`, where level 0 is the coarsest one, and a row is a block of
+    /// queries in the block form and a query, counted from the first one of the segment, in the token form. Blocks that a row sees
+    /// nothing of are left out, and so are those that lie in no refined block of the level above, and those for which there is no room.
+    ///
+    /// # Panics
+    /// If a sequence has more than 2^31 blocks.
+    pub fn plan_from_levels(&self, selected: impl Fn(usize, usize, usize, usize, usize) -> bool) -> Vec<u8> {
+        let mut plan = vec![0; self.plan_bytes()];
         self.start_plan(&mut plan);
-        for segment in &self.segments {
-            let (width, nk) = (self.plan_width(segment), segment.keys.len());
-            for head in 0..self.heads {
-                let bytes = &mut plan[self.plan_range(segment, head)];
-                let blocks = |row| (0..nk).filter(move |&j| selected(segment.index, head, row, j));
-                match segment.form {
-                    Form::Block => {
-                        for (i, bits) in bytes.chunks_exact_mut(row_bytes(nk).max(1)).enumerate() {
-                            blocks(i).filter(|&j| segment.keys.count(j) > 0).for_each(|j| bits[j / 8] |= 1 << (j % 8));
-                        }
-                    }
-                    Form::Token => {
-                        for (row, numbers) in bytes.chunks_exact_mut((4 * width).max(1)).enumerate() {
-                            let sight = self.sight(segment, head, segment.rows.tokens().start + row);
-                            let mut open = blocks(row).filter(|&j| sight.kind(j) == Kind::Open);
-                            for number in numbers.chunks_exact_mut(4) {
-                                let block = open.next().map_or(-1, to_i32);
-                                number.copy_from_slice(&block.to_le_bytes());
-                            }
-                        }
+        let mut above: Option<Vec<Array3<bool>>> = None;
+        for (index, level) in self.levels().enumerate() {
+            for (at, segment) in level.segments.iter().enumerate() {
+                let above = above.as_ref().map(|above| &above[at]);
+                for head in 0..self.heads {
+                    let wanted = |row, block| selected(index, segment.index, head, row, block);
+                    match segment.form {
+                        Form::Block => level.write_rows(segment, head, above, &mut plan, wanted),
+                        Form::Token => level.write_tokens(segment, head, above, &mut plan, wanted),
                     }
                 }
             }
+            above = Some(level.is_selected(&plan, above.as_deref()));
         }
         plan
     }
 
-    /// The blocks that a plan makes exact, with those that are cut: for each segment `(H, rows, nk)`, rows as in [`Self::plan_from`].
+    /// Writes the plan of a head in the block form; `above` says which blocks the level above refines.
+    fn write_rows(
+        &self,
+        segment: &Segment,
+        head: usize,
+        above: Option<&Array3<bool>>,
+        plan: &mut [u8],
+        wanted: impl Fn(usize, usize) -> bool,
+    ) {
+        let bits = &mut plan[self.plan_range(segment, head)];
+        let keys = |j: &usize| segment.keys.count(*j) > 0;
+        let Some((above, children)) = above.zip(self.children()) else {
+            for (i, row) in bits.chunks_exact_mut(row_bytes(segment.keys.len()).max(1)).enumerate() {
+                (0..segment.keys.len()).filter(keys).filter(|&j| wanted(i, j)).for_each(|j| set_bit(row, j));
+            }
+            return;
+        };
+        let refined = above.index_axis(Axis(0), head);
+        let places = refined.indexed_iter().filter(|&(_, &refined)| refined).map(|(at, _)| at);
+        for ((row, column), bits) in places.zip(bits.chunks_exact_mut(children * row_bytes(children))) {
+            for (child, i) in self.child_rows(segment, row) {
+                let columns = child_columns(segment, column, children);
+                let bits = &mut bits[child * row_bytes(children)..];
+                columns.clone().filter(keys).filter(|&j| wanted(i, j)).for_each(|j| set_bit(bits, j - columns.start));
+            }
+        }
+    }
+
+    /// As [`Self::write_rows`] in the token form.
+    fn write_tokens(
+        &self,
+        segment: &Segment,
+        head: usize,
+        above: Option<&Array3<bool>>,
+        plan: &mut [u8],
+        wanted: impl Fn(usize, usize) -> bool,
+    ) {
+        let (width, children) = (self.plan_width(segment), self.children());
+        let bytes = &mut plan[self.plan_range(segment, head)];
+        for (row, numbers) in bytes.chunks_exact_mut((4 * width).max(1)).enumerate() {
+            let sight = self.sight(segment, head, segment.rows.tokens().start + row);
+            let is_child = |j: usize| above.zip(children).is_none_or(|(above, children)| above[[head, row, j / children]]);
+            let blocks = (0..segment.keys.len()).filter(|&j| sight.kind(j) == Kind::Open && is_child(j) && wanted(row, j));
+            let mut blocks = blocks.map(to_i32);
+            for number in numbers.chunks_exact_mut(4) {
+                number.copy_from_slice(&blocks.next().unwrap_or(-1).to_le_bytes());
+            }
+        }
+    }
+
+    /// How many blocks of this level a block of the level above has side by side, if there is one above.
+    pub(crate) fn children(&self) -> Option<usize> {
+        self.plan_place.above.as_ref().map(|above| above.block_size / self.block_size)
+    }
+
+    /// The blocks of queries of this level in a block of queries of the level above, each with its place among those that a whole block has.
+    pub(crate) fn child_rows(&self, segment: &Segment, row_above: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let children = self.children().unwrap_or(1);
+        // Both levels have a boundary at the first valid query, and blocks in front of it are counted backwards from there.
+        let first = (row_above * children + segment.lead()).checked_sub(segment.lead().div_ceil(children) * children);
+        let skipped = if first.is_some() {
+            0
+        } else {
+            segment.lead().div_ceil(children) * children - segment.lead() - row_above * children
+        };
+        let rows = segment.rows.len();
+        (skipped..children).map(move |child| (child, first.unwrap_or(0) + child - skipped)).take_while(move |&(_, i)| i < rows)
+    }
+
+    /// The blocks that a plan makes exact, with those that are cut: for each segment `(H, rows, nk)`, rows as in
+    /// [`Self::plan_from_levels`].
     ///
     /// # Errors
     /// If the plan is not one of this problem.
@@ -171,36 +322,96 @@ impl Problem<'_> {
     /// # Panics
     /// If a sequence has more than 2^31 blocks.
     pub fn is_exact(&self, plan: &[u8]) -> Result<Vec<Array3<bool>>> {
+        self.is_refined(plan).map(|mut levels| levels.pop().unwrap_or_default())
+    }
+
+    /// As [`Self::is_exact`], the blocks that are refined at each level, the coarsest first; at the last one they are exact.
+    ///
+    /// # Errors
+    /// If the plan is not one of this problem.
+    ///
+    /// # Panics
+    /// If a sequence has more than 2^31 blocks.
+    pub fn is_refined(&self, plan: &[u8]) -> Result<Vec<Vec<Array3<bool>>>> {
         self.check_plan(plan)?;
-        let exact = self.segments.iter().map(|segment| {
+        let mut levels: Vec<Vec<Array3<bool>>> = Vec::new();
+        for level in self.levels() {
+            let selected = level.is_selected(plan, levels.last().map(Vec::as_slice));
+            levels.push(selected);
+        }
+        Ok(levels)
+    }
+
+    /// The blocks of this level that a plan selects, given those of the level above.
+    fn is_selected(&self, plan: &[u8], above: Option<&[Array3<bool>]>) -> Vec<Array3<bool>> {
+        let of_segment = |(at, segment): (usize, &Segment)| {
             let rows = match segment.form {
                 Form::Block => segment.rows.len(),
                 Form::Token => segment.rows.tokens().len(),
             };
-            let mut exact = Array3::from_elem((self.heads, rows, segment.keys.len()), false);
-            for (head, mut exact) in exact.outer_iter_mut().enumerate() {
-                let bytes = &plan[self.plan_range(segment, head)];
-                for (row, mut exact) in exact.outer_iter_mut().enumerate() {
-                    match segment.form {
-                        Form::Block => blocks_of_row(segment, bytes, row).for_each(|j| exact[j] = true),
-                        Form::Token => {
-                            let sight = self.sight(segment, head, segment.rows.tokens().start + row);
-                            let chosen = numbers_of_token(bytes, row, self.plan_width(segment));
-                            for j in 0..exact.len() {
-                                exact[j] = match sight.kind(j) {
-                                    Kind::Dead => false,
-                                    Kind::Cut => true,
-                                    Kind::Open => chosen.as_ref().is_none_or(|chosen| chosen.contains(&to_i32(j))),
-                                };
-                            }
-                        }
-                    }
+            let mut selected = Array3::from_elem((self.heads, rows, segment.keys.len()), false);
+            let above = above.map(|above| &above[at]);
+            for head in 0..self.heads {
+                let (bytes, selected) = (&plan[self.plan_range(segment, head)], selected.index_axis_mut(Axis(0), head));
+                let above = above.map(|above| above.index_axis(Axis(0), head));
+                match segment.form {
+                    Form::Block => self.read_rows(segment, above, bytes, selected),
+                    Form::Token => self.read_tokens(segment, head, above, bytes, selected),
                 }
             }
-            exact
-        });
-        Ok(exact.collect())
+            selected
+        };
+        self.segments.iter().enumerate().map(of_segment).collect()
     }
+
+    fn read_rows(&self, segment: &Segment, above: Option<ArrayView2<'_, bool>>, bits: &[u8], mut to: ArrayViewMut2<'_, bool>) {
+        let Some((above, children)) = above.zip(self.children()) else {
+            for (i, mut row) in to.outer_iter_mut().enumerate() {
+                blocks_of_row(segment, bits, i).for_each(|j| row[j] = true);
+            }
+            return;
+        };
+        let places = above.indexed_iter().filter(|&(_, &refined)| refined).map(|(at, _)| at);
+        for ((row, column), bits) in places.zip(bits.chunks_exact(children * row_bytes(children))) {
+            for (child, i) in self.child_rows(segment, row).filter(|&(_, i)| segment.rows.count(i) > 0) {
+                let columns = child_columns(segment, column, children);
+                let set = selected(bits, child, children, 0..columns.len()).map(|j| j + columns.start);
+                set.filter(|&j| segment.keys.count(j) > 0).for_each(|j| to[[i, j]] = true);
+            }
+        }
+    }
+
+    fn read_tokens(
+        &self,
+        segment: &Segment,
+        head: usize,
+        above: Option<ArrayView2<'_, bool>>,
+        bytes: &[u8],
+        mut to: ArrayViewMut2<'_, bool>,
+    ) {
+        let children = self.children();
+        for (row, mut to) in to.outer_iter_mut().enumerate() {
+            let sight = self.sight(segment, head, segment.rows.tokens().start + row);
+            let chosen = numbers_of_token(bytes, row, self.plan_width(segment));
+            let is_child = |j: usize| above.zip(children).is_none_or(|(above, children)| above[[row, j / children]]);
+            for j in 0..to.len() {
+                to[j] = match sight.kind(j) {
+                    Kind::Dead => false,
+                    Kind::Cut => true,
+                    Kind::Open => is_child(j) && chosen.as_ref().is_none_or(|chosen| chosen.contains(&to_i32(j))),
+                };
+            }
+        }
+    }
+}
+
+/// The blocks of keys of this level in a block of the level above, which has room for `children`.
+pub(crate) fn child_columns(segment: &Segment, column_above: usize, children: usize) -> Range<usize> {
+    column_above * children..((column_above + 1) * children).min(segment.keys.len())
+}
+
+pub(crate) fn set_bit(bits: &mut [u8], j: usize) {
+    bits[j / 8] |= 1 << (j % 8);
 }
 
 /// The blocks that the bits of a head select for a row of the block form; none where no query is computed.
@@ -273,6 +484,33 @@ impl BlockPlan {
                 let blocks = blocks_of_row(segment, bits, i);
                 rows.indices.extend(blocks.map(|j| u32::try_from(j).expect("fewer than 2^32 blocks")));
                 rows.offsets.push(rows.indices.len());
+            }
+        }
+        let columns = transpose(&rows, batch);
+        Self { rows, columns }
+    }
+
+    /// Reads the plan of the level below one whose batch and plan are given.
+    pub(crate) fn below(level: &Problem<'_>, batch: &Batch<'_>, above: (&Batch<'_>, &Self), plan: &[u8]) -> Self {
+        let ((batch_above, above), children) = (above, level.children().expect("a level below another one"));
+        let mut rows = Lists { offsets: Vec::with_capacity(batch.rows() + 1), indices: Vec::new() };
+        rows.offsets.push(0);
+        for head in 0..batch.flat_heads() {
+            let segment = batch.segment(head);
+            let bits = &plan[level.plan_range(segment, head % level.heads)];
+            let mut bits = bits.chunks_exact(children * row_bytes(children));
+            for row_above in 0..batch_above.segment(head).rows.len() {
+                let parents = above.row(batch_above, head, row_above);
+                let of_parents: Vec<&[u8]> = bits.by_ref().take(parents.len()).collect();
+                for (child, i) in level.child_rows(segment, row_above) {
+                    for (&parent, bits) in parents.iter().zip(&of_parents).filter(|_| segment.rows.count(i) > 0) {
+                        let columns = child_columns(segment, parent as usize, children);
+                        let set = selected(bits, child, children, 0..columns.len()).map(|j| j + columns.start);
+                        let set = set.filter(|&j| segment.keys.count(j) > 0);
+                        rows.indices.extend(set.map(|j| u32::try_from(j).expect("fewer than 2^32 blocks")));
+                    }
+                    rows.offsets.push(rows.indices.len());
+                }
             }
         }
         let columns = transpose(&rows, batch);

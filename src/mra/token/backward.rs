@@ -41,7 +41,7 @@ pub(crate) fn backward<E: Element>(
     gradients: &Gradients<'_, E>,
 ) {
     let pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
-    let everything = problem.budget.is_everything();
+    let everything = problem.is_everything();
     let products = batch.segments.iter().map(|segment| {
         let blocks = segment.keys.len();
         let exact = if everything { blocks } else { problem.plan_width(segment) };
@@ -92,7 +92,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         plan: &'a [u8],
         gradients: &'a Gradients<'g, E>,
     ) -> Self {
-        let pooled = problem.mode == Mode::Full && !problem.budget.is_everything();
+        let pooled = problem.mode == Mode::Full && !problem.is_everything();
         let means = pooled.then(|| Means::new(problem, batch, inputs, None, true));
         let finite_means = means.as_ref().map_or_else(Vec::new, |means| finite_means(problem, batch, means));
         let value_dim = inputs.value.shape()[3];

@@ -102,6 +102,8 @@ pub(crate) struct Tile<'a> {
     /// The first of them, counted from the start of the range.
     pub(crate) first: usize,
     pub(crate) sights: &'a [Sight<'a>],
+    /// What they see of the finest blocks.
+    pub(crate) finest: &'a [Sight<'a>],
 }
 
 impl<T: Scalar> CoarseTile<T> {
@@ -137,7 +139,7 @@ impl<T: Scalar> CoarseTile<T> {
             return;
         };
         let blocks = match &source.budget {
-            Some(budget) => self.chooser.start(budget, sights),
+            Some(budget) => self.chooser.start(budget, sights, tile.finest, problem.ratio),
             None => span_of_open(sights),
         };
         let columns = problem.padded::<T>(sights.len());

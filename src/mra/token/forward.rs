@@ -49,8 +49,7 @@ pub(crate) fn forward<E: Element>(
 ) {
     let full = problem.mode == Mode::Full;
     let selecting = matches!(plan, PlanBytes::Chosen(_));
-    let means =
-        ((full || selecting) && !problem.budget.is_everything()).then(|| Means::new(problem, batch, inputs, pooled, full));
+    let means = ((full || selecting) && !problem.is_everything()).then(|| Means::new(problem, batch, inputs, pooled, full));
     let value_dim = inputs.value.shape()[3];
     let pass = Pass { problem, batch, query: &inputs.query, means, plan, value_dim };
     pass.run(|pass, scratch, head, range| {
@@ -69,7 +68,7 @@ pub(crate) fn select<E: Element>(
     key: &Tensor<'_, E>,
     plan: &mut [u8],
 ) {
-    if problem.budget.is_everything() {
+    if problem.is_everything() {
         return;
     }
     let inputs = Inputs { query: *query, key: *key, value: *key };
@@ -143,7 +142,7 @@ impl<'a, E: Element> Pass<'a, E> {
         let problem = self.problem;
         let products = self.batch.segments.iter().map(|segment| {
             let blocks = segment.keys.len();
-            let exact = if problem.budget.is_everything() { blocks } else { problem.plan_width(segment) };
+            let exact = if problem.is_everything() { blocks } else { problem.plan_width(segment) };
             segment.rows.tokens().len().saturating_mul(exact * problem.block_size + blocks)
         });
         let products = products.fold(0, usize::saturating_add).saturating_mul(problem.heads);
@@ -175,7 +174,8 @@ impl<'a, E: Element> Pass<'a, E> {
         for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
             let first = tokens.start - range.start;
             let numbers = &mut plan[first * width..][..tokens.len() * width];
-            let tile = Tile { sights: &sights[first..first + tokens.len()], tokens, first };
+            let sights = &sights[first..first + tokens.len()];
+            let tile = Tile { sights, finest: sights, tokens, first };
             coarse.compute(&source, &rows, &tile, numbers, width, state);
         }
         if let PlanBytes::Chosen(Some(chunks)) = self.plan {
