@@ -18,10 +18,10 @@ __all__ = [
     "available_isas",
     "backward",
     "build_info",
-    "exact_blocks",
     "forward",
     "isa",
     "kernel_rates",
+    "refined_blocks",
     "select",
     "use_torch_threads",
 ]
@@ -42,7 +42,7 @@ class _Settings(Protocol):
     @property
     def scale(self) -> float: ...
     @property
-    def block_size(self) -> int: ...
+    def block_sizes(self) -> Sequence[int]: ...
     @property
     def sparse(self) -> bool: ...
     @property
@@ -153,7 +153,7 @@ def append(
     block_size: int,
     threads: int,
 ) -> None: ...
-def exact_blocks(
+def refined_blocks(
     query_shape: Sequence[int],
     key_shape: Sequence[int],
     masks: _Masks,
@@ -161,7 +161,7 @@ def exact_blocks(
     *,
     settings: _Settings,
     sequences: _Sequences,
-) -> list[npt.NDArray[np.bool_]]: ...
+) -> list[list[npt.NDArray[np.bool_]]]: ...
 def build_info() -> _BuildInfo: ...
 def use_torch_threads(address: int) -> None: ...
 def kernel_rates() -> tuple[float, float, float]: ...

@@ -58,8 +58,13 @@ class Plan:
     masks: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = field(repr=False)
 
     @untraced
-    def block_masks(self) -> list[Tensor]:
-        """Return which blocks are exact, for each batch item.
+    def block_masks(self, level: int = -1) -> list[Tensor]:
+        """Return which blocks are exact, for each batch item; or which are refined at a level.
+
+        Parameters
+        ----------
+        level : int, default -1
+            The level, counted from the coarsest one; by default the finest one, whose refined blocks are exact.
 
         Returns
         -------
@@ -67,8 +72,13 @@ class Plan:
             bool of shape `(H, rows, nk)`, True where the block is exact, be it chosen or cut by a mask. `rows` is `Lq`
             in the token form, and in the block form the number of query blocks of the item. The first block begins with
             the first valid token, so an item with padding may have fewer blocks than its length has room for.
+
+        Raises
+        ------
+        IndexError
+            If there is no such level.
         """
-        exact = _core.exact_blocks(
+        refined = _core.refined_blocks(
             self.query_shape,
             self.key_shape,
             describe_masks(self.query_shape, self.key_shape, self.masks),
@@ -76,7 +86,7 @@ class Plan:
             settings=self.settings,
             sequences=None,
         )
-        return [torch.from_numpy(item) for item in exact]  # pyright: ignore[reportUnknownMemberType]
+        return [torch.from_numpy(item) for item in refined[level]]  # pyright: ignore[reportUnknownMemberType]
 
     @untraced
     def block_mask(self) -> Tensor:

@@ -26,7 +26,7 @@ class MRASettings(TypedDict, total=False):
     """The fields of `MRAConfig` as keywords of the public functions."""
 
     resolutions: Sequence[int]
-    blocks_per_row: float | Sequence[float] | Tensor
+    blocks_per_row: float | Sequence[float | Sequence[float]] | Tensor
     num_blocks: int | None
     mode: Literal["full", "sparse"]
     first_blocks: int | None
@@ -51,12 +51,18 @@ class MRAConfig:
     Parameters
     ----------
     resolutions : sequence of int, default (32, 1)
-        `(block_size, 1)`, in tokens, with `8 <= block_size <= 128`.
-    blocks_per_row : float, sequence of float or Tensor, default 4.0
-        The budget: one number, or one for each head of the query. In the block form, the exact blocks for each query
+        Tokens of the blocks of every level, the coarsest first, and at last 1. Each size divides the one before and is
+        at least a 128th of it; the finest blocks, before the 1, have 4 to 128 tokens. With `(block_size, 1)` blocks are
+        either exact or coarse. With more, as `(512, 32, 1)`, some blocks of each level are replaced by the blocks of
+        the next one that they consist of, so that neither time nor memory grows with the square of the length.
+    blocks_per_row : float, sequence or Tensor, default 4.0
+        The budget: one number, or one for each head of the query. With more than two resolutions a sequence is taken as
+        one budget for each refined level, each of them a number or one for each head; one number is that of all
+        levels. In the block form, the exact blocks for each query
         block, on average over the query blocks of a head that have a valid token:
         `floor(blocks_per_row * query_blocks + 0.5)` blocks of the head are exact. In the token form,
         `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token. `math.inf` makes every block exact.
+        At levels above the finest one blocks are refined where these words say exact.
     num_blocks : int, optional
         The budget as the number of exact blocks of a head, in place of `blocks_per_row`; in the token form each token
         gets its share, `num_blocks / query_blocks`. Either budget is raised to the blocks that are always exact, and
@@ -81,13 +87,11 @@ class MRAConfig:
     TypeError
         If a setting has the wrong type.
     ValueError
-        If a setting has a value that is not accepted.
-    NotImplementedError
-        For more than two resolutions.
+        If a setting has a value that is not accepted; `num_blocks` is for two resolutions.
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 4.
+    Definition: docs/definitions.md, sections 2 to 5.
 
     Examples
     --------
@@ -98,7 +102,7 @@ class MRAConfig:
     """
 
     resolutions: Sequence[int] = (32, 1)
-    blocks_per_row: float | Sequence[float] | Tensor = 4.0
+    blocks_per_row: float | Sequence[float | Sequence[float]] | Tensor = 4.0
     num_blocks: int | None = None
     mode: Literal["full", "sparse"] = "full"
     first_blocks: int | None = None
@@ -108,8 +112,14 @@ class MRAConfig:
 
     def __post_init__(self) -> None:
         _set(self, "resolutions", numbers.resolutions(self.resolutions))
-        _set(self, "blocks_per_row", numbers.budget(self.blocks_per_row))
+        levels = len(self.resolutions) - 1
+        _set(self, "blocks_per_row", numbers.budget(self.blocks_per_row, levels))
         _set(self, "num_blocks", numbers.optional_integer("num_blocks", self.num_blocks, 1))
+        if self.num_blocks is not None and levels > 1:
+            raise ValueError(
+                f"num_blocks={self.num_blocks} is for two resolutions; with resolutions={self.resolutions} say with "
+                "blocks_per_row how many blocks are refined at each level"
+            )
         numbers.check_mode(self.mode)
         _set(self, "first_blocks", numbers.optional_integer("first_blocks", self.first_blocks, 0))
         _set(self, "diagonal_blocks", numbers.integer("diagonal_blocks", self.diagonal_blocks, 0))
@@ -118,8 +128,15 @@ class MRAConfig:
 
     @property
     def block_size(self) -> int:
-        """Tokens per block."""
-        return self.resolutions[0]
+        """Tokens of the finest blocks, those that are computed exactly."""
+        return self.resolutions[-2]
+
+    def budgets(self) -> list[list[float]]:
+        """Return the budget of every refined level, the coarsest first: one number, or one for each head."""
+        levels = len(self.resolutions) - 1
+        given: Any = self.blocks_per_row
+        of_levels: list[Any] = [*given] if levels > 1 and isinstance(given, tuple) else [given] * levels
+        return [[*rates] if isinstance(rates, tuple) else [rates] for rates in of_levels]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON has: lists for tuples, "inf" for infinity."""

@@ -1,5 +1,6 @@
 //! The operators: tensors borrowed, the problem made, the result written in place.
 
+use ndarray::Array3;
 use numpy::{IntoPyArray, PyArray3};
 use pyo3::prelude::*;
 
@@ -181,10 +182,10 @@ pub(super) fn backward(
     .map_err(PyErr::from)
 }
 
-/// The blocks that a plan makes exact, for each sequence `(H, rows, nk)`.
+/// The blocks that a plan refines at each level, the coarsest first, for each sequence `(H, rows, nk)`; those of the last level are exact.
 #[pyfunction]
 #[pyo3(signature = (query_shape, key_shape, masks, plan, *, settings, sequences))]
-pub(super) fn exact_blocks(
+pub(super) fn refined_blocks(
     py: Python<'_>,
     query_shape: [usize; 4],
     key_shape: [usize; 4],
@@ -192,16 +193,17 @@ pub(super) fn exact_blocks(
     plan: Descriptor,
     settings: Settings,
     sequences: Option<Boundaries>,
-) -> PyResult<Vec<Bound<'_, PyArray3<bool>>>> {
-    let exact = py.detach(|| {
+) -> PyResult<Vec<Vec<Bound<'_, PyArray3<bool>>>>> {
+    let levels = py.detach(|| {
         let sequences = Sequences::of_lengths(sequences, &settings, query_shape[2], key_shape[2]);
         // SAFETY: the Python layer keeps every tensor alive during the call.
         unsafe {
             let problem = settings.problem([query_shape, key_shape], &masks, &HeadTerms::default(), &sequences, 0, 1)?;
-            problem.is_exact(plan.contiguous::<u8>("plan")?)
+            problem.is_refined(plan.contiguous::<u8>("plan")?)
         }
     })?;
-    Ok(exact.into_iter().map(|blocks| blocks.into_pyarray(py)).collect())
+    let arrays = |level: Vec<Array3<bool>>| level.into_iter().map(|blocks| blocks.into_pyarray(py)).collect();
+    Ok(levels.into_iter().map(arrays).collect())
 }
 
 /// Attention of the last tokens of cached sequences.

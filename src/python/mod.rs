@@ -76,7 +76,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
     module.add_function(wrap_pyfunction!(attention::attend_cache, module)?)?;
     module.add_function(wrap_pyfunction!(attention::append, module)?)?;
-    module.add_function(wrap_pyfunction!(attention::exact_blocks, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::refined_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(use_torch_threads, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;

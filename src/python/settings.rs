@@ -3,13 +3,14 @@
 use pyo3::prelude::*;
 
 use super::borrow::Descriptor;
-use crate::{Budget, Error, Layout, Level, Mode, Options, Problem, Window};
+use crate::{Budget, CoarserLevel, Error, Layout, Level, Mode, Options, Problem, Window};
 
 /// Everything that says how attention is computed, as the Python package has it.
 #[derive(FromPyObject)]
 pub(super) struct Settings {
     scale: f64,
-    block_size: usize,
+    /// Of every level, the coarsest first.
+    block_sizes: Vec<usize>,
     sparse: bool,
     pool_queries: bool,
     /// -1: no limit.
@@ -18,6 +19,7 @@ pub(super) struct Settings {
     window_right: i64,
     lower_right: bool,
     softcap: Option<f64>,
+    /// For each level one number, or one for each head.
     blocks_per_row: Vec<f64>,
     num_blocks: Option<usize>,
     first_blocks: Option<usize>,
@@ -94,6 +96,19 @@ impl HeadTerms {
 }
 
 impl Settings {
+    /// The size of the finest blocks, the levels above, and the budget of the finest level.
+    fn levels(&self) -> crate::Result<(usize, Vec<CoarserLevel>, Vec<f64>)> {
+        let (levels, rates) = (self.block_sizes.len(), self.blocks_per_row.len());
+        if levels == 0 || rates == 0 || !rates.is_multiple_of(levels) {
+            return Err(Error::new(format!("blocks_per_row: {rates} numbers, expected as many for each of {levels} levels")));
+        }
+        let mut rates = self.blocks_per_row.chunks_exact(rates / levels).map(<[f64]>::to_vec);
+        let (finest, above) = self.block_sizes.split_last().expect("at least one level");
+        let coarser = above.iter().zip(&mut rates).map(|(&block_size, blocks_per_row)| CoarserLevel { block_size, blocks_per_row });
+        let coarser = coarser.collect();
+        Ok((*finest, coarser, rates.next().expect("as many as levels")))
+    }
+
     /// # Safety
     /// - The masks and the terms belong to tensors that live, unchanged, as long as the problem.
     pub(super) unsafe fn problem<'p>(
@@ -117,8 +132,10 @@ impl Settings {
         let terms =
             |name, terms: &Option<Descriptor>| terms.as_ref().map(|terms| unsafe { terms.contiguous(name) }).transpose();
         let pairs = [batch, heads, query_len, key[2]];
+        let (block_size, coarser, blocks_per_row) = self.levels()?;
         let options = Options {
-            block_size: self.block_size,
+            block_size,
+            coarser,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
             pool_queries: self.pool_queries,
@@ -132,7 +149,7 @@ impl Settings {
             alibi_slopes: terms("alibi_slopes", &head_terms.0)?,
             sinks: terms("sinks", &head_terms.1)?,
             budget: Budget {
-                blocks_per_row: self.blocks_per_row.clone(),
+                blocks_per_row,
                 num_blocks: self.num_blocks,
                 first_blocks: self.first_blocks,
                 diagonal_blocks: self.diagonal_blocks,

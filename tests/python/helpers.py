@@ -11,7 +11,7 @@ import mra_attention
 import oracle
 import oracle_dropout
 import torch
-from oracle import Result, Settings
+from oracle import Result, Selection, Settings
 from plain_float32 import PlainFloat32
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -76,14 +76,19 @@ def plan_keywords(query: Tensor, key: Tensor, settings: Settings) -> dict[str, A
     return keywords
 
 
-def block_mask(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
+def block_mask(query: Tensor, key: Tensor, settings: Settings) -> Selection:
     """The blocks that the package makes exact for these inputs, (B, H, rows, nk); see oracle.py for the rows."""
     plan = mra_attention.plan(query, key, **plan_keywords(query, key, settings))
-    return oracle.stack(plan.block_masks(), query.shape[1])
+    levels = [oracle.stack(plan.block_masks(level), query.shape[1]) for level in range(len(settings.levels()))]
+    return tuple(levels) if settings.coarser else levels[0]
 
 
-def assert_same_selection(actual: Tensor, expected: Tensor) -> None:
+def assert_same_selection(actual: Selection, expected: Selection) -> None:
     """Equal up to rows and columns of False: batch items may have fewer blocks than there is room for."""
+    if isinstance(actual, tuple) or isinstance(expected, tuple):
+        for of_level, expected_of_level in zip(actual, expected, strict=True):
+            assert_same_selection(of_level, expected_of_level)
+        return
     places = [*actual.nonzero().tolist(), *expected.nonzero().tolist()]
     sizes = [max((place[dim] + 1 for place in places), default=0) for dim in (2, 3)]
     both = []
@@ -260,7 +265,13 @@ def summation_orders(dim: int) -> list[Tensor]:
 
 
 def dense_budget(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, settings: Settings, grad_out: Tensor, grad_lse: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Selection,
+    settings: Settings,
+    grad_out: Tensor,
+    grad_lse: Tensor,
 ) -> Budget:
     """Plain torch on the formulas, computed in float32 and stored in the dtype of the inputs.
 
@@ -295,7 +306,12 @@ def everything(block_size: int = 32, **more: Any) -> Settings:
     return Settings(block_size=block_size, blocks_per_row=1e9, **more)
 
 
-def keep_factors(query: Tensor, key: Tensor, selected: Tensor, p: float, torch_seed: int) -> tuple[Tensor, Tensor]:
+def keep_factors(
+    query: Tensor, key: Tensor, selected: Selection, p: float, torch_seed: int
+) -> tuple[Tensor, Selection]:
     """What the weights of keys and of blocks are multiplied by in a call after `torch.manual_seed(torch_seed)`."""
-    keys = (*query.shape[:3], key.shape[2])
-    return oracle_dropout.keep_factors(oracle_dropout.drawn_seed(torch_seed), p, keys, tuple(selected.shape))
+    keys, seed = (*query.shape[:3], key.shape[2]), oracle_dropout.drawn_seed(torch_seed)
+    levels = selected if isinstance(selected, tuple) else (selected,)
+    kept = [oracle_dropout.keep_factors(seed, p, keys, tuple(x.shape), level) for level, x in enumerate(levels)]
+    blocks = tuple(of_level for _, of_level in kept)
+    return kept[0][0], blocks if isinstance(selected, tuple) else blocks[0]

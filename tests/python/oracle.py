@@ -4,7 +4,8 @@ Everything of size Lq x Lk is stored and gradients come from torch autograd thro
 selection held fixed. The default precision is float64; float32 gives the error of plain torch on the same formulas.
 
 A selection is (B, H, rows, nk) bool, True where a block is exact; a row is a query block in the block form and a token
-in the token form. Batch items may have unlike numbers of rows and blocks: what an item has not is False.
+in the token form. Batch items may have unlike numbers of rows and blocks: what an item has not is False. With several
+levels it is a tuple with one of them for each level, the coarsest first, True where a block is refined.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 from oracle_backward import gradients_of_item
 from oracle_geometry import Geometry, Settings, geometry
 from oracle_select import select_block_form, select_token_form
-from oracle_terms import Item, clean, cropped, item_of, mean, of_queries, repeat, terms_of
+from oracle_terms import Item, Terms, clean, exact_of, item_of, mean, of_queries, repeat, terms_of
 from torch import Tensor
 
 __all__ = [
     "Result",
+    "Selection",
     "Settings",
     "attention",
     "bias_gradient",
@@ -45,18 +47,52 @@ class Result(NamedTuple):
     dv: Tensor
 
 
-_latest: list[tuple[Settings, tuple[int, ...], list[Geometry]]] = []
+Selection = Tensor | tuple[Tensor, ...]
+
+_latest: list[tuple[Settings, tuple[int, ...], list[list[Geometry]]]] = []
 
 
-def _geometries(query: Tensor, key: Tensor, settings: Settings) -> list[Geometry]:
-    """Of every batch item. The latest ones are kept: a comparison asks for the same several times."""
+def _levels(query: Tensor, key: Tensor, settings: Settings) -> list[list[Geometry]]:
+    """Of every batch item those of all levels. The latest are kept: a comparison asks for the same several times."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     for known, sizes, found in _latest:
         if known is settings and sizes == shape:
             return found
-    found = [geometry(shape, settings, item) for item in range(shape[0])]
+    found = [_levels_of_item(shape, settings, item) for item in range(shape[0])]
     _latest[:] = [(settings, shape, found), *_latest[:3]]
     return found
+
+
+def _levels_of_item(shape: tuple[int, int, int, int], settings: Settings, item: int) -> list[Geometry]:
+    coarsest, *others = settings.levels()
+    found = [geometry(shape, coarsest, item)]
+    # The form is that of the coarsest level.
+    of_tokens = found[0].form == "token"
+    others = [replace(level, pool_queries=False) if of_tokens else level for level in others]
+    return found + [geometry(shape, level, item) for level in others]
+
+
+def _geometries(query: Tensor, key: Tensor, settings: Settings) -> list[Geometry]:
+    """Of every batch item that of the finest blocks."""
+    return [levels[-1] for levels in _levels(query, key, settings)]
+
+
+def _each(selected: Selection) -> list[Tensor]:
+    return [selected] if isinstance(selected, Tensor) else list(selected)
+
+
+def _of_item(selected: Selection, item: int) -> list[Tensor]:
+    return [level[item] for level in _each(selected)]
+
+
+def _children(refined: Tensor, above: Geometry, g: Geometry, times: int) -> Tensor:
+    """(H, rows, nk) bool: the blocks of a level that lie in blocks that the level above refines."""
+    if g.form == "block":
+        rows = torch.arange(g.pooled.shape[0]) + g.first_row
+        row_above = rows.div(times, rounding_mode="floor") - above.first_row
+        refined = refined[:, row_above] if rows.numel() else refined[:, :0]
+    columns = torch.arange(g.member.shape[0]).div(times, rounding_mode="floor")
+    return refined[..., columns] if columns.numel() else refined[..., :0]
 
 
 def forms(query: Tensor, key: Tensor, settings: Settings) -> list[str]:
@@ -83,32 +119,54 @@ def live_blocks(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
     return stack(found, query.shape[1])
 
 
-def select(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
-    """The selection of sections 3 and 4, the exact blocks of all rows."""
-    selections = []
-    for item, g in enumerate(_geometries(query, key, settings)):
-        x = item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64)
-        choose = select_block_form if g.form == "block" else select_token_form
-        selections.append(choose(x.coarse_logits, g, settings))
-    return stack(selections, query.shape[1])
+def select(query: Tensor, key: Tensor, settings: Settings) -> Selection:
+    """The selection of sections 3 to 5, the exact blocks of all rows, or the refined ones of every level."""
+    heads, each = query.shape[1], settings.levels()
+    selections: list[list[Tensor]] = [[] for _ in each]
+    for item, levels in enumerate(_levels(query, key, settings)):
+        above: Tensor | None = None
+        for level, g in enumerate(levels):
+            x = item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64)
+            choose = select_block_form if g.form == "block" else select_token_form
+            candidates = torch.ones_like(g.is_open)
+            if above is not None:
+                times = each[level - 1].block_size // each[level].block_size
+                candidates = _children(above, levels[level - 1], g, times)
+            ratio = each[level].block_size // settings.block_size
+            above = choose(x.coarse_logits, g, each[level], candidates, ratio, levels[-1])
+            selections[level].append(above)
+    found = tuple(stack(level, heads) for level in selections)
+    return found if settings.coarser else found[0]
 
 
 def exact_blocks(query: Tensor, key: Tensor, selected: Tensor, settings: Settings) -> Tensor:
     """What a given selection makes exact: no dead block, and every cut one."""
-    found = []
-    for item, g in enumerate(_geometries(query, key, settings)):
-        found.append(cropped(selected[item], g) & g.is_open | g.is_cut)
+    found = [exact_of(g, selected[item]) for item, g in enumerate(_geometries(query, key, settings))]
     return stack(found, query.shape[1])
 
 
+def _terms_of_levels(xs: list[Item], selected: list[Tensor], settings: Settings) -> list[Terms]:
+    """Of every level; keys are those of the last one."""
+    sizes = [level.block_size for level in settings.levels()]
+    found: list[Terms] = []
+    for level, (x, chosen) in enumerate(zip(xs, selected, strict=True)):
+        candidates = None
+        if level > 0:
+            refined = exact_of(xs[level - 1].g, selected[level - 1])
+            candidates = _children(refined, xs[level - 1].g, x.g, sizes[level - 1] // sizes[level])
+        found.append(terms_of(x, chosen, settings.mode, candidates))
+    return found
+
+
 def _attention_of_item(
-    x: Item, value: Tensor, selected: Tensor, mode: str, keep: tuple[Tensor, Tensor] | None
+    xs: list[Item], value: Tensor, selected: list[Tensor], settings: Settings, keep: tuple[Tensor, list[Tensor]] | None
 ) -> tuple[Tensor, Tensor]:
+    x = xs[-1]
     g, dtype = x.g, x.query.dtype
-    terms = terms_of(x, selected, mode)
-    visible = torch.cat([terms.keys, terms.blocks], -1)
-    logits = torch.cat([x.logits, terms.block_logits], -1).masked_fill(~visible, -math.inf)
-    multiplicity = torch.cat([torch.ones_like(g.key_valid), g.count], -1).to(dtype)
+    terms = _terms_of_levels(xs, selected, settings)
+    visible = torch.cat([terms[-1].keys, *(level.blocks for level in terms)], -1)
+    logits = torch.cat([x.logits, *(level.block_logits for level in terms)], -1).masked_fill(~visible, -math.inf)
+    multiplicity = torch.cat([torch.ones_like(g.key_valid), *(level.g.count for level in xs)], -1).to(dtype)
     seen = visible.any(-1, keepdim=True)
     # The extra hidden column keeps amax defined where there is no key.
     padded = torch.cat([logits.detach(), logits.new_full((*logits.shape[:-1], 1), -math.inf)], -1)
@@ -122,9 +180,11 @@ def _attention_of_item(
     total = total.masked_fill(~seen, 1.0)
     weights = weights / total
     if keep is not None:
-        tokens, blocks = keep[0], of_queries(keep[1][..., : g.member.shape[0]], g)
-        weights = weights * torch.cat([tokens, blocks], -1).to(dtype)
-    out = weights @ torch.cat([value, mean(value, g.member)], -2)
+        blocks = [
+            of_queries(of_level[..., : x.g.member.shape[0]], x.g) for of_level, x in zip(keep[1], xs, strict=True)
+        ]
+        weights = weights * torch.cat([keep[0], *blocks], -1).to(dtype)
+    out = weights @ torch.cat([value, *(mean(value, level.g.member) for level in xs)], -2)
     return out, (total.log() + largest).masked_fill(~seen, -math.inf).squeeze(-1)
 
 
@@ -132,25 +192,26 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selected: Tensor,
+    selected: Selection,
     settings: Settings,
     dtype: torch.dtype = torch.float64,
-    keep: tuple[Tensor, Tensor] | None = None,
+    keep: tuple[Tensor, Selection] | None = None,
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp for a given selection, one softmax over all terms of both levels.
 
     The terms of a query are every key of an exact block, and every coarse block with its logit cnt_j times. Dropout
-    multiplies the weights by `keep`: (B, H, Lq, Lk) for keys and (B, H, rows, nk) for blocks. What queries that are not
+    multiplies the weights by `keep`: (B, H, Lq, Lk) for keys and (B, H, rows, nk) for blocks, as a tuple with several
+    levels. What queries that are not
     `active`, (B, H, Lq), attend to is not computed.
     """
     outs, lses = [], []
-    for item, g in enumerate(_geometries(query, key, settings)):
+    for item, levels in enumerate(_levels(query, key, settings)):
         of_item = None if active is None else active[item]
-        x = item_of(query[item], key[item], settings, g, dtype, of_item)
-        v = repeat(clean(value[item].to(dtype), g.key_valid), query.shape[1])
-        kept = None if keep is None else (keep[0][item], keep[1][item])
-        out, lse = _attention_of_item(x, v, selected[item], settings.mode, kept)
+        xs = [item_of(query[item], key[item], settings, g, dtype, of_item) for g in levels]
+        v = repeat(clean(value[item].to(dtype), levels[-1].key_valid), query.shape[1])
+        kept = None if keep is None else (keep[0][item], _of_item(keep[1], item))
+        out, lse = _attention_of_item(xs, v, _of_item(selected, item), settings, kept)
         outs.append(out)
         lses.append(lse)
     if not outs:
@@ -188,12 +249,12 @@ def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selected: Tensor,
+    selected: Selection,
     settings: Settings,
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
-    keep: tuple[Tensor, Tensor] | None = None,
+    keep: tuple[Tensor, Selection] | None = None,
 ) -> Result:
     """Output, log-sum-exp and gradients by autograd, for a given selection."""
     with torch.no_grad():
@@ -214,11 +275,11 @@ def bias_gradient(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selected: Tensor,
+    selected: Selection,
     settings: Settings,
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
-    keep: tuple[Tensor, Tensor] | None = None,
+    keep: tuple[Tensor, Selection] | None = None,
 ) -> Tensor:
     """The gradient of the bias by autograd, for a given selection, in the shape of the bias."""
     assert settings.bias is not None
@@ -260,7 +321,7 @@ def closed_form_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selected: Tensor,
+    selected: Selection,
     settings: Settings,
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -272,12 +333,12 @@ def closed_form_gradients(
     g, gl, active = _incoming(query, key, settings, grad_out, grad_lse, dtype)
     active = active & (lse > -math.inf)
     grads = [torch.zeros(x.shape, dtype=dtype) for x in (query, key, value)]
-    for item, geometry_of in enumerate(_geometries(query, key, settings)):
-        x = item_of(query[item], key[item], settings, geometry_of, dtype, active[item])
-        v = repeat(clean(value[item].to(dtype), geometry_of.key_valid), query.shape[1])
-        terms = terms_of(x, selected[item], settings.mode)
+    for item, levels in enumerate(_levels(query, key, settings)):
+        xs = [item_of(query[item], key[item], settings, of_level, dtype, active[item]) for of_level in levels]
+        v = repeat(clean(value[item].to(dtype), levels[-1].key_valid), query.shape[1])
+        terms = _terms_of_levels(xs, _of_item(selected, item), settings)
         stored = (clean(g[item], active[item]), gl[item], out[item].to(dtype), lse[item].to(dtype))
-        for grad, found in zip(grads, gradients_of_item(x, terms, v, *stored, active[item]), strict=True):
+        for grad, found in zip(grads, gradients_of_item(xs, terms, v, *stored, active[item]), strict=True):
             groups = grad.shape[1]
             grad[item] = found.unflatten(0, (groups, -1)).sum(1) if groups else found
     return grads[0], grads[1], grads[2]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def gradients_of_item(
-    x: Item,
-    terms: Terms,
+    xs: list[Item],
+    all_terms: list[Terms],
     value: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -19,7 +19,11 @@ def gradients_of_item(
     lse: Tensor,
     active: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one batch item, every query head by itself. `active` are the queries with an incoming gradient."""
+    """dq, dk, dv of one batch item, every query head by itself, from the terms of all levels, the finest last.
+
+    `active` are the queries with an incoming gradient.
+    """
+    x, terms = xs[-1], all_terms[-1]
     dtype = x.query.dtype
     lse = torch.where(active, lse, math.inf)  # exp(P - inf) = 0: no other query contributes
     delta = torch.where(active, (grad_out * torch.where(active[..., None], out, 0.0)).sum(-1) - grad_lse, 0.0)
@@ -29,9 +33,11 @@ def gradients_of_item(
     dq, dk = x.scale * (ds @ x.key), x.scale * (ds.transpose(-1, -2) @ x.query)
     dv = prob.transpose(-1, -2) @ grad_out
     coarse = _block_form if x.g.form == "block" else _token_form
-    dq_coarse, dkh, dvh = coarse(x, terms, mean(value, x.g.member), grad_out, delta, lse)
-    share = (x.g.member.to(dtype) / x.g.count.clamp(min=1)[:, None]).T
-    return dq + dq_coarse, dk + share @ dkh, dv + share @ dvh
+    for level, terms in zip(xs, all_terms, strict=True):
+        dq_coarse, dkh, dvh = coarse(level, terms, mean(value, level.g.member), grad_out, delta, lse)
+        share = (level.g.member.to(dtype) / level.g.count.clamp(min=1)[:, None]).T
+        dq, dk, dv = dq + dq_coarse, dk + share @ dkh, dv + share @ dvh
+    return dq, dk, dv
 
 
 def _token_form(

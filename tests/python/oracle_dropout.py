@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAM = {"key": 0, "block": 0x5851_F42D_4C95_7F2D}
+_BLOCKS = 0x5851_F42D_4C95_7F2D
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -27,10 +27,10 @@ def _hash(low: np.ndarray, high: np.ndarray, column: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(16))
 
 
-def _kept(stream: str, seed: int, p: float, shape: tuple[int, int, int, int]) -> Tensor:
+def _kept(salt: int, seed: int, p: float, shape: tuple[int, int, int, int]) -> Tensor:
     batch, heads, rows, columns = shape
     with np.errstate(over="ignore"):
-        start = _mix(np.array([(seed % 2**64) ^ _STREAM[stream]], dtype=np.uint64))
+        start = _mix(np.array([(seed % 2**64) ^ salt], dtype=np.uint64))
         golden = np.uint64(0x9E37_79B9_7F4A_7C15)
         head = _mix((start + golden) ^ np.arange(batch * heads, dtype=np.uint64))
         row = _mix((head + golden)[:, None] ^ np.arange(rows, dtype=np.uint64))
@@ -41,18 +41,23 @@ def _kept(stream: str, seed: int, p: float, shape: tuple[int, int, int, int]) ->
     return torch.from_numpy((hashes >= threshold).reshape(shape))
 
 
-def kept_weights(seed: int, p: float, keys: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def kept_weights(
+    seed: int, p: float, keys: tuple[int, ...], blocks: tuple[int, ...], level: int = 0
+) -> tuple[Tensor, Tensor]:
     """Whether the weights of keys, (B, H, Lq, Lk), and of blocks, (B, H, rows, nk), are kept.
 
-    Rows are query blocks in the block form and tokens in the token form.
+    Rows are query blocks in the block form and tokens in the token form. The blocks are those of a level, counted from
+    the coarsest one.
     """
-    return _kept("key", seed, p, tuple(keys)), _kept("block", seed, p, tuple(blocks))
+    return _kept(0, seed, p, tuple(keys)), _kept(_BLOCKS * (2 * level + 1) % 2**64, seed, p, tuple(blocks))
 
 
-def keep_factors(seed: int, p: float, keys: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def keep_factors(
+    seed: int, p: float, keys: tuple[int, ...], blocks: tuple[int, ...], level: int = 0
+) -> tuple[Tensor, Tensor]:
     """What the weights are multiplied by: 0, or 1 / (1 - p)."""
     factor = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    tokens, coarse = kept_weights(seed, p, keys, blocks)
+    tokens, coarse = kept_weights(seed, p, keys, blocks, level)
     return tokens.double() * factor, coarse.double() * factor
 
 

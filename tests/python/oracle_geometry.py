@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,10 @@ class Settings:
 
     block_size: int = 32
     mode: str = "full"
-    blocks_per_row: float | Sequence[float] = 4.0
+    blocks_per_row: float | Sequence[float] | tuple[Any, ...] = 4.0
+    """With coarser levels a sequence has one budget for each level, each of them a number or one for each head."""
+    coarser: tuple[int, ...] = ()
+    """The block sizes of the levels above, the coarsest first."""
     num_blocks: int | None = None
     first_blocks: int | None = None
     diagonal_blocks: int = 0
@@ -45,7 +48,7 @@ class Settings:
     def keywords(self) -> dict[str, Any]:
         """The same request as keyword arguments of the package's functions, without enable_gqa and lower_right."""
         keywords: dict[str, Any] = {
-            "resolutions": (self.block_size, 1),
+            "resolutions": (*self.coarser, self.block_size, 1),
             "mode": self.mode,
             "blocks_per_row": self.blocks_per_row,
             "num_blocks": self.num_blocks,
@@ -66,8 +69,19 @@ class Settings:
         }
         return keywords | {name: value for name, (value, default) in others.items() if not _is_equal(value, default)}
 
+    def levels(self) -> list[Settings]:
+        """The same for every level by itself, with its blocks and its budget, the coarsest first."""
+        if not self.coarser:
+            return [self]
+        sizes, rates = (*self.coarser, self.block_size), self.blocks_per_row
+        each = [rates] * len(sizes) if isinstance(rates, (int, float)) else list(rates)
+        return [
+            replace(self, block_size=size, blocks_per_row=rate, coarser=())
+            for size, rate in zip(sizes, each, strict=True)
+        ]
+
     def rates(self, heads: int) -> list[float]:
-        """blocks_per_row of every head."""
+        """blocks_per_row of every head, of a level."""
         rates = self.blocks_per_row
         return [float(rates)] * heads if isinstance(rates, (int, float)) else [float(rate) for rate in rates]
 

@@ -1,4 +1,8 @@
-"""Which blocks are exact: docs/definitions.md, sections 3.1 to 3.5 and 4.1 to 4.4, one head and one row at a time."""
+"""Which blocks are exact, or refined: docs/definitions.md, sections 3.1 to 3.5, 4.1 to 4.4 and 5, row by row.
+
+`candidates`, (H, rows, nk), are the blocks among which a level chooses: all, or the children of those that the level
+above refines. A block has `ratio` of the finest blocks side by side, and those say what is forced.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from oracle_geometry import Geometry, Settings
 from torch import Tensor
 
 
-def select_block_form(pooled: Tensor, g: Geometry, settings: Settings) -> Tensor:
+def select_block_form(
+    pooled: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int, finest: Geometry
+) -> Tensor:
     """(H, rows, nk) bool from the logits of pooled queries and pooled keys, (H, rows, nk)."""
     selected = torch.zeros(pooled.shape, dtype=torch.bool)
     for head, rate in enumerate(settings.rates(pooled.shape[0])):
@@ -17,19 +23,32 @@ def select_block_form(pooled: Tensor, g: Geometry, settings: Settings) -> Tensor
         if number is None:
             wanted = rate * g.query_blocks
             number = math.floor(wanted + 0.5) if math.isfinite(wanted) else pooled[0].numel()
-        selected[head] = _select_head(pooled[head], g, number, settings)
+        selected[head] = _select_head(pooled[head], g, number, settings, candidates[head], ratio)
     return selected
 
 
-def _select_head(pooled: Tensor, g: Geometry, num_blocks: int, settings: Settings) -> Tensor:
-    rows, nk = pooled.shape
+def _is_forced(i: int, j: int, settings: Settings, ratio: int) -> bool:
+    """Whether one of the finest blocks in block (i, j) is."""
     first_blocks = settings.first_blocks or 0
-    columns = [j for j in range(nk) if g.count[j] > 0]
+    for a in range(i * ratio, (i + 1) * ratio):
+        for b in range(j * ratio, (j + 1) * ratio):
+            near = settings.diagonal_blocks > 0 and abs(a - b) <= settings.diagonal_blocks // 2
+            local = settings.local_blocks > 1 and abs(a - b) < settings.local_blocks
+            if near or local or a < first_blocks or b < first_blocks:
+                return True
+    return False
+
+
+def _select_head(
+    pooled: Tensor, g: Geometry, num_blocks: int, settings: Settings, candidates: Tensor, ratio: int
+) -> Tensor:
+    rows, nk = pooled.shape
     score: dict[tuple[int, int], float] = {}
     forced: set[tuple[int, int]] = set()
     beyond: list[tuple[int, int]] = []
-    for row in range(rows) if columns else []:
-        if not g.pooled[row].any():
+    of_row = [[j for j in range(nk) if g.count[j] > 0 and candidates[row, j]] for row in range(rows)]
+    for row, columns in enumerate(of_row):
+        if not columns or not g.pooled[row].any():
             continue
         logits = pooled[row].tolist()
         best = max(columns, key=lambda j: (logits[j], -j))
@@ -37,22 +56,21 @@ def _select_head(pooled: Tensor, g: Geometry, num_blocks: int, settings: Setting
             beyond.append((row, best))
             continue
         score |= {(row, j): logits[j] - logits[best] for j in columns}
-        i = row + g.first_row
-        near = [j for j in columns if settings.diagonal_blocks > 0 and abs(i - j) <= settings.diagonal_blocks // 2]
-        near += [j for j in columns if settings.local_blocks > 1 and abs(i - j) < settings.local_blocks]
-        first = [j for j in columns if i < first_blocks or j < first_blocks]
-        forced |= {(row, j) for j in [best, *near, *first]}
+        forced.add((row, best))
+        forced |= {(row, j) for j in columns if _is_forced(row + g.first_row, j, settings, ratio)}
     optional = sorted((block for block in score if block not in forced), key=lambda b: (-score[b], b[0] * nk + b[1]))
     chosen = forced | set(optional[: max(0, num_blocks - len(forced))])
     if len(chosen) == len(score):
-        beyond = [(row, j) for row, _ in beyond for j in columns]
+        beyond = [(row, j) for row, _ in beyond for j in of_row[row]]
     selected = torch.zeros(rows, nk, dtype=torch.bool)
     for at in [*chosen, *beyond]:
         selected[at] = True
     return selected
 
 
-def select_token_form(logits: Tensor, g: Geometry, settings: Settings) -> Tensor:
+def select_token_form(
+    logits: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int, finest: Geometry
+) -> Tensor:
     """(H, Lq, nk) bool from the logits of each token and the pooled keys, (H, Lq, nk)."""
     heads, queries, nk = logits.shape
     selected = torch.zeros(logits.shape, dtype=torch.bool)
@@ -66,10 +84,12 @@ def select_token_form(logits: Tensor, g: Geometry, settings: Settings) -> Tensor
         number = max(1, math.floor(rate + 0.5)) if math.isfinite(rate) else nk
         for t in range(queries):
             is_open, is_cut = g.is_open[head, t].tolist(), g.is_cut[head, t].tolist()
-            not_dead = [j for j in range(nk) if is_open[j] or is_cut[j]]
-            own = int(g.own_block[t])
-            exact = {j for j in not_dead if is_cut[j] or abs(own - j) < local_blocks}
-            exact |= set(not_dead[:first_blocks])
+            not_dead = [j for j in range(nk) if (is_open[j] or is_cut[j]) and candidates[head, t, j]]
+            own = int(finest.own_block[t])
+            forced = set(range(own - local_blocks + 1, own + local_blocks))
+            seen = (finest.is_open[head, t] | finest.is_cut[head, t]).nonzero().flatten().tolist()
+            forced |= set(seen[:first_blocks])
+            exact = {j for j in not_dead if is_cut[j] or not forced.isdisjoint(range(j * ratio, (j + 1) * ratio))}
             score = logits[head, t].tolist()
             others = sorted((j for j in not_dead if j not in exact), key=lambda j: (math.isnan(score[j]), -score[j], j))
             exact |= set(others[: max(0, number - len(exact))])

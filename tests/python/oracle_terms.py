@@ -106,10 +106,18 @@ class Terms(NamedTuple):
     block_logits: Tensor
 
 
-def terms_of(x: Item, selected: Tensor, mode: str) -> Terms:
+def exact_of(g: Geometry, selected: Tensor) -> Tensor:
+    """(H, rows, nk) bool: what a selection makes exact, or refines."""
+    return cropped(selected, g) & g.is_open | g.is_cut
+
+
+def terms_of(x: Item, selected: Tensor, mode: str, candidates: Tensor | None = None) -> Terms:
+    """The terms of a level; `candidates`, (H, rows, nk), are the blocks that the level above leaves to it."""
     g = x.g
-    exact = of_queries(cropped(selected, g) & g.is_open | g.is_cut, g)
+    exact = of_queries(exact_of(g, selected), g)
     coarse = (of_queries(g.is_open, g) & ~exact) & g.visible.any(-1, keepdim=True)
+    if candidates is not None:
+        coarse &= of_queries(candidates, g)
     if mode == "sparse":
         coarse = torch.zeros_like(coarse)
     keys = (exact.double() @ g.member.double() > 0) & g.visible

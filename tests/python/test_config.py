@@ -108,7 +108,7 @@ def test_what_is_left_out_has_its_default():
         ('{"modes": "full"}', TypeError, "'modes' is no argument and no setting; the settings are resolutions, "),
         ('{"mode": "dense"}', ValueError, "mode must be 'full' or 'sparse', got 'dense'"),
         ('{"blocks_per_row": "4"}', TypeError, "blocks_per_row must be a positive number, got '4'"),
-        ('{"resolutions": [64, 8, 1]}', NotImplementedError, "more than two resolutions"),
+        ('{"resolutions": [64, 8, 1], "blocks_per_row": [1, 2, 3]}', ValueError, "each of the 2 levels"),
         ("[1]", ValueError, r"text must be a JSON object of settings, got '\[1\]'"),
         ("{", ValueError, "Expecting property name"),
     ],

@@ -315,8 +315,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "resolutions-empty": ({"resolutions": ()}, ValueError, ["resolutions must end in 1", "(32, 1)", "got ()"]),
     "resolutions-one": ({"resolutions": (1,)}, ValueError, ["resolutions must end in 1", "two entries", "got (1,)"]),
     "resolutions-end": ({"resolutions": (32, 2)}, ValueError, ["resolutions must end in 1", "got (32, 2)"]),
-    "resolutions-small": ({"resolutions": (4, 1)}, ValueError, ["resolutions", "8 <= block_size <= 128", "got (4, 1)"]),
-    "resolutions-large": ({"resolutions": (256, 1)}, ValueError, ["resolutions", "8 <= block_size <= 128", "(256, 1)"]),
+    "resolutions-small": ({"resolutions": (3, 1)}, ValueError, ["resolutions", "from 4 to 128", "got (3, 1)"]),
+    "resolutions-large": ({"resolutions": (256, 1)}, ValueError, ["resolutions", "a 128th", "(256, 1)"]),
+    "resolutions-finest": ({"resolutions": (64, 2, 1)}, ValueError, ["resolutions", "from 4 to 128", "(64, 2, 1)"]),
+    "resolutions-far": ({"resolutions": (8192, 32, 1)}, ValueError, ["a 128th", "32 does not follow 8192"]),
     "resolutions-negative": ({"resolutions": (-32, 1)}, ValueError, ["resolutions must decrease", "(-32, 1)"]),
     "resolutions-rising": (
         {"resolutions": (8, 32, 1)},
@@ -328,10 +330,20 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["resolutions must decrease, each dividing", "32 does not follow 48", "(48, 32, 1)"],
     ),
-    "resolutions-ladder": (
-        {"resolutions": (64, 16, 1)},
-        NotImplementedError,
-        ["resolutions=(64, 16, 1)", "later", "now: (block_size, 1)"],
+    "ladder-num-blocks": (
+        {"resolutions": (64, 16, 1), "num_blocks": 3},
+        ValueError,
+        ["num_blocks=3 is for two resolutions", "(64, 16, 1)", "blocks_per_row"],
+    ),
+    "ladder-budgets": (
+        {"resolutions": (64, 16, 1), "blocks_per_row": (1, 2, 3)},
+        ValueError,
+        ["blocks_per_row must be one number, or one for each of the 2 levels", "got 3"],
+    ),
+    "ladder-heads": (
+        {"resolutions": (64, 16, 1), "blocks_per_row": (1, (1, 2))},
+        ValueError,
+        ["blocks_per_row must be one number, or one for each of the 4 heads", "got 2"],
     ),
     # plan
     "plan-tensor": ({"plan": torch.zeros(2)}, TypeError, ["plan must be None or a mra_attention.Plan", "Tensor"]),

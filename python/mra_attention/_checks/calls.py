@@ -107,28 +107,36 @@ def settings(
     dropout_p: float,
 ) -> Settings:
     """Return the settings of the operators."""
-    rates = config.blocks_per_row
-    per_head = list(rates) if isinstance(rates, tuple) else [rates]
-    if len(per_head) not in (1, heads):
-        raise ValueError(
-            f"blocks_per_row must be one number, or one for each of the {heads} heads of query, got {len(per_head)}"
-        )
     return Settings(
         scale=scale,
-        block_size=config.block_size,
+        block_sizes=list(config.resolutions[:-1]),
         sparse=config.mode == "sparse",
         pool_queries=config.pool_queries,
         window_left=window[0],
         window_right=window[1],
         lower_right=lower_right,
         softcap=None if softcap is None else numbers.softcap(softcap),
-        blocks_per_row=per_head,  # pyright: ignore[reportArgumentType] : checked when the config was made
+        blocks_per_row=_rates(config, heads),
         num_blocks=config.num_blocks,
         first_blocks=config.first_blocks,
         diagonal_blocks=config.diagonal_blocks,
         local_blocks=config.local_blocks,
         dropout_p=dropout_p,
     )
+
+
+def _rates(config: MRAConfig, heads: int) -> list[float]:
+    """Return the budgets of all levels, one after the other; those of each are one, or as many as there are heads."""
+    budgets = config.budgets()
+    for rates in budgets:
+        if len(rates) not in (1, heads):
+            raise ValueError(
+                f"blocks_per_row must be one number, or one for each of the {heads} heads of query, got {len(rates)}"
+            )
+    if len(budgets) == 1:
+        return budgets[0]
+    per_head = max(len(rates) for rates in budgets)
+    return [rate for rates in budgets for rate in (rates if len(rates) == per_head else rates * per_head)]
 
 
 def _with_masks(inputs: Inputs, lead: shapes.Shape | None, attn_mask: Any, query_padding_mask: Any) -> Inputs:

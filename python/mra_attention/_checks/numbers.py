@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 8, 128
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 4, 128
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -101,18 +101,36 @@ def _rate(name: str, value: Any) -> float:
     return number
 
 
-def budget(blocks_per_row: Any) -> float | tuple[float, ...]:
-    """Check `blocks_per_row`: a positive number, or one for each head."""
+Rates = float | tuple[float, ...]
+"""A budget: one number, or one for each head."""
+
+
+def budget(blocks_per_row: Any, levels: int) -> Rates | tuple[Rates, ...]:
+    """Check `blocks_per_row`: one budget or, where more than one level is refined, also one for each level."""
     if type(blocks_per_row) is float and blocks_per_row > 0.0:
         return blocks_per_row
-    if isinstance(blocks_per_row, Tensor) and blocks_per_row.dim() == 1:
-        blocks_per_row = cast("Any", blocks_per_row.tolist())  # pyright: ignore[reportUnknownMemberType]
+    if levels == 1:
+        return _budget_of_level("blocks_per_row", blocks_per_row)
     if not isinstance(blocks_per_row, (tuple, list)):
-        return _rate("blocks_per_row", blocks_per_row)
-    rates = tuple(_rate(f"blocks_per_row[{i}]", x) for i, x in enumerate(cast("Sequence[Any]", blocks_per_row)))
-    if not rates:
-        raise ValueError("blocks_per_row must be a positive number, or one for each head, got none")
-    return rates
+        return _budget_of_level("blocks_per_row", blocks_per_row)
+    of_levels = tuple(cast("Sequence[Any]", blocks_per_row))
+    if len(of_levels) != levels:
+        raise ValueError(
+            f"blocks_per_row must be one number, or one for each of the {levels} levels that resolutions refine (each "
+            f"of them a number, or one for each head), got {len(of_levels)}: {blocks_per_row!r}"
+        )
+    return tuple(_budget_of_level(f"blocks_per_row[{level}]", x) for level, x in enumerate(of_levels))
+
+
+def _budget_of_level(name: str, rates: Any) -> Rates:
+    if isinstance(rates, Tensor) and rates.dim() == 1:
+        rates = cast("Any", rates.tolist())  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(rates, (tuple, list)):
+        return _rate(name, rates)
+    checked = tuple(_rate(f"{name}[{i}]", x) for i, x in enumerate(cast("Sequence[Any]", rates)))
+    if not checked:
+        raise ValueError(f"{name} must be a positive number, or one for each head, got none")
+    return checked
 
 
 def window(window_size: Any) -> tuple[int, int]:
@@ -133,24 +151,25 @@ def resolutions(given: Any) -> tuple[int, ...]:
 
 
 def _ladder(given: Any) -> tuple[int, ...]:
-    accepted = f"(block_size, 1) with {MIN_BLOCK_SIZE} <= block_size <= {MAX_BLOCK_SIZE}, for example (32, 1)"
+    accepted = (
+        f"(block_size, 1) or several sizes, the last of them before the 1 from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
+    )
+    accepted += ", for example (32, 1) or (512, 32, 1)"
     if not isinstance(given, (tuple, list)):
-        raise TypeError(f"resolutions must be a tuple of integers {accepted}; got {given!r}")
+        raise TypeError(f"resolutions must be a tuple of integers, {accepted}; got {given!r}")
     given = tuple(cast("Sequence[Any]", given))
     for size in given:
         if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-            raise TypeError(f"resolutions must be a tuple of integers {accepted}; got {given!r}")
+            raise TypeError(f"resolutions must be a tuple of integers, {accepted}; got {given!r}")
     sizes = [int(size) for size in given]
     if len(sizes) < 2 or sizes[-1] != 1:
         raise ValueError(f"resolutions must end in 1 and have at least two entries: {accepted}; got {given!r}")
     for larger, smaller in itertools.pairwise(sizes):
-        if smaller < 1 or larger <= smaller or larger % smaller:
+        if smaller < 1 or larger <= smaller or larger % smaller or larger > MAX_BLOCK_SIZE * smaller:
             raise ValueError(
-                f"resolutions must decrease, each dividing the one before: {smaller} does not follow {larger} in "
-                f"{given!r}; accepted now: {accepted}"
+                f"resolutions must decrease, each dividing the one before and at least a {MAX_BLOCK_SIZE}th of it: "
+                f"{smaller} does not follow {larger} in {given!r}; accepted: {accepted}"
             )
-    if len(sizes) > 2:
-        raise NotImplementedError(f"resolutions={given!r}: more than two resolutions are for later; now: {accepted}")
-    if not MIN_BLOCK_SIZE <= sizes[0] <= MAX_BLOCK_SIZE:
+    if not MIN_BLOCK_SIZE <= sizes[-2] <= MAX_BLOCK_SIZE:
         raise ValueError(f"resolutions must be {accepted}; got {given!r}")
     return tuple(sizes)

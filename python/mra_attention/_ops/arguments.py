@@ -48,7 +48,8 @@ class Settings(NamedTuple):
     """All else, in the form in which the native module reads it."""
 
     scale: float
-    block_size: int
+    block_sizes: list[int]
+    """Of every level, the coarsest first; the blocks of the last one are exact."""
     sparse: bool = False
     pool_queries: bool = True
     window_left: int = -1
@@ -59,11 +60,26 @@ class Settings(NamedTuple):
     softcap: float | None = None
     """What logits approach and never exceed."""
     blocks_per_row: list[float] = [4.0]  # noqa: RUF012 : the default of a field, never changed
+    """For each level one number, or one for each head."""
     num_blocks: int | None = None
     first_blocks: int | None = None
     diagonal_blocks: int = 0
     local_blocks: int = 1
     dropout_p: float = 0.0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of the finest blocks."""
+        return self.block_sizes[-1]
+
+    def rates(self) -> list[list[float]]:
+        """Return the budget of every level: one number, or one for each head."""
+        count = len(self.blocks_per_row) // len(self.block_sizes)
+        return [self.blocks_per_row[at : at + count] for at in range(0, len(self.blocks_per_row), count)]
+
+    def is_token_form(self) -> bool:
+        """Return whether every token chooses for itself, whatever masks say."""
+        return self.window_left >= 0 or self.window_right >= 0 or not self.pool_queries
 
 
 COUNT = len(Inputs._fields)
@@ -78,6 +94,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     float | None: "float?",
     list[float]: "float[]",
+    list[int]: "int[]",
     int: "SymInt",
     int | None: "SymInt?",
     bool: "bool",

@@ -6,6 +6,7 @@ as many as the budget grants. Masks count where they cut blocks; pairs inside of
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,38 +33,43 @@ class _Work(NamedTuple):
     """A row and a block of keys, to choose; nothing is chosen where every block is exact."""
 
 
-def _work_of(exact: float, exact_blocks: float, blocks: float) -> _Work:
-    pooled = max(blocks - exact_blocks, 0)
-    return _Work(exact, pooled, blocks if pooled else 0)
-
-
-def _is_token_form(settings: Settings) -> bool:
-    return settings.window_left >= 0 or settings.window_right >= 0 or not settings.pool_queries
+def _work_of(exact: float, refined: list[float], candidates: list[float]) -> _Work:
+    """Return the work of some exact pairs, and of the blocks among which each level chooses and of those it refines."""
+    pooled = [max(blocks - chosen, 0) for blocks, chosen in zip(candidates, refined, strict=True)]
+    return _Work(
+        exact, sum(pooled), sum(blocks if rest else 0 for blocks, rest in zip(candidates, pooled, strict=True))
+    )
 
 
 def _budgeted(inputs: Inputs, settings: Settings) -> _Work:
     """Return the work that shapes and settings ask for."""
     batch, heads, queries, _ = inputs.query.shape
-    block, keys = settings.block_size, inputs.key.shape[2]
-    query_blocks, key_blocks = -(-queries // block), -(-keys // block)
-    rows = queries if _is_token_form(settings) else query_blocks
-    rates = settings.blocks_per_row * (heads // len(settings.blocks_per_row))
-    exact = chosen = 0.0
-    for rate in rates:
+    keys, by_token = inputs.key.shape[2], settings.is_token_form()
+    refined: list[float] = []
+    candidates: list[float] = []
+    per_head: list[float] = []
+    above = 0
+    for size, rates in zip(settings.block_sizes, settings.rates(), strict=True):
+        query_blocks, key_blocks = -(-queries // size), -(-keys // size)
+        rows, children = (queries, above // size) if by_token else (query_blocks, (above // size) ** 2)
+        among = [count * children for count in per_head] if above else [rows * key_blocks] * heads
         if settings.num_blocks is not None:
-            per_row = settings.num_blocks / max(query_blocks, 1)
+            wanted = [settings.num_blocks / max(query_blocks, 1)] * heads
         else:
-            per_row = blocks_per_token(rate) if _is_token_form(settings) else rate
-        of_head = rows * min(per_row, key_blocks)
-        chosen += of_head
-        exact += min(of_head * block * (1 if _is_token_form(settings) else block), queries * keys)
-    return _work_of(batch * exact, batch * chosen, batch * heads * rows * key_blocks)
+            wanted = [blocks_per_token(rate) if by_token else rate for rate in rates * (heads // len(rates))]
+        per_head = [min(rows * min(rate, key_blocks), most) for rate, most in zip(wanted, among, strict=True)]
+        refined.append(batch * sum(per_head))
+        candidates.append(batch * sum(among))
+        above = size
+    pairs = settings.block_size * (1 if by_token else settings.block_size)
+    exact = sum(min(count * pairs, queries * keys) for count in per_head)
+    return _work_of(batch * exact, refined, candidates)
 
 
 def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
     """Return the work that a plan asks for."""
     sequences = cpu.read_boundaries(inputs)
-    items = _core.exact_blocks(
+    levels = _core.refined_blocks(
         tuple(inputs.query.shape),
         tuple(inputs.key.shape),
         cpu.describe_masks(inputs.query.shape, inputs.key.shape, inputs[3:7]),
@@ -71,19 +77,29 @@ def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
         settings=settings,
         sequences=sequences,
     )
-    exact = chosen = blocks = 0
-    for at, item in enumerate(items):
+    exact = 0
+    for at, item in enumerate(levels[-1]):
         queries, keys = inputs.query.shape[2], inputs.key.shape[2]
         if sequences is not None:
             queries, keys = (ends[at + 1] - ends[at] for ends in sequences)
-        heads, rows, columns = item.shape
+        _, rows, columns = item.shape
         # A row is a block of queries, unless there are as many rows as queries; the last block may be short.
         of_rows = np.ones(rows, np.int64) if rows == queries else _block_lengths(rows, queries, settings.block_size)
         of_columns = _block_lengths(columns, keys, settings.block_size)
         exact += int(of_rows @ item.sum(0, dtype=np.int64) @ of_columns)
-        chosen += int(item.sum())
-        blocks += heads * rows * columns
-    return _work_of(exact, chosen, blocks)
+    refined: list[float] = [sum(int(item.sum()) for item in items) for items in levels]
+    candidates: list[float] = [sum(item.size for item in levels[0])]
+    for items, below in itertools.pairwise(levels):
+        candidates.append(sum(_children(item, of_item.shape) for item, of_item in zip(items, below, strict=True)))
+    return _work_of(exact, refined, candidates)
+
+
+def _children(refined: npt.NDArray[np.bool_], shape: tuple[int, ...]) -> int:
+    """Return how many blocks of a level of this shape, (H, rows, columns), lie in refined blocks of the level above."""
+    for axis in (1, 2):
+        times = -(-shape[axis] // max(refined.shape[axis], 1))
+        refined = np.repeat(refined, max(times, 1), axis)
+    return int(refined[:, : shape[1], : shape[2]].sum())
 
 
 def _block_lengths(count: int, tokens: int, block: int) -> npt.NDArray[np.int64]:

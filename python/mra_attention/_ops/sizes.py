@@ -35,36 +35,62 @@ def blocks_per_token(rate: float) -> int:
     return max(1, math.floor(min(rate, float(_MOST)) + 0.5))
 
 
-def _places_per_token(settings: Settings) -> int:
-    """Return the most blocks that a plan names for a token; 0 if it need not name them, since all are exact."""
-    rates = settings.blocks_per_row
-    if settings.num_blocks is not None:
-        chosen = settings.num_blocks
-    elif all(rate == math.inf for rate in rates):
-        return 0
-    else:
-        chosen = max(blocks_per_token(rate) for rate in rates)
+def _local_reach(settings: Settings) -> int:
+    """Return how far from its own a token's exact blocks reach in any case, in blocks, less one."""
     diagonal = settings.diagonal_blocks // 2 + 1 if settings.diagonal_blocks > 0 else 1
-    local = 2 * _maximum(settings.local_blocks, diagonal) - 1
+    return _maximum(settings.local_blocks, diagonal) - 1
+
+
+def _places_per_token(settings: Settings, rates: list[float], ratio: int) -> int:
+    """Return the most blocks that a plan names for a token at a level whose blocks have `ratio` finest ones each."""
+    chosen = max(blocks_per_token(rate) for rate in rates) if settings.num_blocks is None else settings.num_blocks
+    local = (2 * _local_reach(settings) + ratio - 1) // ratio + 1
     first = 1 if settings.first_blocks is None else settings.first_blocks
     return _maximum(chosen, local + first)
+
+
+def _capacity(settings: Settings, rates: list[float], ratio: int, rows: int, columns: int) -> int:
+    """Return the most blocks of a head that a level of the block form refines."""
+    first = ((settings.first_blocks or 0) + ratio - 1) // ratio
+    reaches: list[int] = []
+    if settings.diagonal_blocks > 0:
+        reaches.append(settings.diagonal_blocks // 2)
+    if settings.local_blocks > 1:
+        reaches.append(settings.local_blocks - 1)
+    diagonal = 2 * ((max(reaches) + ratio - 1) // ratio) + 1 if reaches else 0
+    chosen = math.ceil(min(max(rates), float(_MOST))) * rows
+    return _minimum(chosen + rows * (diagonal + 2) + first * (rows + columns), rows * columns)
 
 
 def plan_bytes(
     heads: int, query_length: int, key_length: int, settings: Settings, has_bias: bool, sequences: int | None = None
 ) -> int:
     """Return the bytes of a plan for each batch item; with `sequences`, of all packed sequences together."""
-    block = settings.block_size
-    if block < 1:
-        raise ValueError(f"block_size must be at least 1, got {block}")
-    key_blocks = (key_length + block - 1) // block
-    token = 4 * heads * query_length * _minimum(key_blocks, _places_per_token(settings))
-    if settings.window_left >= 0 or settings.window_right >= 0 or not settings.pool_queries:
-        return _HEADER + token
-    if sequences is None:
-        # Padded queries in front of the first valid one may need one more row of blocks.
-        rows, row_bytes = (query_length + block - 1) // block + 1, (key_blocks + 7) // 8
-    else:
-        rows, row_bytes = query_length // block + 2 * sequences, key_length // (8 * block) + 2
-    bits = heads * rows * row_bytes
-    return _HEADER + bits + token if has_bias else _HEADER + bits
+    everything = settings.num_blocks is None and all(rate == math.inf for rate in settings.blocks_per_row)
+    total: int = _HEADER
+    refined, size_above = 0, 0
+    for size, rates in zip(settings.block_sizes, settings.rates(), strict=True):
+        if size < 1:
+            raise ValueError(f"block sizes must be at least 1, got {settings.block_sizes}")
+        ratio = size // settings.block_size
+        key_blocks = (key_length + size - 1) // size
+        places = 0 if everything else _minimum(key_blocks, _places_per_token(settings, rates, ratio))
+        token = 4 * heads * query_length * places
+        if settings.is_token_form():
+            total += token
+            continue
+        if sequences is None:
+            # Padded queries in front of the first valid one may need one more row of blocks.
+            rows, columns, row_bytes = (query_length + size - 1) // size + 1, key_blocks, (key_blocks + 7) // 8
+        else:
+            rows, columns = query_length // size + 2 * sequences, key_length // size + 2 * sequences
+            row_bytes = key_length // (8 * size) + 2
+        if size_above > 0:
+            # Below the coarsest level blocks are chosen among the children of those that the level above refines.
+            children = size_above // size
+            bits = heads * refined * children * ((children + 7) // 8)
+        else:
+            bits = heads * rows * row_bytes
+        refined, size_above = _capacity(settings, rates, ratio, rows, columns), size
+        total += bits + token if has_bias else bits
+    return total

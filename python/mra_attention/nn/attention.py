@@ -13,12 +13,12 @@ from .multi_head import multi_head_attention_forward
 
 def check_heads(config: MRAConfig, num_heads: int, module: str = "") -> None:
     """Check that budgets for each head are as many as the heads; `module` is what the error names."""
-    rates = config.blocks_per_row
-    if isinstance(rates, tuple) and len(rates) not in (1, num_heads):
-        of = f" of {module}" if module else ""
-        raise ValueError(
-            f"blocks_per_row must be one number, or one for each of the {num_heads} heads{of}, got {len(rates)}"
-        )
+    for rates in config.budgets():
+        if len(rates) not in (1, num_heads):
+            of = f" of {module}" if module else ""
+            raise ValueError(
+                f"blocks_per_row must be one number, or one for each of the {num_heads} heads{of}, got {len(rates)}"
+            )
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
