@@ -15,6 +15,7 @@ from ._native.descriptors import describe
 from ._native.tracing import untraced
 from ._ops import Inputs, Settings
 from ._ops.cpu import describe_masks
+from ._plan_plot import draw, levels_of
 from .config import MRAConfig
 
 
@@ -120,6 +121,41 @@ class Plan:
         for target, item in zip(mask, items, strict=True):
             target[:, : item.shape[1], : item.shape[2]] = item
         return mask
+
+    @untraced
+    def plot(self, item: int = 0, head: int = 0, axes: Any = None) -> Any:
+        """Draw the selection of a head: the darker, the smaller the blocks; exact ones are black.
+
+        Parameters
+        ----------
+        item, head : int, default 0
+            The batch item, and the head of the query.
+        axes : matplotlib.axes.Axes, optional
+            Where to draw; by default the axes of a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            With one pixel for each finest block of keys and each row of the plan.
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        IndexError
+            If there is no such item or head.
+        """
+        sizes = self.settings.block_sizes
+        masks = [self.block_masks(level)[item][head] for level in range(len(sizes))]
+        by_token = masks[-1].shape[0] == self.query_shape[2] > 1
+        return draw(
+            levels_of(masks, sizes),
+            sizes,
+            axes,
+            title=f"item {item}, head {head}",
+            xlabel=f"key block of {sizes[-1]} tokens",
+            ylabel="query" if by_token else f"query block of {sizes[-1]} tokens",
+        )
 
     @property
     @untraced
