@@ -19,8 +19,10 @@ use crate::simd::Scalar;
 
 /// What the unselected blocks add to the softmax of each block of queries. It is the same for every query of a block.
 pub(crate) struct Coarse<T> {
-    states: Buffer<T>,
-    row: usize,
+    /// For each block of queries its largest logit, its sum of weights, and its sums of values.
+    pub(super) states: Buffer<T>,
+    /// Numbers of a state.
+    pub(super) row: usize,
 }
 
 impl<T: Scalar> Coarse<T> {
@@ -91,7 +93,8 @@ impl<T: Scalar> Coarse<T> {
         Ok((coarse, BlockPlan::read(problem, batch, bytes)))
     }
 
-    fn unset(batch: &Batch<'_>, values: &Pooled<T>) -> Self {
+    /// Before it is written.
+    pub(super) fn unset(batch: &Batch<'_>, values: &Pooled<T>) -> Self {
         let row = values.width + 2;
         Self { states: Buffer::scratch(batch.rows() * row), row }
     }
@@ -166,17 +169,21 @@ impl<'a, T: Scalar> CoarseLevel<'a, T> {
         });
         for (query, i) in rows.enumerate() {
             // SAFETY: the caller's.
-            let state = unsafe { self.states.get_mut(batch.row(head, i)) };
-            state[0] = attend.maximum[query];
-            state[1] = attend.sum[query];
-            let values = &attend.values[query * attend.width..][..attend.width];
-            if attend.sum[query] == T::ZERO {
-                // Everything is selected. The sums may be NaN: weight 0 times a pooled infinity.
-                state[2..].fill(T::ZERO);
-            } else {
-                state[2..].copy_from_slice(values);
-            }
+            write_state(attend, query, unsafe { self.states.get_mut(batch.row(head, i)) });
         }
+    }
+}
+
+/// Writes the softmax of one query of a tile.
+pub(super) fn write_state<T: Scalar>(attend: &Attend<T>, query: usize, state: &mut [T]) {
+    state[0] = attend.maximum[query];
+    state[1] = attend.sum[query];
+    let values = &attend.values[query * attend.width..][..attend.width];
+    if attend.sum[query] == T::ZERO {
+        // Everything is selected. The sums may be NaN: weight 0 times a pooled infinity.
+        state[2..].fill(T::ZERO);
+    } else {
+        state[2..].copy_from_slice(values);
     }
 }
 

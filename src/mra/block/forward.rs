@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::coarse::Coarse;
+use super::ladder;
 use crate::error::Result;
 use crate::exec::{TensorMut, threads};
 use crate::kernels::Stream;
@@ -22,6 +23,9 @@ pub(crate) fn select<E: Element>(
     key: &Tensor<'_, E>,
     plan: &mut [u8],
 ) -> Result<()> {
+    if problem.is_ladder() {
+        return ladder::select(problem, query, key, plan);
+    }
     select_rows(problem, batch, &Pyramid::new(problem, batch, query, key), plan)
 }
 
@@ -34,6 +38,11 @@ pub(crate) fn forward<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) {
+    if problem.is_ladder() {
+        let (plan, coarse) = ladder::read(problem, inputs, plan);
+        exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
+        return;
+    }
     let plan = BlockPlan::read(problem, batch, plan);
     let coarse = (problem.mode == Mode::Full).then(|| {
         let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
@@ -51,6 +60,11 @@ pub(crate) fn forward_selecting<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) -> Result<()> {
+    if problem.is_ladder() {
+        let (plan, coarse) = ladder::choose_and_attend(problem, inputs, plan)?;
+        exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
+        return Ok(());
+    }
     let (coarse, plan) = if problem.mode == Mode::Full {
         let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
         let (coarse, plan) = Coarse::selecting(problem, batch, &pyramid, &values, plan)?;

@@ -5,6 +5,7 @@ mod bias_gradient;
 mod coarse;
 mod coarse_backward;
 mod forward;
+mod ladder;
 
 pub(crate) use backward::backward;
 pub(crate) use bias_gradient::{BiasBuffers, BiasPass};

@@ -69,6 +69,11 @@ impl Budget {
         self.num_blocks.unwrap_or_else(|| floor(self.of_head(head) * live_rows as f64 + 0.5))
     }
 
+    /// Block form: whether the budget of a head has room for every one of so many blocks of keys in every row.
+    pub(crate) fn covers(&self, head: usize, columns: usize) -> bool {
+        floor(self.of_head(head).ceil()) >= columns
+    }
+
     /// Block form: whether block `(i, j)` is exact, or refined, whatever its score: whether one of the `ratio x ratio` finest blocks in it
     /// is forced. `i` is negative for blocks of padded queries in front.
     pub(crate) fn forces(&self, i: i64, j: usize, ratio: usize) -> bool {

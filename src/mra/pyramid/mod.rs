@@ -3,10 +3,12 @@
 mod append;
 mod coarsen;
 mod given;
+mod levels;
 
 pub use append::append;
 pub use given::PooledInputs;
 pub(crate) use given::{Means, check};
+pub(crate) use levels::{BlockLevel, LevelMeans};
 
 use super::inputs::Inputs;
 use super::problem::{Batch, Blocks, Problem};

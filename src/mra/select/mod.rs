@@ -1,10 +1,14 @@
 //! Which blocks are computed exactly: scores, choices, and the plan that holds them.
 
+mod children;
+mod per_child;
 mod per_row;
 mod per_token;
 mod plan;
 mod scores;
 
+pub(crate) use children::Children;
+pub(crate) use per_child::select_children;
 pub(crate) use per_row::{select_rows, select_rows_then};
 pub(crate) use per_token::Chooser;
 pub(crate) use plan::{BlockPlan, LevelPlace, child_columns, number, selected, set_bit};

@@ -106,7 +106,9 @@ impl<T: Scalar> Choice<'_, T> {
         let complete = bound >= T::HIGHEST;
         let mut candidates = if complete { self.all() } else { self.near(bound) };
         let forced = self.force(&candidates, bits);
-        self.take_for_padded(number.max(forced) == rows * keys, bits);
+        // The room that a plan has for what is chosen among the children of blocks follows from the budget.
+        let taken = if self.ratio > 1 { number } else { number.max(forced) };
+        self.take_for_padded(taken == rows * keys, bits);
         let rest = number.saturating_sub(forced);
         let free = |candidates: &mut Vec<Candidate<T>>| {
             candidates.retain(|candidate| !self.is_set(bits, candidate.column as usize, candidate.row as usize));

@@ -1,0 +1,60 @@
+//! The means of every level of a ladder.
+
+use super::{Pooled, Pyramid, Side};
+use crate::mra::problem::{Batch, Form, Problem};
+use crate::simd::{Element, Scalar};
+use crate::tensor::Tensor;
+
+/// The blocks of one size, and the sequences of the block form cut into them.
+pub(crate) struct BlockLevel<'p> {
+    pub(crate) problem: &'p Problem<'p>,
+    pub(crate) batch: Batch<'p>,
+}
+
+impl<'p> BlockLevel<'p> {
+    /// All levels of a call, the coarsest first.
+    pub(crate) fn all(problem: &'p Problem<'p>) -> Vec<Self> {
+        problem.levels().map(|level| Self { problem: level, batch: Batch::new(level, Form::Block) }).collect()
+    }
+}
+
+/// The means of one level.
+pub(crate) struct LevelMeans<T> {
+    pub(crate) pyramid: Pyramid<T>,
+    /// Of values, if they are wanted.
+    pub(crate) values: Option<Pooled<T>>,
+}
+
+impl<T: Scalar> LevelMeans<T> {
+    /// Pools the tokens at the finest level, and at each other one the means of the level below.
+    pub(crate) fn of_levels<E: Element<Compute = T>>(
+        levels: &[BlockLevel<'_>],
+        query: &Tensor<'_, E>,
+        key: &Tensor<'_, E>,
+        value: Option<&Tensor<'_, E>>,
+    ) -> Vec<Self> {
+        let Some((finest, coarser)) = levels.split_last() else { return Vec::new() };
+        let (queries, keys) = ((query, Side::Queries), (key, Side::Keys));
+        let mut below = finest;
+        let mut means = vec![if let Some(value) = value {
+            let [queries, keys, values] = Pooled::each(finest.problem, &finest.batch, [queries, keys, (value, Side::Keys)]);
+            Self { pyramid: Pyramid { queries, keys }, values: Some(values) }
+        } else {
+            let [queries, keys] = Pooled::each(finest.problem, &finest.batch, [queries, keys]);
+            Self { pyramid: Pyramid { queries, keys }, values: None }
+        }];
+        for level in coarser.iter().rev() {
+            let of_below = &means[means.len() - 1];
+            let coarsen = |pooled: &Pooled<T>, side| pooled.coarsen(&level.batch, (below.problem, &below.batch), side);
+            let pyramid = Pyramid {
+                queries: coarsen(&of_below.pyramid.queries, Side::Queries),
+                keys: coarsen(&of_below.pyramid.keys, Side::Keys),
+            };
+            let values = of_below.values.as_ref().map(|values| coarsen(values, Side::Keys));
+            means.push(Self { pyramid, values });
+            below = level;
+        }
+        means.reverse();
+        means
+    }
+}
