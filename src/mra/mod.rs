@@ -52,7 +52,7 @@ pub fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, key: &Te
     }
     let batch = Batch::new(problem, Form::Token);
     if batch.flat_heads() > 0 {
-        token::select(problem, &batch, query, key, plan);
+        token::select(problem, query, key, plan);
     }
     Ok(())
 }
@@ -68,7 +68,7 @@ pub fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, key: &Te
 pub fn forward<E: Element>(
     problem: &Problem<'_>,
     inputs: &Inputs<'_, E>,
-    pooled: Option<&PooledInputs<'_, E::Compute>>,
+    pooled: Option<&[PooledInputs<'_, E::Compute>]>,
     selection: Selection<'_>,
     out: &mut TensorMut<'_, E>,
     lse: &mut TensorMut<'_, E::Compute>,
@@ -83,7 +83,7 @@ pub fn forward<E: Element>(
     }
     let (blocks, tokens) = (Batch::new(problem, Form::Block), Batch::new(problem, Form::Token));
     if let Some(pooled) = pooled {
-        pyramid::check(problem, pooled, tokens.most_columns(), value_dim, problem.mode == Mode::Full)?;
+        pyramid::check(problem, pooled, value_dim)?;
         if blocks.flat_heads() > 0 {
             return Err(Error::new(
                 "pooled_key: given, expected None where queries are averaged: only the token form takes means",
@@ -117,7 +117,7 @@ pub fn forward<E: Element>(
             Some(plan) => token::PlanBytes::Given(plan),
             None => token::PlanBytes::Chosen(chosen.map(|plan| Chunks::new(plan, 1))),
         };
-        token::forward(problem, &tokens, inputs, pooled, &plan, &token::Outputs { out, lse });
+        token::forward(problem, inputs, pooled, &plan, &token::Outputs { out, lse });
     }
     Ok(())
 }

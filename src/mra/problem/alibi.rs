@@ -150,6 +150,16 @@ impl Alibi {
         }
     }
 
+    /// How far the keys of a block are from a position, on average.
+    pub(crate) fn mean_distance(&self, position: i64, keys: &Blocks, block: usize) -> f64 {
+        let extent = self.keys[block];
+        if extent.first < position && position < extent.last {
+            self.sum_of_distances(position, keys, block) / keys.count(block).max(1) as f64
+        } else {
+            Place::at(position).distance(extent.mean)
+        }
+    }
+
     fn means(&self, blocks: Range<usize>) -> impl Iterator<Item = Place> {
         self.keys[blocks].iter().map(|keys| keys.mean)
     }

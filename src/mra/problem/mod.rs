@@ -25,7 +25,7 @@ pub use options::{CoarserLevel, Layout, Mode, Options};
 use segment::Place;
 pub(crate) use segment::{Form, Segment};
 pub use sight::Window;
-pub(crate) use sight::{Forced, Kind, Sight};
+pub(crate) use sight::{Forced, Kind, Sight, common};
 
 use crate::error::{Error, Result};
 use crate::kernels::Dropout;
@@ -186,7 +186,7 @@ impl<'a> Problem<'a> {
     }
 
     /// All levels, the coarsest first; the last one is the problem itself.
-    pub(crate) fn levels(&self) -> impl ExactSizeIterator<Item = &Self> {
+    pub(crate) fn levels(&self) -> impl ExactSizeIterator<Item = &Self> + DoubleEndedIterator {
         let levels: Vec<&Self> = self.coarser.iter().chain(std::iter::once(self)).collect();
         levels.into_iter()
     }

@@ -176,12 +176,33 @@ impl<'a> Sight<'a> {
 
     /// How many blocks are not dead.
     pub(crate) fn count_alive(&self) -> usize {
+        self.count_alive_of(&self.live)
+    }
+
+    /// How many of these blocks are not dead.
+    pub(crate) fn count_alive_of(&self, blocks: &Range<usize>) -> usize {
+        let live = common(blocks, &self.live);
         if self.is_masked() {
-            self.live.clone().filter(|&block| self.kinds[block] != Kind::Dead).count()
+            live.filter(|&block| self.kinds[block] != Kind::Dead).count()
         } else {
-            self.live.len()
+            live.len()
         }
     }
+
+    /// How many of these blocks are open.
+    pub(crate) fn count_open_of(&self, blocks: &Range<usize>) -> usize {
+        if self.is_masked() {
+            common(blocks, &self.live).filter(|&block| self.kinds[block] == Kind::Open).count()
+        } else {
+            common(blocks, &self.open).len()
+        }
+    }
+}
+
+/// What two ranges have in common.
+pub(crate) fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
 }
 
 #[cfg(test)]

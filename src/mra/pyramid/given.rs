@@ -4,12 +4,12 @@ use super::{Pooled, Side};
 use crate::error::{Error, Result};
 use crate::exec::Buffer;
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Batch, Problem};
+use crate::mra::problem::{Batch, Form, Mode, Problem};
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 
-/// Means of the blocks of keys and values, as [`append`](super::append) writes them: of all blocks of which a query sees every key but
-/// its own, at least.
+/// Means of the blocks of keys and values of one level, as [`append`](super::append) writes them: of all blocks of which a query sees
+/// every key but its own, at least.
 #[derive(Debug, Clone, Copy)]
 pub struct PooledInputs<'a, T> {
     /// `(B, Hk, NB, D)`.
@@ -67,6 +67,15 @@ impl<'a, T: Scalar> Means<'a, T> {
         Self { keys: Source::Given(given.key), values }
     }
 
+    /// The means of the blocks of the level above one whose problem and batch are given.
+    pub(crate) fn coarsen(&self, above: &Batch<'_>, below: (&Problem<'_>, &Batch<'_>)) -> Self {
+        let coarsen = |source: &Source<'a, T>| match source {
+            Source::Own(pooled) => Source::Own(pooled.coarsen(above, below, Side::Keys)),
+            Source::Given(_) => unreachable!("means are given for every level or for none"),
+        };
+        Self { keys: coarsen(&self.keys), values: self.values.as_ref().map(coarsen) }
+    }
+
     /// The means of the keys of a group.
     pub(crate) fn keys(&self, batch: &Batch<'_>, group: usize) -> Rows<'_, T> {
         self.keys.of(batch, group)
@@ -94,14 +103,17 @@ fn copied<T: Scalar>(problem: &Problem<'_>, batch: &Batch<'_>, means: &Tensor<'_
     Pooled { means: copy, width }
 }
 
-/// Checks means that the caller brings.
-pub(crate) fn check<T>(
-    problem: &Problem<'_>,
-    given: &PooledInputs<'_, T>,
-    needed: usize,
-    value_dim: usize,
-    full: bool,
-) -> Result<()> {
+/// Checks means that the caller brings, of each level.
+pub(crate) fn check<T>(problem: &Problem<'_>, given: &[PooledInputs<'_, T>], value_dim: usize) -> Result<()> {
+    let levels = problem.levels();
+    if given.len() != levels.len() {
+        return Err(Error::new(format!("pooled_key: means of {} levels, expected {}", given.len(), levels.len())));
+    }
+    given.iter().zip(levels).try_for_each(|(given, level)| check_level(level, given, value_dim))
+}
+
+fn check_level<T>(problem: &Problem<'_>, given: &PooledInputs<'_, T>, value_dim: usize) -> Result<()> {
+    let needed = Batch::new(problem, Form::Token).most_columns();
     let check = |name: &str, shape: [usize; 4], channels: usize| {
         let [batch, heads, blocks, dim] = shape;
         if (batch, heads, dim) == (problem.batch, problem.kv_heads, channels) && blocks >= needed {
@@ -113,7 +125,7 @@ pub(crate) fn check<T>(
     check("pooled_key", given.key.shape(), problem.head_dim)?;
     match &given.value {
         Some(value) => check("pooled_value", value.shape(), value_dim),
-        None if full => {
+        None if problem.mode == Mode::Full => {
             Err(Error::new("pooled_value: None, expected the means of values: full mode with pooled_key needs them"))
         }
         None => Ok(()),

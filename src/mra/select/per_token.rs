@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::ops::Range;
 
 use crate::kernels::{Largest, Matrix};
-use crate::mra::problem::{Forced, Sight, TokenBudget};
+use crate::mra::problem::{Forced, Kind, Sight, TokenBudget, common};
 use crate::simd::{Level, Scalar};
 
 /// What one query is free to choose.
@@ -13,9 +13,9 @@ pub(crate) struct Choice {
     /// Its open blocks that are not forced lie here, and no forced ones.
     pub(crate) ranges: [Range<usize>; 2],
     /// How many they are.
-    free: usize,
+    pub(super) free: usize,
     /// How many of them it takes.
-    take: usize,
+    pub(super) take: usize,
 }
 
 impl Choice {
@@ -25,6 +25,22 @@ impl Choice {
         // Cut and forced blocks count towards the budget, and are exact beyond it too.
         let take = budget.blocks.saturating_sub(sight.count_alive() - free).min(free);
         Self { ranges, free, take }
+    }
+
+    /// What it is free to choose among some blocks alone, which are these ranges.
+    pub(super) fn among(
+        sight: &Sight<'_>,
+        forced: &Forced,
+        budget: &TokenBudget,
+        candidates: impl Iterator<Item = Range<usize>>,
+    ) -> Self {
+        let ranges = sight.free_ranges(forced);
+        let (mut alive, mut free) = (0, 0);
+        for blocks in candidates {
+            alive += sight.count_alive_of(&blocks);
+            free += ranges.iter().map(|range| sight.count_open_of(&common(&blocks, range))).sum::<usize>();
+        }
+        Self { ranges, free, take: budget.blocks.saturating_sub(alive - free).min(free) }
     }
 
     /// Whether something is left that it does not take.
@@ -39,7 +55,7 @@ impl Choice {
         start..if behind.is_empty() { before.end } else { behind.end }
     }
 
-    fn contains(&self, block: usize) -> bool {
+    pub(super) fn contains(&self, block: usize) -> bool {
         self.ranges.iter().any(|range| range.contains(&block))
     }
 }
@@ -163,29 +179,39 @@ fn write_row(sight: &Sight<'_>, choice: &Choice, chosen: impl Iterator<Item = us
     row.finish();
 }
 
+/// Whether a query refines a block: it is cut, or the ascending `row` of the plan names it.
+pub(crate) fn is_refined(sight: &Sight<'_>, row: &[i32], block: usize) -> bool {
+    let before = |&number: &i32| usize::try_from(number).is_ok_and(|number| number < block);
+    match sight.kind(block) {
+        Kind::Dead => false,
+        Kind::Cut => true,
+        Kind::Open => row.get(row.partition_point(before)).is_some_and(|&number| usize::try_from(number) == Ok(block)),
+    }
+}
+
 /// Larger numbers first, NaN last, zeros of both signs equal.
-fn descending<T: Scalar>(a: T, b: T) -> Ordering {
+pub(super) fn descending<T: Scalar>(a: T, b: T) -> Ordering {
     let is_nan = |x: T| x.partial_cmp(&x).is_none();
     b.partial_cmp(&a).unwrap_or_else(|| is_nan(a).cmp(&is_nan(b)))
 }
 
 /// A row of a plan while it is written.
-struct PlanRow<'a> {
+pub(super) struct PlanRow<'a> {
     row: &'a mut [i32],
     len: usize,
 }
 
 impl<'a> PlanRow<'a> {
-    fn new(row: &'a mut [i32]) -> Self {
+    pub(super) fn new(row: &'a mut [i32]) -> Self {
         Self { row, len: 0 }
     }
 
-    fn push(&mut self, block: usize) {
+    pub(super) fn push(&mut self, block: usize) {
         self.row[self.len] = i32::try_from(block).expect("fewer than 2^31 blocks");
         self.len += 1;
     }
 
-    fn finish(self) {
+    pub(super) fn finish(self) {
         self.row[self.len..].fill(-1);
     }
 }

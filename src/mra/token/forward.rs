@@ -3,15 +3,18 @@
 use std::ops::Range;
 
 use super::coarse::{CoarseSource, CoarseTile, State, Tile};
-use super::exact::{ExactBlock, RangeOfHead};
+use super::exact::{Chosen, ExactBlock};
+use super::key_block::RangeOfHead;
+use super::levels::{LevelOfRange, TokenLevel, Wanted, candidates, levels, read_plan};
 use super::queries_of_block::QueriesOfBlocks;
+use super::refine::{Refiner, Refining};
+use super::scaled::Scaled;
 use super::visible_keys::Viewer;
-use crate::exec::{Chunks, TensorMut, threads};
+use crate::exec::{Buffer, Chunks, TensorMut, threads};
 use crate::mra::attend::{KeyBatch, KeySource, TILE_QUERIES, finish};
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Batch, Mode, Problem, Sight};
-use crate::mra::pyramid::{Means, PooledInputs};
-use crate::mra::select::number;
+use crate::mra::problem::{Mode, Problem};
+use crate::mra::pyramid::PooledInputs;
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 
@@ -38,71 +41,70 @@ pub(crate) struct Outputs<'a, 'o, E: Element> {
     pub(crate) lse: &'a TensorMut<'o, E::Compute>,
 }
 
-/// Computes out and lse of the segments of this form. Shapes are those of the problem.
+/// Computes out and lse of the segments of this form. Shapes are those of the problem; `pooled` has the means of each level, the coarsest
+/// first.
 pub(crate) fn forward<E: Element>(
     problem: &Problem<'_>,
-    batch: &Batch<'_>,
     inputs: &Inputs<'_, E>,
-    pooled: Option<&PooledInputs<'_, E::Compute>>,
+    pooled: Option<&[PooledInputs<'_, E::Compute>]>,
     plan: &PlanBytes<'_>,
     outputs: &Outputs<'_, '_, E>,
 ) {
-    let full = problem.mode == Mode::Full;
-    let selecting = matches!(plan, PlanBytes::Chosen(_));
-    let means = ((full || selecting) && !problem.is_everything()).then(|| Means::new(problem, batch, inputs, pooled, full));
-    let value_dim = inputs.value.shape()[3];
-    let pass = Pass { problem, batch, query: &inputs.query, means, plan, value_dim };
+    let wanted = match (problem.mode, plan) {
+        (Mode::Full, _) => Wanted::KeysAndValues,
+        (Mode::Sparse, PlanBytes::Chosen(_)) => Wanted::Keys,
+        (Mode::Sparse, PlanBytes::Given(_)) => Wanted::Nothing,
+    };
+    let levels = levels(problem, inputs, pooled, wanted);
+    let pass = Pass { problem, levels, query: &inputs.query, plan, value_dim: inputs.value.shape()[3] };
     pass.run(|pass, scratch, head, range| {
-        let lists = &mut scratch.lists;
-        lists.build(batch.segment(head).keys.len(), &scratch.sights, &scratch.plan, pass.width(head));
+        let (blocks, width) = (pass.finest().batch.segment(head).keys.len(), pass.width(head));
+        let finest = scratch.levels.last().expect("a level");
+        scratch.lists.build(blocks, &finest.sights, &finest.plan, width);
         // SAFETY: each task has its own queries.
         unsafe { pass.exact(inputs, outputs, head, range, scratch) };
     });
 }
 
 /// Writes the plan of the segments of this form.
-pub(crate) fn select<E: Element>(
-    problem: &Problem<'_>,
-    batch: &Batch<'_>,
-    query: &Tensor<'_, E>,
-    key: &Tensor<'_, E>,
-    plan: &mut [u8],
-) {
+pub(crate) fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, key: &Tensor<'_, E>, plan: &mut [u8]) {
     if problem.is_everything() {
         return;
     }
     let inputs = Inputs { query: *query, key: *key, value: *key };
-    let means = Some(Means::new(problem, batch, &inputs, None, false));
+    let levels = levels(problem, &inputs, None, Wanted::Keys);
     let plan = PlanBytes::Chosen(Some(Chunks::new(plan, 1)));
-    Pass { problem, batch, query, means, plan: &plan, value_dim: 0 }.run(|_, _, _, _| ());
+    Pass { problem, levels, query, plan: &plan, value_dim: 0 }.run(|_, _, _, _| ());
 }
 
 struct Pass<'a, E: Element> {
     problem: &'a Problem<'a>,
-    batch: &'a Batch<'a>,
+    levels: Vec<TokenLevel<'a, E::Compute>>,
     query: &'a Tensor<'a, E>,
-    means: Option<Means<'a, E::Compute>>,
     plan: &'a PlanBytes<'a>,
     value_dim: usize,
 }
 
 /// What a thread reuses from range to range.
 struct Scratch<'a, T> {
-    sights: Vec<Sight<'a>>,
-    plan: Vec<i32>,
+    levels: Vec<LevelOfRange<'a>>,
     lists: QueriesOfBlocks,
     coarse: CoarseTile<T>,
+    /// One for each level but the coarsest.
+    refiners: Vec<Refiner<T>>,
     exact: ExactBlock<T>,
     keys: KeyBatch<T>,
+    /// Queries of the range, if they cannot be read where they lie.
+    queries: Buffer<T>,
     state: State<T>,
 }
 
 impl<'a, E: Element> Pass<'a, E> {
     /// Calls `body` with every range of queries of every flat head, whose plan and coarse state are then in the scratch.
     fn run(&self, body: impl Fn(&Self, &mut Scratch<'a, E::Compute>, usize, Range<usize>) + Sync) {
-        let (problem, batch) = (self.problem, self.batch);
+        let batch = &self.finest().batch;
         let threads = self.threads();
-        let size = range_for_threads(problem, threads);
+        let size = range_for_threads(self.problem, threads);
         let mut tasks: Vec<(usize, Range<usize>)> = Vec::new();
         for head in 0..batch.flat_heads() {
             let first = tasks.len();
@@ -125,64 +127,87 @@ impl<'a, E: Element> Pass<'a, E> {
     }
 
     fn scratch(&self, queries: usize) -> Scratch<'a, E::Compute> {
-        let problem = self.problem;
+        let (problem, coarsest) = (self.problem, &self.levels[0]);
         Scratch {
-            sights: Vec::with_capacity(queries),
-            plan: Vec::new(),
+            levels: self.levels.iter().map(|_| LevelOfRange::default()).collect(),
             lists: QueriesOfBlocks::default(),
-            coarse: CoarseTile::new(problem, self.batch, queries),
+            coarse: CoarseTile::new(coarsest.problem, &coarsest.batch, queries),
+            refiners: self.levels[1..].iter().map(|level| Refiner::new(level.problem)).collect(),
             exact: ExactBlock::new(problem),
             keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
+            queries: Buffer::scratch(0),
             state: State::new(queries, problem.padded::<E::Compute>(self.value_dim)),
         }
     }
 
     /// Threads worth starting.
     fn threads(&self) -> usize {
-        let problem = self.problem;
-        let products = self.batch.segments.iter().map(|segment| {
-            let blocks = segment.keys.len();
-            let exact = if problem.is_everything() { blocks } else { problem.plan_width(segment) };
-            segment.rows.tokens().len().saturating_mul(exact * problem.block_size + blocks)
+        let (problem, finest) = (self.problem, self.finest());
+        let exact = finest.batch.segments.iter().map(|segment| {
+            let blocks = if problem.is_everything() { segment.keys.len() } else { problem.plan_width(segment) };
+            segment.rows.tokens().len().saturating_mul(blocks * problem.block_size)
         });
-        let products = products.fold(0, usize::saturating_add).saturating_mul(problem.heads);
+        let products = exact.fold(candidates(&self.levels), usize::saturating_add).saturating_mul(problem.heads);
         problem.threads_for(products.saturating_mul(problem.head_dim + self.value_dim))
     }
 
+    /// The level of the finest blocks.
+    fn finest(&self) -> &TokenLevel<'a, E::Compute> {
+        self.levels.last().expect("a level")
+    }
+
+    /// How many numbers the plan of the finest level has for each token.
     fn width(&self, head: usize) -> usize {
-        self.problem.plan_width(self.batch.segment(head))
+        self.problem.plan_width(self.finest().batch.segment(head))
     }
 
     /// Reads or makes the plan of a range of queries of a flat head, and starts their softmax.
     fn choose(&self, head: usize, range: &Range<usize>, scratch: &mut Scratch<'a, E::Compute>) {
-        let (problem, batch, width) = (self.problem, self.batch, self.width(head));
-        let (segment, (item, head_of_item)) = (batch.segment(head), batch.item_and_head(head));
-        let Scratch { sights, plan, coarse, state, .. } = scratch;
-        sights.clear();
-        sights.extend(range.clone().map(|token| problem.sight(segment, head_of_item, token)));
-        let first = range.start - segment.rows.tokens().start;
-        let place = problem.plan_range(segment, head_of_item).start + 4 * first * width;
-        let bytes = place..place + 4 * range.len() * width;
-        plan.clear();
-        match self.plan {
-            PlanBytes::Given(given) => plan.extend(given[bytes.clone()].chunks_exact(4).map(number)),
-            PlanBytes::Chosen(_) => plan.resize(range.len() * width, -1),
-        }
         let selecting = matches!(self.plan, PlanBytes::Chosen(_));
-        let source = CoarseSource::new(problem, batch, self.means.as_ref(), head, selecting);
+        let (item, head_of_item) = self.finest().batch.item_and_head(head);
         let rows = self.query.head(item, head_of_item);
-        for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
-            let first = tokens.start - range.start;
-            let numbers = &mut plan[first * width..][..tokens.len() * width];
-            let sights = &sights[first..first + tokens.len()];
-            let tile = Tile { sights, finest: sights, tokens, first };
-            coarse.compute(&source, &rows, &tile, numbers, width, state);
+        for (level, of_range) in self.levels.iter().zip(&mut scratch.levels) {
+            of_range.see(level, head, range, |_| false);
         }
-        if let PlanBytes::Chosen(Some(chunks)) = self.plan {
-            // SAFETY: each task has its own queries, and their bytes.
-            let to = unsafe { chunks.range_mut(bytes) };
-            for (to, number) in to.chunks_exact_mut(4).zip(plan) {
-                to.copy_from_slice(&number.to_le_bytes());
+        for (index, level) in self.levels.iter().enumerate() {
+            let segment = level.batch.segment(head);
+            let source = CoarseSource::new(level.problem, &level.batch, level.means.as_ref(), head, selecting);
+            let width = level.problem.plan_width(segment);
+            let bytes = level.plan_bytes(head, range);
+            if let PlanBytes::Given(given) = self.plan {
+                read_plan(&mut scratch.levels, index, level, &given[bytes.clone()]);
+            } else {
+                scratch.levels[index].plan.clear();
+                scratch.levels[index].plan.resize(range.len() * width, -1);
+            }
+            let (above, from) = scratch.levels.split_at_mut(index);
+            let (own, below) = from.split_first_mut().expect("a level");
+            let finest = below.last().map_or(&own.sights, |finest| &finest.sights);
+            if let Some(above) = above.last() {
+                let blocks = self.levels[index - 1].batch.segment(head).keys.len();
+                scratch.lists.build(blocks, &above.sights, &above.plan, above.width);
+                let queries = Scaled::new(self.problem, &rows, range, &mut scratch.queries);
+                let queries = RangeOfHead::new(&queries, &level.batch, head, range);
+                let refining = Refining { sights: &own.sights, finest, lists: &scratch.lists };
+                let refiner = &mut scratch.refiners[index - 1];
+                refiner.choose(&source, &queries, refining, &mut own.plan, width);
+                refiner.attend(&source, &queries, refining, &own.plan, width, &mut scratch.state);
+            } else {
+                for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
+                    let first = tokens.start - range.start;
+                    let places = first..first + tokens.len();
+                    let numbers = &mut own.plan[first * width..][..tokens.len() * width];
+                    let (sights, finest) = (&own.sights[places.clone()], &finest[places]);
+                    let tile = Tile { sights, finest, tokens, first };
+                    scratch.coarse.compute(&source, &rows, &tile, numbers, width, &mut scratch.state);
+                }
+            }
+            if let PlanBytes::Chosen(Some(chunks)) = self.plan {
+                // SAFETY: each task has its own queries, and their bytes.
+                let to = unsafe { chunks.range_mut(bytes) };
+                for (to, number) in to.chunks_exact_mut(4).zip(&own.plan) {
+                    to.copy_from_slice(&number.to_le_bytes());
+                }
             }
         }
     }
@@ -199,22 +224,16 @@ impl<'a, E: Element> Pass<'a, E> {
         range: Range<usize>,
         scratch: &mut Scratch<'a, E::Compute>,
     ) {
-        let (problem, batch) = (self.problem, self.batch);
+        let (problem, batch) = (self.problem, &self.finest().batch);
         let (segment, (item, head_of_item)) = (batch.segment(head), batch.item_and_head(head));
-        let Scratch { sights, lists, exact, keys, state, .. } = scratch;
+        let Scratch { levels, lists, exact, keys, queries, state, .. } = scratch;
         let (key_item, kv_head) = batch.item_and_kv_head(batch.group(head));
         let (key_rows, value_rows) = (inputs.key.head(key_item, kv_head), inputs.value.head(key_item, kv_head));
         let source = KeySource::new(problem, key_rows, value_rows, &segment.keys);
-        let queries = RangeOfHead {
-            rows: &inputs.query.head(item, head_of_item),
-            dropout_head: batch.dropout_head(head),
-            first_token: segment.rows.tokens().start,
-            tokens: range.clone(),
-            sights,
-            viewer: Viewer::new(problem, batch, head),
-            lists,
-        };
-        exact.attend(&queries, &source, keys, state);
+        let queries = Scaled::new(problem, &inputs.query.head(item, head_of_item), &range, queries);
+        let sights = &levels.last().expect("a level").sights;
+        let chosen = Chosen { sights, viewer: Viewer::new(problem, batch, head), lists };
+        exact.attend(&RangeOfHead::new(&queries, batch, head, &range), &chosen, &source, keys, state);
         let sink = problem.sink(item, head_of_item).map(E::Compute::from_f64);
         for (query, token) in range.enumerate() {
             // SAFETY: the caller's.

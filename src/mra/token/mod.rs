@@ -31,8 +31,12 @@ mod coarse;
 mod exact;
 mod forward;
 mod gradient;
+mod key_block;
+mod levels;
 mod queries_of_block;
 mod query_tile;
+mod refine;
+mod scaled;
 mod visible_keys;
 
 pub(crate) use backward::{Pass, backward};

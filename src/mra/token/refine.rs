@@ -1,0 +1,195 @@
+//! A level below the coarsest: which children of the blocks that the queries of a range refine above are refined in turn, and the softmax
+//! over the others (docs/definitions.md, section 5).
+//!
+//! ```text
+//! for each block that is refined above, ascending, for the queries that refine it:
+//!     c_tj = scale <q_t, kh_j>        for each of its children j
+//! plan_t = forced ones, and those with the largest c_tj; cut ones are refined without it
+//! for each block again:  state_t continues over the children that t sees all of and does not refine, + ln count_j
+//! ```
+
+use std::ops::Range;
+
+use super::coarse::{CoarseSource, State, matrix};
+use super::key_block::{KeyBlock, Keys, RangeOfHead};
+use super::queries_of_block::QueriesOfBlocks;
+use crate::kernels::{AllFinite, Softcap, Stream};
+use crate::mra::problem::{Problem, Segment, Sight};
+use crate::mra::select::{ChildChooser, child_columns};
+use crate::simd::Scalar;
+
+/// The queries of a range at a level, and what they refine above.
+#[derive(Clone, Copy)]
+pub(crate) struct Refining<'a> {
+    pub(crate) sights: &'a [Sight<'a>],
+    /// What they see of the finest blocks.
+    pub(crate) finest: &'a [Sight<'a>],
+    /// Which of them refine which blocks above.
+    pub(crate) lists: &'a QueriesOfBlocks,
+}
+
+/// The buffers of a level.
+pub(crate) struct Refiner<T> {
+    children: usize,
+    tile: KeyBlock<T>,
+    chooser: ChildChooser<T>,
+    listed: Vec<(u32, usize)>,
+    left: Vec<u32>,
+    names: Vec<u32>,
+}
+
+impl<T: Scalar> Refiner<T> {
+    /// Buffers for a level below another one.
+    pub(crate) fn new(problem: &Problem<'_>) -> Self {
+        let children = problem.children().expect("a level below another one");
+        Self {
+            children,
+            tile: KeyBlock::new(problem, children, true),
+            chooser: ChildChooser::new(children),
+            listed: Vec::new(),
+            left: Vec::new(),
+            names: Vec::new(),
+        }
+    }
+
+    /// Chooses the blocks that the queries refine, unless the plan is given. `plan` has `width` numbers for each of them.
+    pub(crate) fn choose(
+        &mut self,
+        source: &CoarseSource<'_, T>,
+        range: &RangeOfHead<'_, T>,
+        Refining { sights, finest, lists }: Refining<'_>,
+        plan: &mut [i32],
+        width: usize,
+    ) {
+        let (Some(budget), Some(keys)) = (&source.budget, &source.keys) else { return };
+        let (problem, segment) = (source.problem, source.segment);
+        if width == 0 {
+            return;
+        }
+        let parents = lists.present().iter().enumerate().map(|(place, &parent)| (parent, lists.all_of(place)));
+        let queries = (sights, finest, problem.ratio);
+        if self.chooser.start(budget, segment.keys.len(), queries, parents.clone()) {
+            for (parent, queries) in parents {
+                self.chooser.list(queries, &mut self.listed);
+                if !self.listed.is_empty() {
+                    let means = matrix(keys, child_columns(segment, parent, self.children));
+                    self.tile.pack(&means, range.queries);
+                    self.tile.multiply(range.queries, means.rows, &self.listed, self.chooser.logits());
+                }
+            }
+            self.chooser.for_logits(|query, blocks, logits| {
+                if let Some(cap) = problem.softcap.map(T::from_f64) {
+                    T::run(problem.level, Softcap { logits, cap, slopes: None });
+                }
+                add_mean_biases(problem, segment, source.head, range.tokens.start + query, &blocks, logits);
+            });
+        }
+        self.chooser.choose(problem.level, sights, plan, width);
+    }
+
+    /// Continues the softmax of the queries over the blocks that they do not refine.
+    pub(crate) fn attend(
+        &mut self,
+        source: &CoarseSource<'_, T>,
+        range: &RangeOfHead<'_, T>,
+        Refining { sights, lists, .. }: Refining<'_>,
+        plan: &[i32],
+        width: usize,
+        state: &mut State<T>,
+    ) {
+        let (Some(keys), Some(values)) = (&source.keys, &source.values) else { return };
+        let (problem, segment) = (source.problem, source.segment);
+        let row = |query: usize| &plan[query * width..][..width];
+        for (place, &parent) in lists.present().iter().enumerate() {
+            let blocks = child_columns(segment, parent, self.children);
+            self.left.clear();
+            let queries = lists.all_of(place).iter().copied();
+            self.left.extend(queries.filter(|&t| leaves_some(&sights[t as usize], row(t as usize), &blocks)));
+            if self.left.is_empty() {
+                continue;
+            }
+            self.names.clear();
+            self.names.extend(blocks.clone().filter(|_| problem.dropout.is_some()).map(block_name));
+            let (keys, values) = (matrix(keys, blocks.clone()), matrix(values, blocks.clone()));
+            let at = Keys { keys, values, stream: Stream::Coarse, names: &self.names, ahead: None };
+            let read = |query: usize, biases: &mut [T]| {
+                let token = range.tokens.start + query;
+                read_row(problem, segment, (source.head, token), &sights[query], row(query), &blocks, biases);
+            };
+            self.tile.pack(&keys, range.queries);
+            if T::run(problem.level, AllFinite(values)) {
+                self.tile.attend_biased(range, &at, &self.left, read, state);
+            } else {
+                self.tile.attend_one_by_one(range, &at, &self.left, read, state);
+            }
+        }
+    }
+}
+
+/// What dropout calls a block: the low 32 bits of its number.
+pub(crate) fn block_name(block: usize) -> u32 {
+    #[allow(clippy::cast_possible_truncation, reason = "the low 32 bits count")]
+    {
+        block as u32
+    }
+}
+
+/// Which numbers of an ascending row of a plan are among some blocks.
+fn refined<'p>(row: &'p [i32], blocks: &Range<usize>) -> &'p [i32] {
+    // What fills the row, -1, is behind every block here.
+    let place = |block: usize| row.partition_point(|&number| usize::try_from(number).is_ok_and(|number| number < block));
+    &row[place(blocks.start)..place(blocks.end)]
+}
+
+/// Whether a query sees all of a block among these that it does not refine.
+fn leaves_some(sight: &Sight<'_>, row: &[i32], blocks: &Range<usize>) -> bool {
+    sight.count_open_of(blocks) > refined(row, blocks).len()
+}
+
+/// Writes what is added to the logits of a query of a head on some blocks: the logarithm of the number of keys and the mean bias, or `-inf`
+/// where it does not see all of the block or refines it by its `row` of the plan.
+pub(crate) fn read_row<T: Scalar>(
+    problem: &Problem<'_>,
+    segment: &Segment,
+    (head, token): (usize, usize),
+    sight: &Sight<'_>,
+    row: &[i32],
+    blocks: &Range<usize>,
+    biases: &mut [T],
+) {
+    let weight = |count: usize| T::from_f64((count as f64).ln());
+    match segment.keys.count_of_each(blocks.clone()) {
+        Some(count) => biases.fill(weight(count)),
+        None => biases.iter_mut().zip(blocks.clone()).for_each(|(bias, block)| *bias = weight(segment.keys.count(block))),
+    }
+    add_mean_biases(problem, segment, head, token, blocks, biases);
+    if sight.is_masked() || sight.count_open_of(blocks) < blocks.len() {
+        for (bias, _) in biases.iter_mut().zip(blocks.clone()).filter(|&(_, block)| !sight.is_open(block)) {
+            *bias = T::NEG_INFINITY;
+        }
+    }
+    for &number in refined(row, blocks) {
+        let block = usize::try_from(number).expect("a block of the plan");
+        biases[block - blocks.start] = T::NEG_INFINITY;
+    }
+}
+
+/// Adds the mean biases of a query of a head on some blocks.
+fn add_mean_biases<T: Scalar>(
+    problem: &Problem<'_>,
+    segment: &Segment,
+    head: usize,
+    token: usize,
+    blocks: &Range<usize>,
+    to: &mut [T],
+) {
+    if let Some(means) = segment.mean_biases(head, token) {
+        to.iter_mut().zip(&means[blocks.clone()]).for_each(|(to, &mean)| *to += T::from_f64(mean));
+    }
+    if let (Some(alibi), Some(slope)) = (&segment.alibi, problem.alibi_slope(segment.batch, head)) {
+        let position = segment.position(token);
+        for (to, block) in to.iter_mut().zip(blocks.clone()) {
+            *to += T::from_f64(-slope * alibi.mean_distance(position, &segment.keys, block));
+        }
+    }
+}
