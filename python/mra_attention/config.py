@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
+from . import _auto
 from ._checks import numbers
 
 if sys.version_info >= (3, 11):
@@ -25,7 +27,7 @@ __all__ = ["MRAConfig", "MRASettings", "Unpack"]
 class MRASettings(TypedDict, total=False):
     """The fields of `MRAConfig` as keywords of the public functions."""
 
-    resolutions: Sequence[int]
+    resolutions: Sequence[int] | Literal["auto"]
     blocks_per_row: float | Sequence[float | Sequence[float]] | Tensor
     num_blocks: int | None
     mode: Literal["full", "sparse"]
@@ -50,11 +52,14 @@ class MRAConfig:
 
     Parameters
     ----------
-    resolutions : sequence of int, default (32, 1)
+    resolutions : sequence of int or "auto", default (32, 1)
         Tokens of the blocks of every level, the coarsest first, and at last 1. Each size divides the one before and is
         at least a 128th of it; the finest blocks, before the 1, have 4 to 128 tokens. With `(block_size, 1)` blocks are
         either exact or coarse. With more, as `(512, 32, 1)`, some blocks of each level are replaced by the blocks of
         the next one that they consist of, so that neither time nor memory grows with the square of the length.
+        "auto" chooses them by the length L of the longer of queries and keys: blocks of 32, and above them, as long as
+        the largest blocks are more than 256 in L, larger ones of 8 times the size, of which 32 per row are refined.
+        `blocks_per_row` is then the budget of the finest level.
     blocks_per_row : float, sequence or Tensor, default 4.0
         The budget: one number, or one for each head of the query. With more than two resolutions a sequence is taken as
         one budget for each refined level, each of them a number or one for each head; one number is that of all
@@ -101,7 +106,7 @@ class MRAConfig:
     True
     """
 
-    resolutions: Sequence[int] = (32, 1)
+    resolutions: Sequence[int] | Literal["auto"] = (32, 1)
     blocks_per_row: float | Sequence[float | Sequence[float]] | Tensor = 4.0
     num_blocks: int | None = None
     mode: Literal["full", "sparse"] = "full"
@@ -112,12 +117,12 @@ class MRAConfig:
 
     def __post_init__(self) -> None:
         _set(self, "resolutions", numbers.resolutions(self.resolutions))
-        levels = len(self.resolutions) - 1
+        levels = 1 if self.resolutions == "auto" else len(self.resolutions) - 1
         _set(self, "blocks_per_row", numbers.budget(self.blocks_per_row, levels))
         _set(self, "num_blocks", numbers.optional_integer("num_blocks", self.num_blocks, 1))
-        if self.num_blocks is not None and levels > 1:
+        if self.num_blocks is not None and (levels > 1 or self.resolutions == "auto"):
             raise ValueError(
-                f"num_blocks={self.num_blocks} is for two resolutions; with resolutions={self.resolutions} say with "
+                f"num_blocks={self.num_blocks} is for two resolutions; with resolutions={self.resolutions!r} say with "
                 "blocks_per_row how many blocks are refined at each level"
             )
         numbers.check_mode(self.mode)
@@ -129,7 +134,22 @@ class MRAConfig:
     @property
     def block_size(self) -> int:
         """Tokens of the finest blocks, those that are computed exactly."""
-        return self.resolutions[-2]
+        return self.block_sizes[-1]
+
+    @property
+    def block_sizes(self) -> Sequence[int]:
+        """Tokens of the blocks of every level, the coarsest first; with "auto", as for short sequences."""
+        return (_auto.FINEST,) if isinstance(self.resolutions, str) else self.resolutions[:-1]
+
+    def for_length(self, length: int) -> MRAConfig:
+        """Return the config with the resolutions that "auto" stands for; without "auto", the config itself.
+
+        Parameters
+        ----------
+        length : int
+            Tokens of the longer of queries and keys.
+        """
+        return _of_levels(self, _auto.resolutions(length)) if self.resolutions == "auto" else self
 
     def budgets(self) -> list[list[float]]:
         """Return the budget of every refined level, the coarsest first: one number, or one for each head."""
@@ -170,6 +190,12 @@ class MRAConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"text must be a JSON object of settings, got {text!r}")
         return cls.from_dict(settings)  # pyright: ignore[reportUnknownArgumentType]
+
+
+@functools.lru_cache(maxsize=256)
+def _of_levels(config: MRAConfig, resolutions: tuple[int, ...]) -> MRAConfig:
+    budgets = _auto.budgets(len(resolutions) - 1, config.blocks_per_row)
+    return replace(config, resolutions=resolutions, blocks_per_row=budgets)
 
 
 SETTINGS = tuple(MRAConfig.__dataclass_fields__)

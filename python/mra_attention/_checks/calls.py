@@ -49,6 +49,7 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     if arguments.alibi_slopes is not None or arguments.sinks is not None:
         call = with_head_terms(call, arguments)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
+    config = config.for_length(max(call.query.shape[2], call.key.shape[2]))
     ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     if arguments.plan is not None:
         given = arguments.settings if arguments.config is None else SETTINGS
@@ -109,7 +110,7 @@ def settings(
     """Return the settings of the operators."""
     return Settings(
         scale=scale,
-        block_sizes=list(config.resolutions[:-1]),
+        block_sizes=[*config.block_sizes],
         sparse=config.mode == "sparse",
         pool_queries=config.pool_queries,
         window_left=window[0],

@@ -10,7 +10,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -141,8 +141,10 @@ def window(window_size: Any) -> tuple[int, int]:
     return integer("window_size[0]", left, -1), integer("window_size[1]", right, -1)
 
 
-def resolutions(given: Any) -> tuple[int, ...]:
+def resolutions(given: Any) -> tuple[int, ...] | Literal["auto"]:
     """Check `resolutions`."""
+    if isinstance(given, str) and given == "auto":
+        return "auto"
     if type(given) is tuple and len(cast("tuple[Any, ...]", given)) == 2:
         size, last = cast("tuple[Any, Any]", given)
         if type(size) is int and type(last) is int and last == 1 and MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
@@ -154,7 +156,7 @@ def _ladder(given: Any) -> tuple[int, ...]:
     accepted = (
         f"(block_size, 1) or several sizes, the last of them before the 1 from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
     )
-    accepted += ", for example (32, 1) or (512, 32, 1)"
+    accepted += ", for example (32, 1) or (512, 32, 1), or the string 'auto'"
     if not isinstance(given, (tuple, list)):
         raise TypeError(f"resolutions must be a tuple of integers, {accepted}; got {given!r}")
     given = tuple(cast("Sequence[Any]", given))

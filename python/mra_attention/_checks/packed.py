@@ -33,6 +33,7 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     dense = tuple(tensor.transpose(0, 1).unsqueeze(0) for tensor in packed)
     (query, key, value), _ = shapes.arrange(dense, enable_gqa)
     scale = numbers.scale_or_default(arguments.scale, query.shape[3])
+    config = config.for_length(max(query.shape[2], key.shape[2]))
     settings = calls.settings(config, query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     inputs = Inputs(query, key, value, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
     return calls.with_head_terms(inputs, arguments), settings

@@ -1,0 +1,29 @@
+"""`resolutions="auto"`: a ladder from the length, so that neither time nor memory has a term in its square.
+
+A level is added above the coarsest one where that would have more than `MOST_BLOCKS` blocks, and every level above the
+finest refines `REFINED` blocks per row. At the length where a level is added its blocks are no more than `REFINED`: all
+are refined, as if it were not there. So neither the error nor the time has a step there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+FINEST = 32
+RATIO = 8
+MOST_BLOCKS = 256
+REFINED = MOST_BLOCKS // RATIO
+
+
+def resolutions(length: int) -> tuple[int, ...]:
+    """Return the resolutions for a length."""
+    sizes = [FINEST]
+    # For a length that is known later, this asks which range it lies in: a program is made for each of few.
+    while length > MOST_BLOCKS * sizes[0]:
+        sizes.insert(0, RATIO * sizes[0])
+    return (*sizes, 1)
+
+
+def budgets(levels: int, finest: Any) -> Any:
+    """Return `blocks_per_row` for so many levels, of which the last one has the budget `finest`."""
+    return finest if levels == 1 else (*((float(REFINED),) * (levels - 1)), finest)
