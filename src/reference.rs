@@ -15,12 +15,14 @@
 #![allow(clippy::float_cmp, reason = "a score equals its row's best or does not; there is no tolerance in a selection")]
 
 mod head;
+mod ladder;
 mod segment;
 mod select;
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, s};
 
 use self::head::{Head, HeadGradients};
+pub use self::ladder::{Ladder, Refined};
 use self::segment::Segment;
 use crate::{Budget, Mode, Window};
 
@@ -152,13 +154,7 @@ impl<'a> Attention<'a> {
 
     /// The gradients of query, key, value and bias for a fixed selection (section 3, Backward; section 6).
     pub fn backward(&self, selected: &[Array3<bool>], saved: &Saved<'_>) -> Gradients {
-        let mut gradients = Gradients {
-            query: Array4::zeros(self.query.raw_dim()),
-            key: Array4::zeros(self.key.raw_dim()),
-            value: Array4::zeros(self.value.raw_dim()),
-            sinks: Array2::zeros((self.query.dim().0, self.query.dim().1)),
-            bias: Array4::zeros((self.query.dim().0, self.query.dim().1, self.query.dim().2, self.key.dim().2)),
-        };
+        let mut gradients = self.no_gradients();
         for (b, segment) in self.segments().iter().enumerate() {
             for h in 0..self.query.dim().1 {
                 let kv = self.kv_head(h);
@@ -181,6 +177,16 @@ impl<'a> Attention<'a> {
             }
         }
         gradients
+    }
+
+    fn no_gradients(&self) -> Gradients {
+        Gradients {
+            query: Array4::zeros(self.query.raw_dim()),
+            key: Array4::zeros(self.key.raw_dim()),
+            value: Array4::zeros(self.value.raw_dim()),
+            sinks: Array2::zeros((self.query.dim().0, self.query.dim().1)),
+            bias: Array4::zeros((self.query.dim().0, self.query.dim().1, self.query.dim().2, self.key.dim().2)),
+        }
     }
 
     fn segments(&self) -> Vec<Segment> {

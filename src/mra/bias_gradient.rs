@@ -17,10 +17,10 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::attend::QueryTerms;
-use super::block::{BiasBuffers, BiasPass};
+use super::block::{BiasBuffers, BiasPass, read_plans};
 use super::inputs::{Gradients, Inputs};
 use super::problem::{Batch, Blocks, Form, Problem};
-use super::select::BlockPlan;
+use super::pyramid::BlockLevel;
 use super::token;
 use crate::error::{Error, Result};
 use crate::exec::{Chunks, TensorMut, threads};
@@ -103,10 +103,12 @@ impl BiasGradient<'_> {
         plan: &[u8],
         gradients: &Gradients<'_, E>,
     ) {
-        let block_plan = (!blocks.segments.is_empty()).then(|| BlockPlan::read(problem, blocks, plan));
+        let any_blocks = !blocks.segments.is_empty();
+        let levels = if any_blocks { BlockLevel::all(problem) } else { Vec::new() };
+        let plans = if any_blocks { read_plans(&levels, plan) } else { Vec::new() };
         let pass = Pass {
             problem,
-            blocks: block_plan.as_ref().map(|plan| BiasPass::new(problem, blocks, inputs, grad_out, terms, plan, gradients)),
+            blocks: any_blocks.then(|| BiasPass::new(&levels, &plans, inputs, grad_out, terms, gradients)),
             tokens: (!tokens.segments.is_empty())
                 .then(|| token::Pass::new(problem, tokens, inputs, grad_out, terms, plan, gradients)),
             to: self,

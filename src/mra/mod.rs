@@ -48,7 +48,7 @@ pub fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, key: &Te
     problem.start_plan(plan);
     let batch = Batch::new(problem, Form::Block);
     if batch.flat_heads() > 0 {
-        block::select(problem, &batch, query, key, plan)?;
+        block::select(problem, query, key, plan)?;
     }
     let batch = Batch::new(problem, Form::Token);
     if batch.flat_heads() > 0 {

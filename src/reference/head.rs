@@ -36,17 +36,17 @@ pub(super) struct HeadGradients<'a> {
     pub(super) bias: ArrayViewMut2<'a, f64>,
 }
 
-fn dot(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
+pub(super) fn dot(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
 /// `sum += factor * row`.
-fn add(sum: &mut ArrayViewMut2<'_, f64>, index: usize, factor: f64, row: ArrayView1<'_, f64>) {
+pub(super) fn add(sum: &mut ArrayViewMut2<'_, f64>, index: usize, factor: f64, row: ArrayView1<'_, f64>) {
     sum.row_mut(index).scaled_add(factor, &row);
 }
 
 /// The mean over some tokens for each block; 0 where there are none.
-fn pool<'b>(rows: ArrayView2<'_, f64>, blocks: impl ExactSizeIterator<Item = &'b Vec<usize>>) -> Array2<f64> {
+pub(super) fn pool<'b>(rows: ArrayView2<'_, f64>, blocks: impl ExactSizeIterator<Item = &'b Vec<usize>>) -> Array2<f64> {
     let mut means = Array2::zeros((blocks.len(), rows.ncols()));
     for (mut mean, block) in means.rows_mut().into_iter().zip(blocks) {
         for &t in block {
@@ -57,7 +57,7 @@ fn pool<'b>(rows: ArrayView2<'_, f64>, blocks: impl ExactSizeIterator<Item = &'b
 }
 
 /// Gives each token of a mean its share of the mean's gradient.
-fn spread<'b>(pooled: &Array2<f64>, blocks: impl Iterator<Item = &'b Vec<usize>>, to: &mut ArrayViewMut2<'_, f64>) {
+pub(super) fn spread<'b>(pooled: &Array2<f64>, blocks: impl Iterator<Item = &'b Vec<usize>>, to: &mut ArrayViewMut2<'_, f64>) {
     for (block, row) in blocks.zip(pooled.rows()) {
         for &t in block {
             add(to, t, 1.0 / block.len() as f64, row);
@@ -67,7 +67,7 @@ fn spread<'b>(pooled: &Array2<f64>, blocks: impl Iterator<Item = &'b Vec<usize>>
 
 impl Head<'_> {
     /// `qh`: the mean of each row.
-    fn query_means(&self) -> Array2<f64> {
+    pub(super) fn query_means(&self) -> Array2<f64> {
         pool(self.query, self.segment.rows.iter().map(|row| &row.pooled))
     }
 
@@ -87,7 +87,7 @@ impl Head<'_> {
     }
 
     /// The derivative of the bounded product with respect to the unscaled one.
-    fn product_slope(&self, q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>) -> f64 {
+    pub(super) fn product_slope(&self, q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>) -> f64 {
         self.scale * self.softcap.map_or(1.0, |cap| 1.0 - (self.product(q, k) / cap).powi(2))
     }
 
@@ -96,7 +96,7 @@ impl Head<'_> {
     }
 
     /// `P[t, s]`.
-    fn logit(&self, t: usize, s: usize) -> f64 {
+    pub(super) fn logit(&self, t: usize, s: usize) -> f64 {
         self.product(self.query.row(t), self.key.row(s)) + self.biases(t, s)
     }
 
@@ -230,7 +230,7 @@ impl Head<'_> {
 
 impl Saved<'_> {
     /// `<g_t, out_t> - gl_t`, what all of a query's keys share; none if there is no incoming gradient.
-    fn delta(&self, t: usize) -> Option<f64> {
+    pub(super) fn delta(&self, t: usize) -> Option<f64> {
         let (g, gl) = (self.grad_out.row(t), self.grad_lse.map_or(0.0, |gl| gl[t]));
         (gl != 0.0 || g.iter().any(|&x| x != 0.0)).then(|| dot(g, self.out.row(t)) - gl)
     }

@@ -104,6 +104,11 @@ impl Segment {
         hides || (0..bias.dim().0).any(|h| self.rows.iter().any(|row| self.keys.iter().any(|keys| cuts(h, row, keys))))
     }
 
+    /// How many blocks of another size a block has side by side.
+    pub(super) fn size_in(&self, other: &Self) -> i128 {
+        self.block_size / other.block_size
+    }
+
     /// The block of a query's position.
     pub(super) fn own_block(&self, t: usize) -> i128 {
         (to_i128(t) + self.to_position).div_euclid(self.block_size)

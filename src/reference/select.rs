@@ -90,11 +90,11 @@ fn token_form(head: &Head<'_>, budget: &Budget, rate: f64) -> Array2<bool> {
 
 /// Half up.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive; more blocks than there are mean all")]
-fn rounded(rate: f64) -> usize {
+pub(super) fn rounded(rate: f64) -> usize {
     (rate + 0.5).floor() as usize
 }
 
 /// NaN is behind every number, and -0 is 0.
-fn higher_first(a: f64, b: f64) -> Ordering {
+pub(super) fn higher_first(a: f64, b: f64) -> Ordering {
     a.is_nan().cmp(&b.is_nan()).then((b + 0.0).total_cmp(&(a + 0.0)))
 }

@@ -13,6 +13,7 @@ mod errors;
 mod extremes;
 mod forms;
 mod grid;
+mod ladder_block;
 mod layouts;
 mod packed;
 mod padding;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! delta_t = <g_t, out_t> - dlse_t                                               once per query
-//! coarse level: the same gradient among pooled tokens, with summed g            mra::block::coarse_backward
+//! coarse levels: the same gradient among pooled tokens, with summed g           mra::block::levels_backward
 //! exact blocks: for each tile of queries, for each batch of its selected keys    mra::attend
 //! dq_t = exact + dqh_i / count_i        dk_s, dv_s likewise
 //! ```
@@ -14,12 +14,15 @@
 
 use std::ops::Range;
 
-use super::coarse_backward::{CoarseGradients, coarse_backward, one_pass};
+use super::coarse_backward::{CoarseGradients, one_pass};
+use super::levels::read_plans;
+use super::levels_backward::coarse_backward;
 use crate::exec::{Buffer, threads};
 use crate::kernels::Stream;
 use crate::mra::attend::{BiasTile, GradientTile, KeyBatch, KeySource, KeySums, QueryTerms, tile_columns, tiles};
 use crate::mra::inputs::{Gradients, Inputs};
 use crate::mra::problem::{Batch, Mode, Problem};
+use crate::mra::pyramid::BlockLevel;
 use crate::mra::query_terms::{finish, finish_keys};
 use crate::mra::select::BlockPlan;
 use crate::simd::{Element, Scalar};
@@ -35,11 +38,14 @@ pub(crate) fn backward<E: Element>(
     plan: &[u8],
     gradients: &Gradients<'_, E>,
 ) {
-    let plan = &BlockPlan::read(problem, batch, plan);
-    let mut pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
-    if problem.mode == Mode::Full {
-        pass.coarse = Some(coarse_backward(problem, batch, inputs, grad_out, terms, plan));
-    }
+    let levels = BlockLevel::all(problem);
+    let plans = read_plans(&levels, plan);
+    let coarse = match problem.mode {
+        Mode::Full => coarse_backward(&levels, &plans, inputs, grad_out, terms),
+        Mode::Sparse => None,
+    };
+    let plan = &plans[plans.len() - 1];
+    let pass = Pass { coarse, ..Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients) };
     let products = plan.num_blocks() * problem.block_size.pow(2) * 3;
     let threads = problem.threads_for(products * (problem.head_dim + pass.value_dim));
     if one_pass(batch.groups(), threads) {

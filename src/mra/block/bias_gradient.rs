@@ -4,20 +4,23 @@
 use std::ops::Range;
 
 use super::backward::{Buffers, Pass};
-use super::coarse_backward::CoarsePass;
+use super::levels::for_batches;
+use super::levels_backward::{LevelPass, passes};
 use crate::mra::attend::{GradientTile, KeyBatch, QueryTerms, TILE_QUERIES, tiles};
 use crate::mra::bias_gradient::BiasSums;
 use crate::mra::for_parts;
 use crate::mra::inputs::{Gradients, Inputs};
-use crate::mra::problem::{Batch, Mode, Problem};
+use crate::mra::problem::Mode;
+use crate::mra::pyramid::BlockLevel;
 use crate::mra::select::BlockPlan;
-use crate::simd::Element;
+use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
 
 /// The sequences of this form.
 pub(crate) struct BiasPass<'a, 'g, E: Element> {
     exact: Pass<'a, 'g, E>,
-    coarse: Option<CoarsePass<'a, E::Compute>>,
+    /// None in sparse mode.
+    coarse: Vec<LevelPass<'a, E::Compute>>,
 }
 
 /// What a thread reuses.
@@ -28,24 +31,27 @@ pub(crate) struct BiasBuffers<T> {
 
 impl<'a, 'g, E: Element> BiasPass<'a, 'g, E> {
     pub(crate) fn new(
-        problem: &'a Problem<'a>,
-        batch: &'a Batch<'a>,
+        levels: &'a [BlockLevel<'a>],
+        plans: &'a [BlockPlan],
         inputs: &'a Inputs<'a, E>,
         grad_out: &'a Tensor<'a, E>,
         terms: &'a [QueryTerms<E::Compute>],
-        plan: &'a BlockPlan,
         gradients: &'a Gradients<'g, E>,
     ) -> Self {
-        let coarse = || CoarsePass::new(problem, batch, inputs, grad_out, terms, plan);
+        let finest = levels.len() - 1;
+        let BlockLevel { problem, batch } = &levels[finest];
         Self {
-            exact: Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients),
-            coarse: (problem.mode == Mode::Full).then(coarse),
+            exact: Pass::new(problem, batch, inputs, grad_out, terms, &plans[finest], gradients),
+            coarse: match problem.mode {
+                Mode::Full => passes(levels, plans, inputs, grad_out, terms).collect(),
+                Mode::Sparse => Vec::new(),
+            },
         }
     }
 
     pub(crate) fn buffers(&self) -> BiasBuffers<E::Compute> {
         let exact = self.exact.buffers();
-        let coarse = self.coarse.as_ref().map(CoarsePass::buffers);
+        let coarse = self.coarse.first().map(|pass| pass.coarse.buffers());
         BiasBuffers {
             exact: Buffers { tile: exact.tile.of_logits(), ..exact },
             coarse: coarse.map(|(tile, keys)| (tile.of_logits(), keys)),
@@ -71,8 +77,8 @@ impl<'a, 'g, E: Element> BiasPass<'a, 'g, E> {
             let queries = of_block.start.max(numbers.start)..of_block.end.min(numbers.end);
             self.add_exact(head, i, queries, &mut buffers.exact, sums);
         }
-        if let (Some(coarse), Some(buffers)) = (&self.coarse, &mut buffers.coarse) {
-            self.add_coarse(coarse, head, &blocks, &tokens, buffers, sums);
+        if let Some(buffers) = &mut buffers.coarse {
+            self.coarse.iter().for_each(|pass| pass.add_to_bias(head, &tokens, buffers, sums));
         }
     }
 
@@ -103,42 +109,72 @@ impl<'a, 'g, E: Element> BiasPass<'a, 'g, E> {
             });
         }
     }
+}
 
-    /// The shares that some queries have in the coarse blocks of these rows.
-    fn add_coarse(
+impl<T: Scalar> LevelPass<'_, T> {
+    /// Adds the shares that some queries have in the coarse blocks of a level.
+    fn add_to_bias(
         &self,
-        coarse: &CoarsePass<'_, E::Compute>,
         head: usize,
-        blocks: &Range<usize>,
         tokens: &Range<usize>,
-        buffers: &mut (GradientTile<E::Compute>, KeyBatch<E::Compute>),
+        buffers: &mut (GradientTile<T>, KeyBatch<T>),
         sums: &mut BiasSums<'_>,
     ) {
-        let Pass { problem, batch, .. } = self.exact;
-        let segment = batch.segment(head);
-        let averaged = segment.queries.numbers_among(tokens);
-        for_parts(blocks.len(), TILE_QUERIES, |part| {
-            let rows = blocks.start + part.start..blocks.start + part.end;
-            coarse.start(head, rows.clone(), &mut buffers.0);
-            for_parts(segment.keys.len(), KeyBatch::<E::Compute>::capacity(problem), |columns| {
-                let gradients = coarse.logit_gradients(head, rows.clone(), columns.clone(), buffers);
-                for (lane, i) in rows.clone().enumerate() {
-                    let of_block = segment.queries.numbers(i);
-                    let queries = of_block.start.max(averaged.start)..of_block.end.min(averaged.end);
-                    for (row, j) in columns.clone().enumerate() {
-                        let (numbers, gradient): (_, f64) = (segment.keys.numbers(j), gradients.row(row)[lane].into());
-                        if gradient == 0.0 {
-                            // As of an exact block.
-                            continue;
-                        }
-                        let share = gradient / (of_block.len() * numbers.len()) as f64;
-                        for query in queries.clone() {
-                            let shares = numbers.clone().map(|_| share);
-                            sums.add(segment.queries.token(query), &segment.keys, numbers.clone(), shares);
-                        }
-                    }
-                }
+        let rows = &self.coarse.batch.segment(head).rows;
+        let numbers = rows.numbers_among(tokens);
+        let rows = rows.block_of(numbers.start)..rows.block_of(numbers.end - 1) + 1;
+        let (tile, keys) = buffers;
+        let Some(children) = &self.children else {
+            for_parts(rows.len(), TILE_QUERIES, |part| {
+                let rows = rows.start + part.start..rows.start + part.end;
+                self.coarse.start(head, rows.clone(), tile);
+                for_parts(self.coarse.batch.segment(head).keys.len(), KeyBatch::<T>::capacity(self.coarse.problem), |blocks| {
+                    let source = self.coarse.source(head);
+                    keys.clear();
+                    keys.push(&source, blocks);
+                    self.add_batch_to_bias(head, tokens, &rows, (tile, keys), sums);
+                });
             });
-        });
+            return;
+        };
+        for row_above in children.row_above(head, rows.start)..=children.row_above(head, rows.end - 1) {
+            let of_row = children.rows(head, row_above).1;
+            for part in tiles(of_row.start.max(rows.start)..of_row.end.min(rows.end)) {
+                self.coarse.start(head, part.clone(), tile);
+                for_batches(children, head, row_above, keys, &self.coarse.source(head), |keys| {
+                    self.add_batch_to_bias(head, tokens, &part, (tile, keys), sums);
+                });
+            }
+        }
+    }
+
+    /// The shares in the blocks of some rows, with which the tile has started, and of a batch of pooled keys.
+    fn add_batch_to_bias(
+        &self,
+        head: usize,
+        tokens: &Range<usize>,
+        rows: &Range<usize>,
+        (tile, keys): (&mut GradientTile<T>, &KeyBatch<T>),
+        sums: &mut BiasSums<'_>,
+    ) {
+        let segment = self.coarse.batch.segment(head);
+        let averaged = segment.queries.numbers_among(tokens);
+        let gradients = self.coarse.logit_gradients(head, rows, tile, keys);
+        for (lane, i) in rows.clone().enumerate() {
+            let of_block = segment.queries.numbers(i);
+            let queries = of_block.start.max(averaged.start)..of_block.end.min(averaged.end);
+            for (row, j) in keys.spans().flat_map(|(span, first)| span.clone().zip(first..first + span.len())) {
+                let (numbers, gradient): (_, f64) = (segment.keys.numbers(j), gradients.row(row)[lane].into());
+                if gradient == 0.0 {
+                    // As of an exact block.
+                    continue;
+                }
+                let share = gradient / (of_block.len() * numbers.len()) as f64;
+                for query in queries.clone() {
+                    let shares = numbers.clone().map(|_| share);
+                    sums.add(segment.queries.token(query), &segment.keys, numbers.clone(), shares);
+                }
+            }
+        }
     }
 }

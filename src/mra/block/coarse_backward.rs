@@ -16,14 +16,14 @@
 use std::ops::Range;
 
 use super::coarse::{adjust, pooled_keys};
+use super::levels::adjust_batch;
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::{Matrix, Stream};
 use crate::mra::attend::{GradientTile, KeyBatch, KeySource, KeySums, QueryTerms, TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::mra::for_parts;
-use crate::mra::inputs::Inputs;
 use crate::mra::problem::{Batch, Blocks, Problem};
 use crate::mra::pyramid::{Pooled, Pyramid};
-use crate::mra::select::BlockPlan;
+use crate::mra::select::{BlockPlan, Children};
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
 
@@ -34,11 +34,11 @@ pub(crate) fn one_pass(groups: usize, threads: usize) -> bool {
 
 /// Gradients of the pooled queries, keys and values: a row per block, padded to whole vectors.
 pub(crate) struct CoarseGradients<T> {
-    dq: Buffer<T>,
-    dk: Buffer<T>,
-    dv: Buffer<T>,
-    key_width: usize,
-    value_width: usize,
+    pub(super) dq: Buffer<T>,
+    pub(super) dk: Buffer<T>,
+    pub(super) dv: Buffer<T>,
+    pub(super) key_width: usize,
+    pub(super) value_width: usize,
 }
 
 impl<T: Scalar> CoarseGradients<T> {
@@ -58,39 +58,11 @@ impl<T: Scalar> CoarseGradients<T> {
     }
 }
 
-/// Computes the gradients of the pooled tokens. `terms` are those of all queries.
-pub(crate) fn coarse_backward<E: Element>(
-    problem: &Problem<'_>,
-    batch: &Batch<'_>,
-    inputs: &Inputs<'_, E>,
-    grad_out: &Tensor<'_, E>,
-    terms: &[QueryTerms<E::Compute>],
-    plan: &BlockPlan,
-) -> CoarseGradients<E::Compute> {
-    let pass = CoarsePass::new(problem, batch, inputs, grad_out, terms, plan);
-    let (key_width, value_width) = (pass.pyramid.keys.width, pass.values.width);
-    let mut gradients = CoarseGradients {
-        dq: Buffer::scratch(batch.rows() * key_width),
-        dk: Buffer::scratch(batch.columns() * key_width),
-        dv: Buffer::scratch(batch.columns() * value_width),
-        key_width,
-        value_width,
-    };
-    let threads = problem.threads_for(problem.heads * batch.pairs_of_blocks() * 3 * (key_width + value_width));
-    if one_pass(batch.groups(), threads) {
-        pass.by_groups(threads, &mut gradients);
-    } else {
-        pass.by_rows(threads, &mut gradients);
-        pass.by_columns(threads, &mut gradients);
-    }
-    gradients
-}
-
 /// The pooled tokens of a call, and what is known of the gradients of their outputs.
 pub(crate) struct CoarsePass<'a, T: Scalar> {
-    problem: &'a Problem<'a>,
-    batch: &'a Batch<'a>,
-    plan: &'a BlockPlan,
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) batch: &'a Batch<'a>,
+    pub(super) plan: &'a BlockPlan,
     pyramid: Pyramid<T>,
     values: Pooled<T>,
     sums: BlockSums<T>,
@@ -100,26 +72,43 @@ pub(crate) struct CoarsePass<'a, T: Scalar> {
 }
 
 impl<'a, T: Scalar> CoarsePass<'a, T> {
-    pub(crate) fn new<E: Element<Compute = T>>(
+    /// With the means of queries and keys and of values.
+    pub(super) fn new(
         problem: &'a Problem<'a>,
         batch: &'a Batch<'a>,
-        inputs: &Inputs<'_, E>,
-        grad_out: &Tensor<'_, E>,
-        terms: &[QueryTerms<T>],
+        (pyramid, values): (Pyramid<T>, Pooled<T>),
+        sums: BlockSums<T>,
         plan: &'a BlockPlan,
+        value_dim: usize,
     ) -> Self {
-        let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
-        Self {
-            problem,
-            batch,
-            plan,
-            pyramid,
-            values,
-            sums: BlockSums::new(problem, batch, grad_out, terms, plan),
-            pooled_keys: pooled_keys(batch),
-            value_dim: grad_out.shape()[3],
-            zeros: vec![T::ZERO; problem.head_dim],
+        let (pooled_keys, zeros) = (pooled_keys(batch), vec![T::ZERO; problem.head_dim]);
+        Self { problem, batch, plan, pyramid, values, sums, pooled_keys, value_dim, zeros }
+    }
+
+    /// The gradients before they are written.
+    pub(super) fn unset(&self) -> CoarseGradients<T> {
+        let (key_width, value_width) = (self.pyramid.keys.width, self.values.width);
+        CoarseGradients {
+            dq: Buffer::scratch(self.batch.rows() * key_width),
+            dk: Buffer::scratch(self.batch.columns() * key_width),
+            dv: Buffer::scratch(self.batch.columns() * value_width),
+            key_width,
+            value_width,
         }
+    }
+
+    /// The gradients among all blocks.
+    pub(super) fn gradients(&self) -> CoarseGradients<T> {
+        let (problem, batch, mut gradients) = (self.problem, self.batch, self.unset());
+        let width = gradients.key_width + gradients.value_width;
+        let threads = problem.threads_for(problem.heads * batch.pairs_of_blocks() * 3 * width);
+        if one_pass(batch.groups(), threads) {
+            self.by_groups(threads, &mut gradients);
+        } else {
+            self.by_rows(threads, &mut gradients);
+            self.by_columns(threads, &mut gradients);
+        }
+        gradients
     }
 
     fn by_groups(&self, threads: usize, gradients: &mut CoarseGradients<T>) {
@@ -252,24 +241,21 @@ impl<'a, T: Scalar> CoarsePass<'a, T> {
         });
     }
 
-    /// The gradients of the logits of a tile of rows, which it has started, on some blocks: one row for each of these.
-    pub(crate) fn logit_gradients<'t>(
+    /// The gradients of the logits of a tile of rows, which it has started, on a batch of pooled keys: one row for each of these.
+    pub(super) fn logit_gradients<'t>(
         &self,
         head: usize,
-        rows: Range<usize>,
-        blocks: Range<usize>,
-        (tile, keys): &'t mut (GradientTile<T>, KeyBatch<T>),
+        rows: &Range<usize>,
+        tile: &'t mut GradientTile<T>,
+        keys: &KeyBatch<T>,
     ) -> Matrix<'t, T> {
-        let source = self.source(head);
-        keys.clear();
-        keys.push(&source, blocks.clone());
-        tile.differentiate(keys, &source, None, |logits, columns| {
-            adjust(self.problem, self.batch, self.plan, head, rows, blocks, logits, columns);
+        tile.differentiate(keys, &self.source(head), None, |logits, columns| {
+            adjust_batch(self.problem, self.batch, self.plan, head, rows, keys, logits, columns);
         })
     }
 
     /// The means of keys and values that a flat head reads.
-    fn source(&self, head: usize) -> KeySource<'_, T> {
+    pub(super) fn source(&self, head: usize) -> KeySource<'_, T> {
         let (batch, group) = (self.batch, self.batch.group(head));
         let (key_means, value_means) = (self.pyramid.keys.of_group(batch, group), self.values.of_group(batch, group));
         KeySource::new(self.problem, key_means, value_means, &self.pooled_keys[head / self.problem.heads])
@@ -278,16 +264,15 @@ impl<'a, T: Scalar> CoarsePass<'a, T> {
 
 /// The sums over the queries of each block that weigh the coarse level: those of `exp(r - lse_t) g_t`, and as terms `r` and those of
 /// `exp(r - lse_t) delta_t`.
-struct BlockSums<T> {
+pub(super) struct BlockSums<T> {
     grads: Buffer<T>,
     terms: Vec<QueryTerms<T>>,
     width: usize,
 }
 
 impl<T: Scalar> BlockSums<T> {
-    /// A row without an unselected block has sums of 0 and weights of 0, so that a NaN of one of its queries, which is in no
-    /// coarse weight, does not become one of the others.
-    fn new<E: Element<Compute = T>>(
+    /// Where a row may select any block.
+    pub(super) fn of_all<E: Element<Compute = T>>(
         problem: &Problem<'_>,
         batch: &Batch<'_>,
         grad_out: &Tensor<'_, E>,
@@ -299,6 +284,35 @@ impl<T: Scalar> BlockSums<T> {
             .iter()
             .map(|segment| (0..segment.keys.len()).filter(|&j| segment.keys.count(j) > 0).count())
             .collect();
+        let takes_all = |head: usize, i: usize| plan.row(batch, head, i).len() == filled[head / problem.heads];
+        Self::new(problem, batch, grad_out, terms, takes_all)
+    }
+
+    /// Where a row may select children of what the level above refines.
+    pub(super) fn of_children<E: Element<Compute = T>>(
+        children: &Children<'_>,
+        grad_out: &Tensor<'_, E>,
+        terms: &[QueryTerms<T>],
+        plan: &BlockPlan,
+    ) -> Self {
+        let (batch, above) = (children.batch, children.batch_above);
+        let filled: Vec<usize> = (0..above.flat_heads())
+            .flat_map(|head| (0..above.segment(head).rows.len()).map(move |row_above| children.filled(head, row_above)))
+            .collect();
+        let takes_all =
+            |head: usize, i: usize| plan.row(batch, head, i).len() == filled[above.row(head, children.row_above(head, i))];
+        Self::new(children.problem, batch, grad_out, terms, takes_all)
+    }
+
+    /// A row that selects all there is has sums of 0 and weights of 0, so that a NaN of one of its queries, which is in no
+    /// coarse weight, does not become one of the others.
+    fn new<E: Element<Compute = T>>(
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
+        grad_out: &Tensor<'_, E>,
+        terms: &[QueryTerms<T>],
+        takes_all: impl Fn(usize, usize) -> bool + Sync,
+    ) -> Self {
         let value_dim = grad_out.shape()[3];
         let width = problem.padded::<T>(value_dim);
         let mut grads = Buffer::scratch(batch.rows() * width);
@@ -316,7 +330,7 @@ impl<T: Scalar> BlockSums<T> {
                 // SAFETY: each task has its own block.
                 let (sum, total) = unsafe { (grad_rows.get_mut(task), &mut sum_rows.get_mut(task)[0]) };
                 sum.fill(T::ZERO);
-                if plan.row(batch, head, i).len() == filled[head / problem.heads] {
+                if takes_all(head, i) {
                     return;
                 }
                 let grad_rows = grad_out.head(item, head_of_item);

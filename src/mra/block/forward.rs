@@ -3,31 +3,15 @@
 use std::ops::Range;
 
 use super::coarse::Coarse;
-use super::ladder;
+use super::levels;
 use crate::error::Result;
 use crate::exec::{TensorMut, threads};
 use crate::kernels::Stream;
 use crate::mra::attend::{Attend, BiasTile, KeyBatch, KeySource, tile_columns, tiles};
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Batch, Mode, Problem};
-use crate::mra::pyramid::Pyramid;
-use crate::mra::select::{BlockPlan, select_rows};
+use crate::mra::problem::{Batch, Problem};
+use crate::mra::select::BlockPlan;
 use crate::simd::{Element, Scalar, prefetch_far};
-use crate::tensor::Tensor;
-
-/// Writes the plan of the segments of this form.
-pub(crate) fn select<E: Element>(
-    problem: &Problem<'_>,
-    batch: &Batch<'_>,
-    query: &Tensor<'_, E>,
-    key: &Tensor<'_, E>,
-    plan: &mut [u8],
-) -> Result<()> {
-    if problem.is_ladder() {
-        return ladder::select(problem, query, key, plan);
-    }
-    select_rows(problem, batch, &Pyramid::new(problem, batch, query, key), plan)
-}
 
 /// Computes out and lse of the segments of this form for a given plan. Shapes are those of the problem.
 pub(crate) fn forward<E: Element>(
@@ -38,16 +22,7 @@ pub(crate) fn forward<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) {
-    if problem.is_ladder() {
-        let (plan, coarse) = ladder::read(problem, inputs, plan);
-        exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
-        return;
-    }
-    let plan = BlockPlan::read(problem, batch, plan);
-    let coarse = (problem.mode == Mode::Full).then(|| {
-        let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
-        Coarse::new(problem, batch, &plan, &pyramid, &values)
-    });
+    let (plan, coarse) = levels::attend(problem, inputs, plan);
     exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
 }
 
@@ -60,19 +35,7 @@ pub(crate) fn forward_selecting<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) -> Result<()> {
-    if problem.is_ladder() {
-        let (plan, coarse) = ladder::choose_and_attend(problem, inputs, plan)?;
-        exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
-        return Ok(());
-    }
-    let (coarse, plan) = if problem.mode == Mode::Full {
-        let (pyramid, values) = Pyramid::with_values(problem, batch, inputs);
-        let (coarse, plan) = Coarse::selecting(problem, batch, &pyramid, &values, plan)?;
-        (Some(coarse), plan)
-    } else {
-        select(problem, batch, &inputs.query, &inputs.key, plan)?;
-        (None, BlockPlan::read(problem, batch, plan))
-    };
+    let (plan, coarse) = levels::choose_and_attend(problem, inputs, plan)?;
     exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
     Ok(())
 }

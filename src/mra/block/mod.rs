@@ -5,9 +5,11 @@ mod bias_gradient;
 mod coarse;
 mod coarse_backward;
 mod forward;
-mod ladder;
+mod levels;
+mod levels_backward;
 
 pub(crate) use backward::backward;
 pub(crate) use bias_gradient::{BiasBuffers, BiasPass};
 pub(crate) use coarse_backward::one_pass;
-pub(crate) use forward::{forward, forward_selecting, select};
+pub(crate) use forward::{forward, forward_selecting};
+pub(crate) use levels::{read_plans, select};

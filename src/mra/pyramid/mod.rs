@@ -10,7 +10,6 @@ pub use given::PooledInputs;
 pub(crate) use given::{Means, check};
 pub(crate) use levels::{BlockLevel, LevelMeans};
 
-use super::inputs::Inputs;
 use super::problem::{Batch, Blocks, Problem};
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::{AddRows, Matrix};
@@ -98,29 +97,6 @@ impl<T: Scalar> Pooled<T> {
 pub(crate) struct Pyramid<T> {
     pub(crate) queries: Pooled<T>,
     pub(crate) keys: Pooled<T>,
-}
-
-impl<T: Scalar> Pyramid<T> {
-    pub(crate) fn new<E: Element<Compute = T>>(
-        problem: &Problem<'_>,
-        batch: &Batch<'_>,
-        query: &Tensor<'_, E>,
-        key: &Tensor<'_, E>,
-    ) -> Self {
-        let [queries, keys] = Pooled::each(problem, batch, [(query, Side::Queries), (key, Side::Keys)]);
-        Self { queries, keys }
-    }
-
-    /// With the pooled values.
-    pub(crate) fn with_values<E: Element<Compute = T>>(
-        problem: &Problem<'_>,
-        batch: &Batch<'_>,
-        inputs: &Inputs<'_, E>,
-    ) -> (Self, Pooled<T>) {
-        let tensors = [(&inputs.query, Side::Queries), (&inputs.key, Side::Keys), (&inputs.value, Side::Keys)];
-        let [queries, keys, values] = Pooled::each(problem, batch, tensors);
-        (Self { queries, keys }, values)
-    }
 }
 
 /// Writes the mean of the tokens of a block, and zeros behind its channels. `line` is scratch for a row of tokens.

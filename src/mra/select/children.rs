@@ -22,6 +22,11 @@ impl<'a> Children<'a> {
         self.problem.children().expect("a level below another one")
     }
 
+    /// Reads the plan of the level.
+    pub(crate) fn read(&self, plan: &[u8]) -> BlockPlan {
+        BlockPlan::below(self.problem, self.batch, (self.batch_above, self.refined), plan)
+    }
+
     fn segment(&self, head: usize) -> &'a Segment {
         self.batch.segment(head)
     }

@@ -48,6 +48,18 @@ impl Bounds {
         selected: &[Array3<bool>],
         saved: &Saved<'_>,
     ) -> Self {
+        let column = largest_column(case, attention, selected, saved);
+        Self::with_column::<E>(case, data, attention, column, saved)
+    }
+
+    /// As [`Self::new`], where the weights of a key sum to `column` at most.
+    pub(crate) fn with_column<E: Number>(
+        case: &Case,
+        data: &Data,
+        attention: &Attention<'_>,
+        column: f64,
+        saved: &Saved<'_>,
+    ) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
             [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
@@ -60,7 +72,6 @@ impl Bounds {
         let grad_lse = data.grad_lse.iter().flatten().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
         let product = norm(grad_out) * (norm(value) + finite_norm(saved.out)) + grad_lse;
         let of_query = weight + (dv + n + b + 16.0) * u;
-        let column = largest_column(case, attention, selected, saved);
         let of_key = (weight + (dv + queries + b + 16.0) * u) * column;
         let bounds = Self {
             out: (2.0 * weight + (2.0 * n + b + 8.0) * u) * largest(value),
@@ -71,6 +82,19 @@ impl Bounds {
             pair: product * of_query,
         };
         if u < f32::ROUNDOFF { bounds.at_least(FLOAT64) } else { bounds }
+    }
+
+    /// The same for a sum of so many levels.
+    pub(crate) fn times(self, levels: f64) -> Self {
+        let Self { out, lse, query, key, value, pair } = self;
+        Self {
+            out: out * levels,
+            lse: lse * levels,
+            query: query * levels,
+            key: key * levels,
+            value: value * levels,
+            pair: pair * levels,
+        }
     }
 
     fn at_least(self, least: f64) -> Self {

@@ -89,6 +89,13 @@ impl StoredBias {
 
 /// Calls `body` with the problem of a case.
 pub(crate) fn with_problem<R>(case: &Case, data: &Data, setup: Setup, body: impl FnOnce(&Problem) -> R) -> R {
+    with_options(case, data, setup, |options| {
+        body(&Problem::new(case.query_shape(), case.key_shape(), &options).expect("a valid case"))
+    })
+}
+
+/// Calls `body` with the options of a case.
+pub(crate) fn with_options<R>(case: &Case, data: &Data, setup: Setup, body: impl FnOnce(Options<'_>) -> R) -> R {
     let bytes = |mask: &Option<Array2<bool>>| mask.as_ref().map(|mask| Bytes::new(mask, setup.layout));
     let (query_mask, key_mask) = (bytes(&data.query_mask), bytes(&data.key_mask));
     let bias = data.bias.as_ref().map(StoredBias::new);
@@ -111,7 +118,7 @@ pub(crate) fn with_problem<R>(case: &Case, data: &Data, setup: Setup, body: impl
         threads: setup.threads,
         ..Options::new(setup.level)
     };
-    body(&Problem::new(case.query_shape(), case.key_shape(), &options).expect("a valid case"))
+    body(options)
 }
 
 /// A selection as the crate takes it.

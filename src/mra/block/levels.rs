@@ -1,13 +1,15 @@
-//! Several levels of blocks in the block form (docs/definitions.md, section 5).
+//! The levels of the block form, one after the other (docs/definitions.md, section 5); with two resolutions there is one.
 //!
 //! ```text
-//! level 0    scores, choice and softmax among all of its blocks, as with two resolutions         mra::block::coarse
+//! level 0    scores, choice and softmax among all of its blocks                                    mra::block::coarse
 //! level l    scores and choice among the children of the blocks that level l - 1 refines          mra::select::select_children
 //!            softmax of each row over them, those left out that it refines: continues the one of the row of level l - 1 around it
 //! tokens     continue the softmax of the last level over the keys of the blocks that it refines    mra::block::forward
 //! ```
 
-use super::coarse::{Coarse, adjust, pooled_keys};
+use std::ops::Range;
+
+use super::coarse::{Coarse, adjust, pooled_keys, write_state};
 use crate::error::Result;
 use crate::exec::{Chunks, threads};
 use crate::kernels::Stream;
@@ -18,10 +20,9 @@ use crate::mra::pyramid::{BlockLevel, LevelMeans, Pooled, Pyramid};
 use crate::mra::select::{BlockPlan, Children, select_children, select_rows};
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
-use std::ops::Range;
 
 /// Writes the plan of the segments of this form.
-pub(super) fn select<E: Element>(
+pub(crate) fn select<E: Element>(
     problem: &Problem<'_>,
     query: &Tensor<'_, E>,
     key: &Tensor<'_, E>,
@@ -32,29 +33,37 @@ pub(super) fn select<E: Element>(
     choose(&levels, &means, plan).map(|_| ())
 }
 
-/// Reads a plan: the blocks that are exact, and what all others add to the softmax.
-pub(super) fn read<E: Element>(
+/// Reads the plan of each level.
+pub(crate) fn read_plans(levels: &[BlockLevel<'_>], plan: &[u8]) -> Vec<BlockPlan> {
+    let first = &levels[0];
+    let mut plans = vec![BlockPlan::read(first.problem, &first.batch, plan)];
+    for pair in levels.windows(2) {
+        let children = below(pair, &plans[plans.len() - 1]);
+        let own = children.read(plan);
+        plans.push(own);
+    }
+    plans
+}
+
+/// Reads a plan: the blocks that are exact and, in full mode, what all others add to the softmax.
+pub(super) fn attend<E: Element>(
     problem: &Problem<'_>,
     inputs: &Inputs<'_, E>,
     plan: &[u8],
 ) -> (BlockPlan, Option<Coarse<E::Compute>>) {
     let levels = BlockLevel::all(problem);
-    let first = &levels[0];
-    let mut refined = BlockPlan::read(first.problem, &first.batch, plan);
-    let means = match problem.mode {
-        Mode::Full => LevelMeans::of_levels(&levels, &inputs.query, &inputs.key, Some(&inputs.value)),
-        Mode::Sparse => Vec::new(),
-    };
-    let mut coarse = means.first().zip(values_of(&means, 0)).map(|(means, values)| {
-        Coarse::new(first.problem, &first.batch, &refined, &means.pyramid, values)
+    let mut plans = read_plans(&levels, plan);
+    let coarse = (problem.mode == Mode::Full).then(|| {
+        let means = LevelMeans::of_levels(&levels, &inputs.query, &inputs.key, Some(&inputs.value));
+        let (first, values) = (&levels[0], means[0].values.as_ref().expect("full mode"));
+        let mut coarse = Coarse::new(first.problem, &first.batch, &plans[0], &means[0].pyramid, values);
+        for (index, pair) in levels.windows(2).enumerate() {
+            let children = below(pair, &plans[index]);
+            coarse = continued(&children, &means[index + 1], &plans[index + 1], &coarse);
+        }
+        coarse
     });
-    for (index, pair) in levels.windows(2).enumerate() {
-        let children = below(pair, &refined);
-        let own = BlockPlan::below(children.problem, children.batch, (children.batch_above, &refined), plan);
-        coarse = coarse.map(|above| continued(&children, &means[index + 1], &own, &above));
-        refined = own;
-    }
-    (refined, coarse)
+    (plans.pop().expect("the finest level"), coarse)
 }
 
 /// Writes the plan. Returns the blocks that are exact and, in full mode, what all others add to the softmax.
@@ -75,7 +84,7 @@ fn choose<T: Scalar>(
     plan: &mut [u8],
 ) -> Result<(BlockPlan, Option<Coarse<T>>)> {
     let (first, pyramid) = (&levels[0], &means[0].pyramid);
-    let (mut coarse, mut refined) = if let Some(values) = values_of(means, 0) {
+    let (mut coarse, mut refined) = if let Some(values) = &means[0].values {
         let (coarse, refined) = Coarse::selecting(first.problem, &first.batch, pyramid, values, plan)?;
         (Some(coarse), refined)
     } else {
@@ -85,15 +94,11 @@ fn choose<T: Scalar>(
     for (pair, means) in levels.windows(2).zip(&means[1..]) {
         let children = below(pair, &refined);
         select_children(&children, &means.pyramid, plan)?;
-        let own = BlockPlan::below(children.problem, children.batch, (children.batch_above, &refined), plan);
+        let own = children.read(plan);
         coarse = coarse.map(|above| continued(&children, means, &own, &above));
         refined = own;
     }
     Ok((refined, coarse))
-}
-
-fn values_of<T>(means: &[LevelMeans<T>], level: usize) -> Option<&Pooled<T>> {
-    means.get(level)?.values.as_ref()
 }
 
 /// The second one of two levels.
@@ -108,8 +113,7 @@ fn continued<T: Scalar>(children: &Children<'_>, means: &LevelMeans<T>, own: &Bl
     let values = means.values.as_ref().expect("full mode");
     let mut coarse = Coarse::unset(batch, values);
     let row = coarse.row;
-    let level =
-        ChildLevel { children, pyramid: &means.pyramid, values, own, pooled_keys: pooled_keys(batch), above };
+    let level = ChildLevel { children, pyramid: &means.pyramid, values, own, pooled_keys: pooled_keys(batch), above };
     let states = Chunks::new(&mut coarse.states, row);
     threads::for_each(
         problem.threads_for(children.pairs().saturating_mul(2 * problem.head_dim)),
@@ -121,7 +125,7 @@ fn continued<T: Scalar>(children: &Children<'_>, means: &LevelMeans<T>, own: &Bl
                 level.attend(attend, keys, head, row_above, rows.clone());
                 for (query, i) in rows.enumerate() {
                     // SAFETY: each task has its own rows.
-                    super::coarse::write_state(attend, query, unsafe { states.get_mut(batch.row(head, i)) });
+                    write_state(attend, query, unsafe { states.get_mut(batch.row(head, i)) });
                 }
             }
         },
@@ -148,14 +152,7 @@ impl<T: Scalar> ChildLevel<'_, T> {
     }
 
     /// Attends from some rows in a row of the level above to their candidates.
-    fn attend(
-        &self,
-        attend: &mut Attend<T>,
-        keys: &mut KeyBatch<T>,
-        head: usize,
-        row_above: usize,
-        rows: Range<usize>,
-    ) {
+    fn attend(&self, attend: &mut Attend<T>, keys: &mut KeyBatch<T>, head: usize, row_above: usize, rows: Range<usize>) {
         let Children { problem, batch, batch_above, .. } = *self.children;
         let group = batch.group(head);
         let (key_means, value_means) = (self.pyramid.keys.of_group(batch, group), self.values.of_group(batch, group));
