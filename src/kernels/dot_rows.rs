@@ -73,13 +73,13 @@ mod tests {
     #[allow(clippy::float_cmp, reason = "sums of small integers are exact")]
     fn products_of_listed_rows() {
         for level in Level::available() {
-            for (channels, count, listed) in [(5, 3, 1), (8, 16, 7), (3, 37, 20), (1, 1, 0), (0, 4, 3)] {
+            for (channels, count, listed) in [(5usize, 3usize, 1usize), (8, 16, 7), (3, 37, 20), (1, 1, 0), (0, 4, 3)] {
                 let columns = count.next_multiple_of(f32::lanes(level));
                 let query = |t: usize, c: usize| ((3 * t + 5 * c) % 7) as f32 - 3.0;
                 let key = |s: usize, c: usize| ((2 * s + 3 * c) % 11) as f32 - 5.0;
                 let queries: Vec<f32> = (0..40 * channels).map(|x| query(x / channels, x % channels)).collect();
                 let packed: Vec<f32> = (0..channels * columns).map(|x| key(x % columns, x / columns)).collect();
-                let places: Vec<(u32, usize)> = (0..listed).map(|i| (39 - 2 * i as u32, i * (count + 2))).collect();
+                let places: Vec<(u32, usize)> = (0..listed).map(|i| (39 - 2 * u32::try_from(i).unwrap(), i * (count + 2))).collect();
                 let mut to = vec![-99.0f32; 20 * (count + 2)];
                 let kernel = DotRows {
                     queries: Matrix::new(&queries, 40, channels, channels),

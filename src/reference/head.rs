@@ -91,7 +91,7 @@ impl Head<'_> {
         self.scale * self.softcap.map_or(1.0, |cap| 1.0 - (self.product(q, k) / cap).powi(2))
     }
 
-    fn sees(&self, t: usize, s: usize) -> bool {
+    pub(super) fn sees(&self, t: usize, s: usize) -> bool {
         self.segment.in_window(t, s) && self.bias(t, s) != f64::NEG_INFINITY
     }
 

@@ -14,6 +14,7 @@ mod extremes;
 mod forms;
 mod grid;
 mod ladder_block;
+mod ladder_token;
 mod layouts;
 mod packed;
 mod padding;

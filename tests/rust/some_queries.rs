@@ -75,7 +75,7 @@ fn decode<E: Number>(
     let mut lse = Stored::<E::Compute>::unset((1, heads, rows.len(), 1), Layout::Contiguous);
     let mut plan = vec![0; problem.plan_bytes()];
     let (mut to_out, mut to_lse) = (out.tensor_mut("out"), lse.tensor_mut("lse"));
-    let pooled = with_means.then_some(&pooled);
+    let pooled = with_means.then_some(std::slice::from_ref(&pooled));
     forward(&problem, &inputs, pooled, Selection::Chosen(&mut plan), &mut to_out, &mut to_lse).expect("a valid case");
     let (mut again, mut lse_again) = (
         Stored::<E>::unset((1, heads, rows.len(), case.value_dim), Layout::Contiguous),

@@ -8,7 +8,8 @@
 //! dk_s += dkh_j / count_j             dv_s likewise
 //! ```
 //!
-//! Where there are enough groups of heads for the threads, a task is a group and computes all of it in one pass: 5 products.
+//! With several levels, and where there are enough groups of heads for the threads, a task is a group and computes all of it in one pass:
+//! 5 products. The gradient of the mean of a larger block is shared by the smaller ones that it is made of.
 //! Otherwise ranges of queries give dq, then blocks of keys dk and dv: 7 products. Both give the same bits, because every sum
 //! is in the same order and in the same pieces.
 
@@ -18,6 +19,7 @@ use super::backward_range::{BlockBuffers, GroupSums, Scratch};
 use super::coarse::matrix;
 use super::forward::{RANGE_QUERIES, range_for_threads};
 use super::gradient::GradientTile;
+use super::levels::{LevelOfRange, TokenLevel, Wanted, candidates, levels};
 use super::queries_of_block::QueriesOfBlocks;
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::AllFinite;
@@ -25,7 +27,6 @@ use crate::mra::attend::{KeySource, KeySums, QueryTerms, TILE_QUERIES, nth_tile}
 use crate::mra::block::one_pass;
 use crate::mra::inputs::{Gradients, Inputs};
 use crate::mra::problem::{Batch, Mode, Problem};
-use crate::mra::pyramid::Means;
 use crate::mra::query_terms::{KeyAndValue, finish_keys};
 use crate::simd::{Element, Scalar};
 use crate::tensor::{Rows, Tensor};
@@ -42,14 +43,14 @@ pub(crate) fn backward<E: Element>(
 ) {
     let pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
     let everything = problem.is_everything();
-    let products = batch.segments.iter().map(|segment| {
-        let blocks = segment.keys.len();
-        let exact = if everything { blocks } else { problem.plan_width(segment) };
-        segment.rows.tokens().len().saturating_mul(exact * problem.block_size + blocks).saturating_mul(3)
+    let exact = batch.segments.iter().map(|segment| {
+        let blocks = if everything { segment.keys.len() } else { problem.plan_width(segment) };
+        segment.rows.tokens().len().saturating_mul(blocks * problem.block_size)
     });
-    let products = products.fold(0, usize::saturating_add).saturating_mul(problem.heads);
+    let products = exact.fold(candidates(&pass.levels), usize::saturating_add).saturating_mul(3 * problem.heads);
     let threads = problem.threads_for(products.saturating_mul(problem.head_dim + pass.value_dim));
-    if one_pass(batch.groups(), threads) {
+    // Several levels are only done in one pass.
+    if pass.levels.len() > 1 || one_pass(batch.groups(), threads) {
         pass.by_groups(threads);
     } else {
         pass.by_ranges(threads);
@@ -57,8 +58,9 @@ pub(crate) fn backward<E: Element>(
     }
 }
 
-/// Whether the means of each block of keys, and of its values, are finite.
-fn finite_means<T: Scalar>(problem: &Problem<'_>, batch: &Batch<'_>, means: &Means<'_, T>) -> Vec<bool> {
+/// Whether the means of each block of keys of a level, and of its values, are finite.
+fn finite_means<T: Scalar>(TokenLevel { problem, batch, means }: &TokenLevel<'_, T>) -> Vec<bool> {
+    let Some(means) = means else { return Vec::new() };
     let is_finite = |rows: Rows<'_, T>, block: usize| T::run(problem.level, AllFinite(matrix(&rows, block..block + 1)));
     let columns = (0..batch.columns()).map(|index| {
         let (group, block) = batch.column_at(index);
@@ -75,9 +77,9 @@ pub(crate) struct Pass<'a, 'g, E: Element> {
     pub(crate) grad_out: &'a Tensor<'a, E>,
     pub(crate) terms: &'a [QueryTerms<E::Compute>],
     pub(crate) plan: &'a [u8],
-    pub(crate) means: Option<Means<'a, E::Compute>>,
-    /// Whether the means of a block of keys and of its values are finite, by flat index.
-    pub(crate) finite_means: Vec<bool>,
+    pub(crate) levels: Vec<TokenLevel<'a, E::Compute>>,
+    /// For each level whether the means of a block of keys and of its values are finite, by flat index.
+    pub(crate) finite_means: Vec<Vec<bool>>,
     pub(crate) gradients: &'a Gradients<'g, E>,
     pub(crate) value_dim: usize,
 }
@@ -92,29 +94,27 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         plan: &'a [u8],
         gradients: &'a Gradients<'g, E>,
     ) -> Self {
-        let pooled = problem.mode == Mode::Full && !problem.is_everything();
-        let means = pooled.then(|| Means::new(problem, batch, inputs, None, true));
-        let finite_means = means.as_ref().map_or_else(Vec::new, |means| finite_means(problem, batch, means));
+        let wanted = if problem.mode == Mode::Full { Wanted::KeysAndValues } else { Wanted::Nothing };
+        let levels = levels(problem, inputs, None, wanted);
+        let finite_means = levels.iter().map(finite_means).collect();
         let value_dim = inputs.value.shape()[3];
-        Self { problem, batch, inputs, grad_out, terms, plan, means, finite_means, gradients, value_dim }
+        Self { problem, batch, inputs, grad_out, terms, plan, levels, finite_means, gradients, value_dim }
     }
 
     /// One task for each group of heads that share keys: all gradients in one pass.
     fn by_groups(&self, threads: usize) {
         let batch = self.batch;
         let (key_width, value_width) = self.widths();
-        let pooled = if self.means.is_some() { batch.most_columns() } else { 0 };
-        let scratch = || {
-            let of = |rows| (Buffer::scratch(rows * key_width), Buffer::scratch(rows * value_width));
-            (self.scratch(), of(batch.most_keys()), of(pooled))
-        };
+        let of = |rows| (Buffer::scratch(rows * key_width), Buffer::scratch(rows * value_width));
+        let pooled = |level: &TokenLevel<'_, E::Compute>| of(level.means.as_ref().map_or(0, |_| level.batch.most_columns()));
+        let scratch = || (self.scratch(), of(batch.most_keys()), self.levels.iter().map(pooled).collect::<Vec<_>>());
         threads::for_each(threads, batch.groups(), scratch, |(scratch, sums, pooled), group| {
-            for buffer in [&mut sums.0, &mut sums.1, &mut pooled.0, &mut pooled.1] {
+            for buffer in [&mut *sums].into_iter().chain(&mut *pooled).flat_map(|(dk, dv)| [dk, dv]) {
                 buffer.fill(E::Compute::ZERO);
             }
             let mut sums = GroupSums {
                 exact: KeySums { dk: &mut sums.0, dv: &mut sums.1, first: 0 },
-                pooled: KeySums { dk: &mut pooled.0, dv: &mut pooled.1, first: 0 },
+                pooled: pooled.iter_mut().map(|(dk, dv)| KeySums { dk, dv, first: 0 }).collect(),
             };
             for head in batch.heads_of(group) {
                 for range in batch.segment(head).ranges(RANGE_QUERIES) {
@@ -122,12 +122,40 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                     unsafe { self.range(head, range, scratch, Some(&mut sums)) };
                 }
             }
+            let of_finest = self.spread(group, &mut sums.pooled);
             for block in 0..batch.segment_of_group(group).keys.len() {
-                let pooled = self.means.is_some().then(|| pooled_row(&sums.pooled, block, key_width, value_width));
+                let pooled = of_finest.map(|sums| pooled_row(sums, block, key_width, value_width));
                 // SAFETY: each task has its own group of heads.
                 unsafe { finish_keys(self.problem, batch, self.gradients, (group, block), &sums.exact, pooled) };
             }
         });
+    }
+
+    /// Adds the gradients of the means of every level to those of the blocks that they are means of, and returns those of the finest
+    /// blocks, if there are means.
+    fn spread<'s>(
+        &self,
+        group: usize,
+        pooled: &'s mut [KeySums<'_, E::Compute>],
+    ) -> Option<&'s KeySums<'s, E::Compute>> {
+        let (key_width, value_width) = self.widths();
+        self.levels[0].means.as_ref()?;
+        for (index, level) in self.levels.iter().enumerate().skip(1) {
+            let (above, from) = pooled.split_at_mut(index);
+            let (above, own) = (&above[index - 1], &mut from[0]);
+            let children = level.problem.children().expect("a level below another one");
+            let (keys, keys_above) =
+                (&level.batch.segment_of_group(group).keys, &self.levels[index - 1].batch.segment_of_group(group).keys);
+            for block in (0..keys.len()).filter(|&block| keys.count(block) > 0) {
+                let (parent, count) = (block / children, keys.count(block));
+                let share = E::Compute::from_f64(count as f64 / keys_above.count(parent) as f64);
+                for (width, from, to) in [(key_width, &*above.dk, &mut *own.dk), (value_width, &*above.dv, &mut *own.dv)] {
+                    let (from, to) = (&from[parent * width..][..width], &mut to[block * width..][..width]);
+                    to.iter_mut().zip(from).for_each(|(to, &from)| *to += share * from);
+                }
+            }
+        }
+        pooled.last()
     }
 
     /// One task for each range of queries: dq.
@@ -174,11 +202,13 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             let end = ranges.partition_point(|&(head, _)| head < heads.end);
             for ((head, range), lists) in ranges[start..end].iter().zip(&lists[start..end]) {
                 let Some(place) = lists.find(block) else { continue };
-                let Scratch { tile, rows, keys, bias, sights, plan, .. } = &mut *scratch;
-                let range = self.query_range(*head, range.clone(), sights, plan);
+                let Scratch { tiles, rows, keys, bias, levels, .. } = &mut *scratch;
+                self.see(*head, range, levels);
+                let range = self.query_range(0, *head, range.clone(), &levels[0]);
                 self.fill(&range, lists.all_of(place), rows);
                 let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first };
-                self.exact(&range, rows, lists, place, &source, BlockBuffers { tile, keys, bias }, |tile, queries, keys| {
+                let buffers = BlockBuffers { tile: &mut tiles[0], keys, bias };
+                self.exact(&range, rows, lists, place, &source, buffers, |tile, queries, keys| {
                     GradientTile::prefetch(rows, None, queries.next);
                     tile.add(rows, queries.queries, keys, Some(&mut sums), None);
                 });
@@ -193,7 +223,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
 
     /// The gradients of pooled keys and values, one task for each few of them.
     fn pooled_by_blocks(&self, threads: usize) -> Option<KeyAndValue<Buffer<E::Compute>>> {
-        self.means.as_ref()?;
+        self.levels[0].means.as_ref()?;
         let (batch, (key_width, value_width)) = (self.batch, self.widths());
         let (mut all_dk, mut all_dv) = (
             Buffer::<E::Compute>::scratch(batch.columns() * key_width),
@@ -216,11 +246,12 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             dv.fill(E::Compute::ZERO);
             for head in batch.heads_of(group) {
                 for tokens in batch.segment(head).ranges(RANGE_QUERIES) {
-                    let Scratch { tile, rows, sights, plan, numbers, .. } = &mut *scratch;
-                    let range = self.query_range(head, tokens, sights, plan);
+                    let Scratch { tiles, rows, levels, numbers, .. } = &mut *scratch;
+                    self.see(head, &tokens, levels);
+                    let range = self.query_range(0, head, tokens, &levels[0]);
                     self.fill(&range, &numbers[..range.tokens.len()], rows);
                     let mut sums = KeySums { dk: &mut *dk, dv: &mut *dv, first: blocks.start };
-                    self.coarse(&range, rows, numbers, &blocks, tile, |tile, queries, keys| {
+                    self.coarse(&range, rows, numbers, &blocks, &mut tiles[0], |tile, queries, keys| {
                         tile.add(rows, queries, keys, Some(&mut sums), None);
                     });
                 }
@@ -240,10 +271,11 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
     fn all_lists(&self, threads: usize, ranges: &[(usize, Range<usize>)]) -> Vec<QueriesOfBlocks> {
         let mut lists: Vec<QueriesOfBlocks> = ranges.iter().map(|_| QueriesOfBlocks::default()).collect();
         let chunks = Chunks::new(&mut lists, 1);
-        let scratch = || (Vec::new(), Vec::new());
-        threads::for_each(threads, ranges.len(), scratch, |(sights, plan), task| {
+        let scratch = || [LevelOfRange::default()];
+        threads::for_each(threads, ranges.len(), scratch, |levels, task| {
             let (head, range) = ranges[task].clone();
-            let range = self.query_range(head, range, sights, plan);
+            self.see(head, &range, levels);
+            let range = self.query_range(0, head, range, &levels[0]);
             // SAFETY: each task has its own lists.
             let lists = unsafe { &mut chunks.get_mut(task)[0] };
             lists.build(range.segment.keys.len(), range.sights, range.plan, range.width);

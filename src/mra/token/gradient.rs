@@ -119,7 +119,7 @@ pub(crate) struct KeyRows<'a, T> {
 impl<T: Scalar> GradientTile<T> {
     /// Buffers for tiles of at most `queries` queries.
     pub(crate) fn new(problem: &Problem<'_>, queries: usize, value_dim: usize) -> Self {
-        let (head_dim, keys) = (problem.head_dim, STEP_BLOCKS.max(problem.block_size));
+        let (head_dim, keys) = (problem.head_dim, STEP_BLOCKS.max(Problem::MAX_BLOCK));
         let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
         Self {
             level: problem.level,

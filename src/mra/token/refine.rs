@@ -142,7 +142,7 @@ fn refined<'p>(row: &'p [i32], blocks: &Range<usize>) -> &'p [i32] {
 }
 
 /// Whether a query sees all of a block among these that it does not refine.
-fn leaves_some(sight: &Sight<'_>, row: &[i32], blocks: &Range<usize>) -> bool {
+pub(crate) fn leaves_some(sight: &Sight<'_>, row: &[i32], blocks: &Range<usize>) -> bool {
     sight.count_open_of(blocks) > refined(row, blocks).len()
 }
 

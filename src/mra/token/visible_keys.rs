@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::exec::Buffer;
 use crate::kernels::{AddBias, Matrix, MatrixMut, pack_transposed};
 use crate::mra::problem::{Batch, Problem, Segment, Sight};
-use crate::simd::{SQUARE, Scalar};
+use crate::simd::{Level, SQUARE, Scalar};
 
 /// A flat head whose queries see keys through a window, a mask or a bias.
 #[derive(Clone, Copy)]
@@ -68,7 +68,11 @@ impl<T: Scalar> BiasColumns<T> {
     /// Buffers for tiles of at most `columns` queries; none where there is no mask.
     pub(crate) fn new(problem: &Problem<'_>, columns: usize) -> Self {
         let masked = problem.has_alibi() || problem.segments.iter().any(|segment| segment.kinds.is_some());
-        let size = if masked { problem.block_size } else { 0 };
+        Self::of_keys(if masked { problem.block_size } else { 0 }, columns)
+    }
+
+    /// Buffers for at most `size` keys.
+    pub(crate) fn of_keys(size: usize, columns: usize) -> Self {
         Self {
             rows: Buffer::scratch(size * columns),
             packed: Buffer::scratch(size * columns),
@@ -94,11 +98,23 @@ impl<T: Scalar> BiasColumns<T> {
             }
             return;
         }
-        let (count, level, lanes) = (numbers.len(), viewer.problem.level, queries.len());
-        for (row, (token, sight)) in self.rows.chunks_exact_mut(count).zip(queries) {
-            viewer.read_row(token, sight, numbers, row);
+        self.add(viewer.problem.level, queries, |(token, sight), row| viewer.read_row(token, sight, numbers, row), logits, columns);
+    }
+
+    /// Adds to logits, one row for each key and a lane for each of `queries`, what `read` writes for a query.
+    pub(crate) fn add<Q>(
+        &mut self,
+        level: Level,
+        queries: impl ExactSizeIterator<Item = Q>,
+        read: impl Fn(Q, &mut [T]),
+        logits: &mut [T],
+        columns: usize,
+    ) {
+        let (count, lanes) = (logits.len() / columns.max(1), queries.len());
+        for (row, query) in self.rows.chunks_exact_mut(count.max(1)).zip(queries) {
+            read(query, row);
         }
-        let rows = self.rows.chunks_exact(count).take(lanes);
+        let rows = self.rows.chunks_exact(count.max(1)).take(lanes);
         let mut packed = MatrixMut::new(&mut self.packed, count, columns, columns);
         pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
         let bias = Matrix::new(&self.packed, count, columns, columns);

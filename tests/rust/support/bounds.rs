@@ -14,7 +14,7 @@
 //! dk, dv      likewise, times the largest sum of the weights of a key, with queries in place of keys
 //! ```
 
-use mra_attention::reference::{Attention, Form, Saved};
+use mra_attention::reference::{Attention, Form, Refined, Saved, TokenLadder};
 use ndarray::{Array3, Array4, ArrayView4};
 
 use super::{Case, Data, Number, Rounded};
@@ -48,7 +48,8 @@ impl Bounds {
         selected: &[Array3<bool>],
         saved: &Saved<'_>,
     ) -> Self {
-        let column = largest_column(case, attention, selected, saved);
+        let column = |attention: &Attention<'_>, saved: &Saved<'_>| largest(&attention.backward(selected, saved).value);
+        let column = largest_column(case, attention, saved, column);
         Self::with_column::<E>(case, data, attention, column, saved)
     }
 
@@ -60,15 +61,37 @@ impl Bounds {
         column: f64,
         saved: &Saved<'_>,
     ) -> Self {
+        Self::of::<E>(case, data, case.block_size, steps(attention, case), column, saved)
+    }
+
+    /// As [`Self::new`], in the token form with several levels.
+    pub(crate) fn of_ladder<E: Number>(
+        case: &Case,
+        data: &Data,
+        ladder: &TokenLadder<'_>,
+        refined: &Refined,
+        saved: &Saved<'_>,
+    ) -> Self {
+        let column = |attention: &Attention<'_>, saved: &Saved<'_>| {
+            largest(&TokenLadder { attention: *attention, coarser: ladder.coarser.clone() }.backward(refined, saved).value)
+        };
+        let column = largest_column(case, &ladder.attention, saved, column);
+        // A step for each block of each level.
+        let steps: usize =
+            ladder.coarser.iter().chain([&case.block_size]).map(|size| 2 * case.key_len.div_ceil(*size) + 4).sum();
+        Self::of::<E>(case, data, ladder.coarser.first().copied().unwrap_or(case.block_size), steps as f64, column, saved)
+    }
+
+    fn of<E: Number>(case: &Case, data: &Data, block_size: usize, steps: f64, column: f64, saved: &Saved<'_>) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
-            [case.head_dim, case.value_dim, case.block_size, case.key_len, case.query_len * case.group]
+            [case.head_dim, case.value_dim, block_size, case.key_len, case.query_len * case.group]
                 .map(|x| x.max(1) as f64);
         let Data { query, key, value, grad_out, .. } = data;
         let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
         let logit = scale * norm(query) * norm(key) + b.ln() + data.largest_bias() + largest_by_distance(case, data);
         let weight = (d + 2.0 * b + if case.softcap.is_some() { 16.0 } else { 8.0 }) * u * logit
-            + steps(attention, case) * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
+            + steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
         let grad_lse = data.grad_lse.iter().flatten().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
         let product = norm(grad_out) * (norm(value) + finite_norm(saved.out)) + grad_lse;
         let of_query = weight + (dv + n + b + 16.0) * u;
@@ -152,11 +175,16 @@ pub(crate) fn flushed(case: &Case, data: &Data) -> f64 {
 }
 
 /// The largest sum of the weights of a key over the queries that share it: the gradient of a value whose outputs' are 1.
-fn largest_column(case: &Case, attention: &Attention<'_>, selected: &[Array3<bool>], saved: &Saved<'_>) -> f64 {
+fn largest_column(
+    case: &Case,
+    attention: &Attention<'_>,
+    saved: &Saved<'_>,
+    largest: impl FnOnce(&Attention<'_>, &Saved<'_>) -> f64,
+) -> f64 {
     let rows = (case.batch, case.heads(), case.query_len, 1);
     let (ones, zeros) = (Array4::ones(rows), Array4::zeros(rows));
     let value = Array4::zeros((case.batch, case.kv_heads, case.key_len, 1));
     let attention = Attention { value: value.view(), ..*attention };
     let saved = Saved { out: zeros.view(), grad_out: ones.view(), grad_lse: None, ..*saved };
-    largest(&attention.backward(selected, &saved).value)
+    largest(&attention, &saved)
 }

@@ -101,6 +101,7 @@ pub(crate) fn with_options<R>(case: &Case, data: &Data, setup: Setup, body: impl
     let bias = data.bias.as_ref().map(StoredBias::new);
     let options = Options {
         block_size: case.block_size,
+        coarser: case.coarser.clone(),
         scale: case.scale,
         mode: case.mode,
         pool_queries: case.pool_queries,

@@ -1,7 +1,7 @@
 //! Random inputs of a given shape.
 
 use mra_attention::reference::Attention;
-use mra_attention::{Budget, Mode, Window};
+use mra_attention::{Budget, CoarserLevel, Mode, Window};
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -62,6 +62,8 @@ pub(crate) struct Case {
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
     pub(crate) block_size: usize,
+    /// Levels above, the coarsest first.
+    pub(crate) coarser: Vec<CoarserLevel>,
     pub(crate) mode: Mode,
     pub(crate) window: Window,
     /// One for all batch items, or one for each.
@@ -99,6 +101,7 @@ impl Default for Case {
             head_dim: 8,
             value_dim: 8,
             block_size: 4,
+            coarser: Vec::new(),
             mode: Mode::Full,
             window: Window::default(),
             offsets: vec![0],
