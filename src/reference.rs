@@ -25,7 +25,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, s};
 use self::head::{Head, HeadGradients};
 pub use self::ladder::{Ladder, Refined};
 use self::segment::Segment;
-pub use self::token_ladder::{Refined, TokenLadder};
+pub use self::token_ladder::TokenLadder;
 use crate::{Budget, Mode, Window};
 
 /// The inputs of attention and what does not follow from them.

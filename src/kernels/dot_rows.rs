@@ -79,7 +79,8 @@ mod tests {
                 let key = |s: usize, c: usize| ((2 * s + 3 * c) % 11) as f32 - 5.0;
                 let queries: Vec<f32> = (0..40 * channels).map(|x| query(x / channels, x % channels)).collect();
                 let packed: Vec<f32> = (0..channels * columns).map(|x| key(x % columns, x / columns)).collect();
-                let places: Vec<(u32, usize)> = (0..listed).map(|i| (39 - 2 * u32::try_from(i).unwrap(), i * (count + 2))).collect();
+                let places: Vec<(u32, usize)> =
+                    (0..listed).map(|i| (39 - 2 * u32::try_from(i).unwrap(), i * (count + 2))).collect();
                 let mut to = vec![-99.0f32; 20 * (count + 2)];
                 let kernel = DotRows {
                     queries: Matrix::new(&queries, 40, channels, channels),

@@ -104,7 +104,8 @@ impl Settings {
         }
         let mut rates = self.blocks_per_row.chunks_exact(rates / levels).map(<[f64]>::to_vec);
         let (finest, above) = self.block_sizes.split_last().expect("at least one level");
-        let coarser = above.iter().zip(&mut rates).map(|(&block_size, blocks_per_row)| CoarserLevel { block_size, blocks_per_row });
+        let coarser =
+            above.iter().zip(&mut rates).map(|(&block_size, blocks_per_row)| CoarserLevel { block_size, blocks_per_row });
         let coarser = coarser.collect();
         Ok((*finest, coarser, rates.next().expect("as many as levels")))
     }

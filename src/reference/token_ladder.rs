@@ -3,6 +3,7 @@
 use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
 
 use super::head::{Head, add, dot, pool, spread};
+use super::ladder::Refined;
 use super::segment::{Kind, Segment};
 use super::select::{higher_first, rounded};
 use super::{Attention, Gradients, Saved};
@@ -16,9 +17,6 @@ pub struct TokenLadder<'a> {
     /// Tokens per block of each level above, the coarsest first; each is a multiple of the next one.
     pub coarser: Vec<usize>,
 }
-
-/// For each level, the coarsest first, and each batch item `(H, rows, nk)`: true where a block is refined.
-pub type Refined = Vec<Vec<Array3<bool>>>;
 
 impl<'a> TokenLadder<'a> {
     /// The same with the blocks of each level, the coarsest first.
@@ -42,8 +40,7 @@ impl<'a> TokenLadder<'a> {
     /// A selection of whatever `chosen` says for (level, batch item, head, row, block): those in blocks that are refined above, and
     /// with them those that are cut.
     pub fn refined(&self, chosen: impl Fn(usize, usize, usize, usize, usize) -> bool) -> Refined {
-        let mut refined: Refined =
-            self.levels().iter().map(|level| level.selection(|_, _, _, _| false)).collect();
+        let mut refined: Refined = self.levels().iter().map(|level| level.selection(|_, _, _, _| false)).collect();
         self.for_heads(|b, h, heads| {
             for (level, head) in heads.iter().enumerate() {
                 let candidates = self.candidates(heads, level, |level, at| refined[level][b][[h, at.0, at.1]]);
@@ -72,7 +69,8 @@ impl<'a> TokenLadder<'a> {
                 let (kinds, c, ratio) = (head.kinds(), head.pooled_logits(), self.ratio(level));
                 let wanted = rounded(rates[level][h.min(rates[level].len() - 1)]).max(1);
                 for t in 0..c.nrows() {
-                    let alive: Vec<usize> = (0..c.ncols()).filter(|&j| candidates[[t, j]] && kinds[[t, j]] != Kind::Dead).collect();
+                    let alive: Vec<usize> =
+                        (0..c.ncols()).filter(|&j| candidates[[t, j]] && kinds[[t, j]] != Kind::Dead).collect();
                     let holds_forced = |j: usize| forced[t].iter().any(|&f| f.div_euclid(ratio as i128) == j as i128);
                     let (taken, mut free): (Vec<usize>, Vec<usize>) =
                         alive.into_iter().partition(|&j| kinds[[t, j]] == Kind::Cut || holds_forced(j));
@@ -99,7 +97,8 @@ impl<'a> TokenLadder<'a> {
             let mut out = out.slice_mut(s![b, h, .., ..]);
             for t in finest.segment.rows.iter().flat_map(|row| &row.queries).copied() {
                 // The logit, how many keys it stands for, and their value.
-                let mut terms: Vec<_> = exact_keys(finest, exact, t).map(|s| (finest.logit(t, s), 1.0, finest.value.row(s))).collect();
+                let mut terms: Vec<_> =
+                    exact_keys(finest, exact, t).map(|s| (finest.logit(t, s), 1.0, finest.value.row(s))).collect();
                 for level in &levels {
                     let coarse = (0..level.coarse.ncols()).filter(|&j| level.coarse[[t, j]]);
                     terms.extend(coarse.map(|j| (level.logits[[t, j]], level.count(j), level.values.row(j))));
@@ -192,9 +191,7 @@ impl<'a> TokenLadder<'a> {
     fn pooled<'h>(&self, heads: &'h [Head<'_>], refined: impl Fn(usize, (usize, usize)) -> bool) -> Vec<PooledLevel<'h>> {
         let of_level = |(level, head): (usize, &'h Head<'_>)| {
             let (candidates, kinds, blocks) = (self.candidates(heads, level, &refined), head.kinds(), &head.segment.keys);
-            let is_coarse = |at| {
-                head.mode == Mode::Full && candidates[at] && kinds[at] == Kind::Open && !refined(level, at)
-            };
+            let is_coarse = |at| head.mode == Mode::Full && candidates[at] && kinds[at] == Kind::Open && !refined(level, at);
             let (keys, values) = (pool(head.key, blocks.iter()), pool(head.value, blocks.iter()));
             PooledLevel {
                 blocks,

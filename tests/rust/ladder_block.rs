@@ -215,7 +215,7 @@ proptest! {
     fn forward_and_backward(case in ladder_case(), threads in 1..4usize, strided in any::<bool>()) {
         let layout = if strided { Layout::TokensFirst } else { Layout::Contiguous };
         check_type::<f64>(&case, threads, layout);
-        #[cfg(not(feature = "x"))] check_type::<f32>(&case, threads, layout);
+        check_type::<f32>(&case, threads, layout);
         check_type::<bf16>(&case, threads, layout);
     }
 }

@@ -13,7 +13,7 @@ use bf16::{Bf16Logits, Bf16Products};
 pub(crate) use bias_tile::BiasTile;
 pub(crate) use dropout::DropoutTile;
 pub(crate) use gradient_tile::{GradientTile, KeySums, QueryTerms};
-pub(crate) use key_batch::{KeyBatch, KeySource, PartView};
+pub(crate) use key_batch::{KeyBatch, KeySource};
 pub(crate) use tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tile_columns, tiles};
 
 use super::problem::Problem;

@@ -182,11 +182,7 @@ impl<'a> Sight<'a> {
     /// How many of these blocks are not dead.
     pub(crate) fn count_alive_of(&self, blocks: &Range<usize>) -> usize {
         let live = common(blocks, &self.live);
-        if self.is_masked() {
-            live.filter(|&block| self.kinds[block] != Kind::Dead).count()
-        } else {
-            live.len()
-        }
+        if self.is_masked() { live.filter(|&block| self.kinds[block] != Kind::Dead).count() } else { live.len() }
     }
 
     /// How many of these blocks are open.

@@ -13,5 +13,5 @@ pub(crate) use per_child::select_children;
 pub(crate) use per_row::{select_rows, select_rows_then};
 pub(crate) use per_token::{Chooser, is_refined};
 pub(crate) use per_token_child::ChildChooser;
-pub(crate) use plan::{BlockPlan, LevelPlace, child_columns, number, selected, set_bit};
+pub(crate) use plan::{BlockPlan, LevelPlace, child_columns, number, selected};
 pub(crate) use scores::{Scores, add_mean_bias};

@@ -231,7 +231,8 @@ impl<T: Scalar> ChildChooser<T> {
         for (place, &parent) in places {
             let blocks = children_of(parent, self.children, self.blocks);
             let free = blocks.clone().filter(|&block| choice.contains(block) && sight.is_open(block));
-            let slot = |block: usize| u32::try_from(place * self.children + block - blocks.start).expect("fewer than 2^32 slots");
+            let slot =
+                |block: usize| u32::try_from(place * self.children + block - blocks.start).expect("fewer than 2^32 slots");
             self.order.extend(free.map(slot));
         }
         let logit = |slot: u32| row[slot as usize];

@@ -133,11 +133,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
 
     /// Adds the gradients of the means of every level to those of the blocks that they are means of, and returns those of the finest
     /// blocks, if there are means.
-    fn spread<'s>(
-        &self,
-        group: usize,
-        pooled: &'s mut [KeySums<'_, E::Compute>],
-    ) -> Option<&'s KeySums<'s, E::Compute>> {
+    fn spread<'s>(&self, group: usize, pooled: &'s mut [KeySums<'_, E::Compute>]) -> Option<&'s KeySums<'s, E::Compute>> {
         let (key_width, value_width) = self.widths();
         self.levels[0].means.as_ref()?;
         for (index, level) in self.levels.iter().enumerate().skip(1) {

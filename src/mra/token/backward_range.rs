@@ -112,7 +112,17 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let segment = batch.segment(head);
         let place = (batch.dropout_head(head), tokens.start - segment.rows.tokens().start);
         let LevelOfRange { sights, plan, width } = of_range;
-        QueryRange { index, head, segment, tokens, sights, plan, width: *width, viewer: Viewer::new(problem, batch, head), place }
+        QueryRange {
+            index,
+            head,
+            segment,
+            tokens,
+            sights,
+            plan,
+            width: *width,
+            viewer: Viewer::new(problem, batch, head),
+            place,
+        }
     }
 
     /// A range of queries: dq, and the sums for keys and values if wanted.

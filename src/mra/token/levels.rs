@@ -106,12 +106,7 @@ impl<'a> LevelOfRange<'a> {
 
 /// Reads the plan of a level, of which and of those above it is known what the queries see. In a ladder it keeps of it what can be: blocks
 /// that a query sees all of and that lie in a block which it refines above, ascending and each once.
-pub(crate) fn read_plan<T>(
-    of_range: &mut [LevelOfRange<'_>],
-    index: usize,
-    level: &TokenLevel<'_, T>,
-    bytes: &[u8],
-) {
+pub(crate) fn read_plan<T>(of_range: &mut [LevelOfRange<'_>], index: usize, level: &TokenLevel<'_, T>, bytes: &[u8]) {
     let is_ladder = of_range.len() > 1;
     let (above, from) = of_range.split_at_mut(index);
     let LevelOfRange { sights, plan, width } = &mut from[0];

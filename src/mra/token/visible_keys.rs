@@ -98,7 +98,13 @@ impl<T: Scalar> BiasColumns<T> {
             }
             return;
         }
-        self.add(viewer.problem.level, queries, |(token, sight), row| viewer.read_row(token, sight, numbers, row), logits, columns);
+        self.add(
+            viewer.problem.level,
+            queries,
+            |(token, sight), row| viewer.read_row(token, sight, numbers, row),
+            logits,
+            columns,
+        );
     }
 
     /// Adds to logits, one row for each key and a lane for each of `queries`, what `read` writes for a query.

@@ -85,8 +85,7 @@ impl Bounds {
     fn of<E: Number>(case: &Case, data: &Data, block_size: usize, steps: f64, column: f64, saved: &Saved<'_>) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
-            [case.head_dim, case.value_dim, block_size, case.key_len, case.query_len * case.group]
-                .map(|x| x.max(1) as f64);
+            [case.head_dim, case.value_dim, block_size, case.key_len, case.query_len * case.group].map(|x| x.max(1) as f64);
         let Data { query, key, value, grad_out, .. } = data;
         let scale = case.scale.unwrap_or(1.0 / d.sqrt()).abs();
         let logit = scale * norm(query) * norm(key) + b.ln() + data.largest_bias() + largest_by_distance(case, data);
