@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _order
 from ._checks import calls, packed
 from ._checks.arguments import Arguments
 from ._ops import Inputs, Settings, forward
+from .config import configure
 
 
 def _check_jagged(name: str, tensor: Any) -> None:
@@ -41,6 +43,7 @@ def _check_arguments(arguments: Arguments) -> None:
     ):
         if getattr(arguments, name) is not None:
             raise ValueError(f"{name} cannot be used with nested tensors; {instead}")
+    _order.refuse(arguments, configure(arguments.config, arguments.settings), "nested tensors")
 
 
 def _check_same_lengths(name: str, other: str, a: Any, b: Any) -> None:
@@ -77,8 +80,8 @@ def prepare(query: Any, key: Any, value: Any, arguments: Arguments) -> tuple[Inp
     _check_same_lengths("key", "value", key, value)
     if jagged[0] == 1:
         _check_same_lengths("query", "key", query, key)
-        inputs, settings, _ = calls.prepare(tuple(x.values().unsqueeze(1) for x in (query, key, value)), arguments)
-        return inputs, settings
+        prepared = calls.prepare(tuple(x.values().unsqueeze(1) for x in (query, key, value)), arguments)
+        return prepared.inputs, prepared.settings
     query_values, key_values, value_values = (x.transpose(1, 2).values() for x in (query, key, value))
     return packed.prepare((query_values, key_values, value_values), (query.offsets(), key.offsets()), arguments)
 

@@ -39,6 +39,8 @@ class Plan:
         What else the operators were given.
     masks : tuple of Tensor or None
         The masks that the operators were given.
+    orders : tuple of Tensor or None
+        The `query_order` and `key_order` with which the plan was made.
 
     Raises
     ------
@@ -48,7 +50,8 @@ class Plan:
     Notes
     -----
     docs/definitions.md, sections 2 to 4, defines the selection. In the block form a row of it is a block of queries, in
-    the token form a single query. The methods read the plan outside of torch, so `torch.compile` splits a graph there.
+    the token form a single query. With a `grid`, a `query_order` or a `key_order` (section 8), rows and columns are
+    those of the reordered tokens. The methods read the plan outside of torch, so `torch.compile` splits a graph there.
     """
 
     data: Tensor
@@ -57,6 +60,7 @@ class Plan:
     key_shape: tuple[int, int, int, int]
     settings: Settings = field(repr=False)
     masks: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = field(repr=False)
+    orders: tuple[Tensor | None, Tensor | None] = field(default=(None, None), repr=False)
 
     @untraced
     def block_masks(self, level: int = -1) -> list[Tensor]:
@@ -173,6 +177,24 @@ class Plan:
         return torch.stack(shares) if shares else torch.zeros((0, self.query_shape[1]), device="cpu")
 
 
+def check_plan(plan: Any) -> None:
+    """Check the type of a plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be None or a mra_attention.Plan, got {type(plan).__name__}")
+
+
+def planned_orders(plan: Any, query_order: Any, key_order: Any) -> tuple[MRAConfig, Tensor | None, Tensor | None]:
+    """Return the config and the orders that a plan was made with, and check that no others are given."""
+    check_plan(plan)
+    for name, given, planned in zip(("query_order", "key_order"), (query_order, key_order), plan.orders, strict=True):
+        if given is not None and given is not planned:
+            raise ValueError(
+                f"{name} is not the tensor with which plan was made, which already fixes the order; leave it out, or "
+                "pass it to mra_attention.plan"
+            )
+    return plan.config, *plan.orders
+
+
 def use_plan(
     plan: Any, config: MRAConfig, given: Collection[str], inputs: Inputs, settings: Settings
 ) -> tuple[Inputs, Settings]:
@@ -181,8 +203,7 @@ def use_plan(
     What is selected is a matter of the plan. So every setting that is given must be the one of the plan, and those that
     are not given are taken from it; only `mode` is free.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be None or a mra_attention.Plan, got {type(plan).__name__}")
+    check_plan(plan)
     for name in given:
         value, planned = getattr(config, name), getattr(plan.config, name)
         if name != "mode" and value != planned:

@@ -8,8 +8,10 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
+from . import _order
 from ._cache_memory import Memory
 from ._checks import calls, head_terms, numbers, tensors
+from ._checks.arguments import Arguments
 from ._ops import cpu
 from .config import MRAConfig, MRASettings, Unpack, configure, with_settings
 
@@ -37,7 +39,7 @@ class KVCache:
         float32, float64, bfloat16 or float16; `torch.get_default_dtype()` by default.
     config : MRAConfig, optional
         How attention is approximated, if a call of `attend` does not say otherwise. A token always chooses for itself,
-        so `pool_queries` makes no difference.
+        so `pool_queries` makes no difference; a `grid` is refused.
     **settings
         Fields of `MRAConfig`; they take the place of those of `config`.
 
@@ -89,6 +91,7 @@ class KVCache:
         self._max_length = None if max_length is None else numbers.integer("max_length", max_length, 1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self._config = configure(config, settings)
+        _order.refuse(Arguments(), self._config, "a KVCache")
         if dtype not in tensors.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         self._lengths = [0] * batch_size
@@ -257,6 +260,7 @@ class KVCache:
         numbers.check_bool("return_lse", return_lse)
         numbers.check_bool("enable_gqa", enable_gqa)
         chosen = configure(self._config if config is None else config, settings)
+        _order.refuse(Arguments(), chosen, "a KVCache")
         if chosen.block_size != self.block_size:
             raise ValueError(
                 f"resolutions={chosen.resolutions!r} do not fit the cache, whose averages are of blocks of "

@@ -35,6 +35,7 @@ class MRASettings(TypedDict, total=False):
     diagonal_blocks: int
     local_blocks: int
     pool_queries: bool
+    grid: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class MRAConfig:
         In the block form a number above 1 does the same; the diagonal is not always exact there.
     pool_queries : bool, default True
         Whether the block form may be used. With False every token chooses for itself also where nothing is hidden.
+    grid : tuple of two int, optional
+        `(rows, columns)` of the patches of an image, which are the last tokens of the sequence, row by row. Blocks are
+        then tiles of the grid, of 4 x 8 patches for blocks of 32, rather than parts of rows, which makes the error
+        smaller; what comes before the grid, such as a class token, stays before it. For queries and keys of one
+        sequence, without `is_causal`, `window_size` and `alibi_slopes`.
 
     Raises
     ------
@@ -96,7 +102,7 @@ class MRAConfig:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 5.
+    Definition: docs/definitions.md, sections 2 to 5 and 8.
 
     Examples
     --------
@@ -114,6 +120,7 @@ class MRAConfig:
     diagonal_blocks: int = 0
     local_blocks: int = 1
     pool_queries: bool = True
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _set(self, "resolutions", numbers.resolutions(self.resolutions))
@@ -130,6 +137,7 @@ class MRAConfig:
         _set(self, "diagonal_blocks", numbers.integer("diagonal_blocks", self.diagonal_blocks, 0))
         _set(self, "local_blocks", numbers.integer("local_blocks", self.local_blocks, 1))
         numbers.check_bool("pool_queries", self.pool_queries)
+        _set(self, "grid", numbers.grid(self.grid))
 
     @property
     def block_size(self) -> int:

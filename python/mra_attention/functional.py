@@ -32,6 +32,8 @@ def scaled_dot_product_attention(
     window_size: tuple[int, int] = (-1, -1),
     causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -56,6 +58,8 @@ def scaled_dot_product_attention(
     window_size: tuple[int, int] = (-1, -1),
     causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -80,6 +84,8 @@ def scaled_dot_product_attention(
     window_size: tuple[int, int] = (-1, -1),
     causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -138,6 +144,12 @@ def scaled_dot_product_attention(
     query_padding_mask : Tensor, optional
         bool `(B, Lq)` or `(Lq,)`, True where the query is valid. Padded queries get the output 0. Without it, and with
         `Lq == Lk`, padded keys are taken for padded queries, which take no part in averages and budgets.
+    query_order, key_order : Tensor, optional
+        int64 `(Lq,)` and `(Lk,)`, or `(B, Lq)` and `(B, Lk)`: permutations. Blocks are cut from the tokens in this
+        order, `query[..., query_order, :]`; masks and results stay in the order of the caller. Tokens that are alike
+        should be neighbours: a block is summed up by its mean. For self-attention pass one tensor as both. For images
+        there is the setting `grid`. Not together with what speaks of positions: `is_causal`, `window_size`,
+        `alibi_slopes`, a `BlockMask`; a mask or bias of pairs says the same. With a plan they are those of the plan.
     softcap : float, optional
         A bound on the logits: `x` becomes `softcap * tanh(x / softcap)`, before biases are added, as in Gemma 2. 0 is
         none, as in flash-attention.
@@ -178,7 +190,7 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 4 and 6 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Definition: docs/definitions.md, sections 2 to 4, 6 and 8 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
     Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0, with sinks too. What is stored at
@@ -212,18 +224,21 @@ def scaled_dot_product_attention(
         alibi_slopes,
         sinks,
         causal_alignment,
+        query_order,
+        key_order,
         config=config,
         settings=settings,
     )
     if tensors.any_nested(query, key, value):
         return _nested.attention(query, key, value, arguments, return_lse)
-    inputs, ready, lead = calls.prepare((query, key, value), arguments)
+    prepared = calls.prepare((query, key, value), arguments)
+    inputs, ready = calls.in_order(prepared), prepared.settings
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())
     if not return_lse:
-        return calls.finish(forward_out(inputs, ready), lead)
+        return calls.finish(forward_out(inputs, ready), prepared)
     out, lse, _ = forward(inputs, ready)
-    return calls.finish(out, lead), calls.finish(lse, lead)
+    return calls.finish(out, prepared), calls.finish(lse, prepared)
 
 
 @with_settings
@@ -238,6 +253,8 @@ def plan(
     window_size: tuple[int, int] = (-1, -1),
     causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     config: MRAConfig | None = None,
@@ -256,6 +273,8 @@ def plan(
         `(..., Hk, Lk, D)`, dtype as `query`.
     attn_mask, is_causal, scale, enable_gqa, window_size, causal_alignment, query_padding_mask, softcap, alibi_slopes
         Likewise. Blocks that a mask cuts are exact beside those of the budget.
+    query_order, key_order
+        Likewise. The plan speaks of the blocks of the reordered tokens.
     config : MRAConfig, optional
         How attention is approximated. The selection is the same in both modes.
     **settings
@@ -296,10 +315,13 @@ def plan(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         causal_alignment=causal_alignment,
+        query_order=query_order,
+        key_order=key_order,
         config=config,
         settings=settings,
     )
-    inputs, ready, _ = calls.prepare((query, key), arguments)
+    prepared = calls.prepare((query, key), arguments)
+    inputs, ready = calls.in_order(prepared), prepared.settings
     batch, heads, query_length, head_dim = inputs.query.shape
     _, key_heads, key_length, _ = inputs.key.shape
     bias = None if inputs.attn_bias is None else inputs.attn_bias.detach()
@@ -310,6 +332,7 @@ def plan(
         key_shape=(batch, key_heads, key_length, head_dim),
         settings=ready,
         masks=(inputs.key_mask, inputs.query_mask, bias, inputs.mask_tiles),
+        orders=(query_order, key_order),
     )
 
 
@@ -327,6 +350,8 @@ def can_run(
     window_size: tuple[int, int] = (-1, -1),
     causal_alignment: Literal["upper_left", "lower_right"] = "upper_left",
     query_padding_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -344,7 +369,7 @@ def can_run(
     ----------
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size, query_padding_mask
         As for `scaled_dot_product_attention`.
-    causal_alignment, softcap, alibi_slopes, sinks, plan, return_lse, config, **settings
+    causal_alignment, query_order, key_order, softcap, alibi_slopes, sinks, plan, return_lse, config, **settings
         Likewise.
 
     Returns
@@ -384,6 +409,8 @@ def can_run(
         alibi_slopes,
         sinks,
         causal_alignment,
+        query_order,
+        key_order,
         config=config,
         settings=settings,
     )
@@ -392,7 +419,7 @@ def can_run(
         if tensors.any_nested(query, key, value):
             _nested.prepare(query, key, value, arguments)
             return None
-        refuse_forward_ad(*calls.prepare((query, key, value), arguments)[0])
+        refuse_forward_ad(*calls.prepare((query, key, value), arguments).inputs)
     except (TypeError, ValueError, NotImplementedError) as refusal:
         return str(refusal)
     return None

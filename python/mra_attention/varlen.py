@@ -105,7 +105,7 @@ def varlen_attention(
     config : MRAConfig, optional
         How attention is approximated.
     **settings
-        Fields of `MRAConfig`, which explains them; they take the place of those of `config`.
+        Fields of `MRAConfig`, which explains them; they take the place of those of `config`. A `grid` is refused.
 
     Returns
     -------

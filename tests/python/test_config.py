@@ -23,6 +23,7 @@ OTHERS: dict[str, Any] = {
     "diagonal_blocks": 3,
     "local_blocks": 2,
     "pool_queries": False,
+    "grid": (9, 11),
 }
 QUERY, KEY, VALUE = torch.randn(3, 1, 2, 100, 8).unbind()
 
@@ -32,7 +33,7 @@ def test_the_table_above_has_every_setting():
     assert all(OTHERS[name] != getattr(MRAConfig(), name) for name in SETTINGS)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "grid"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_config_is_the_same_as_its_settings_in_every_entry_point(name, is_causal):
     settings: dict[str, Any] = {name: OTHERS[name]}
@@ -64,6 +65,29 @@ def test_a_config_is_the_same_as_its_settings_in_every_entry_point(name, is_caus
     assert can_run(QUERY, KEY, VALUE, config=config) is None
 
 
+def test_a_grid_in_a_config_is_one_as_a_keyword():
+    few: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 1}
+    config, other = MRAConfig(grid=(9, 11), **few), MRAConfig(grid=(2, 3), **few)
+
+    def same(a: torch.Tensor, *others: torch.Tensor) -> list[bool]:
+        return [torch.equal(a, b) for b in others]
+
+    outputs = [
+        scaled_dot_product_attention(QUERY, KEY, VALUE, grid=(9, 11), **few),
+        scaled_dot_product_attention(QUERY, KEY, VALUE, config=config),
+        scaled_dot_product_attention(QUERY, KEY, VALUE, config=other, grid=(9, 11)),
+        scaled_dot_product_attention(QUERY, KEY, VALUE, config=config, grid=None),
+    ]
+    plans = [
+        plan(QUERY, KEY, grid=(9, 11), **few),
+        plan(QUERY, KEY, config=config),
+        plan(QUERY, KEY, config=other, grid=(9, 11)),
+        plan(QUERY, KEY, config=config, grid=None),
+    ]
+    assert same(*outputs) == same(*(selection.data for selection in plans)) == [True, True, False]
+    assert can_run(QUERY, KEY, VALUE, config=config) is None
+
+
 def test_configs_are_values():
     config = MRAConfig(**OTHERS)
     assert config == MRAConfig(**OTHERS)
@@ -80,6 +104,7 @@ def test_configs_are_values():
 
 def test_one_spelling_of_equal_values():
     assert MRAConfig(resolutions=[16, 1], blocks_per_row=2) == MRAConfig(resolutions=(16, 1), blocks_per_row=2.0)
+    assert hash(MRAConfig(grid=[9, 11])) == hash(MRAConfig(grid=(9, 11)))  # pyright: ignore[reportArgumentType]
     spelled = [(1, 2.5), [1.0, 2.5], torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.5], dtype=torch.float64)]
     assert len({MRAConfig(blocks_per_row=rates) for rates in spelled}) == 1
 

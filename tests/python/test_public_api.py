@@ -23,6 +23,7 @@ SETTINGS = {
     "diagonal_blocks": 0,
     "local_blocks": 1,
     "pool_queries": True,
+    "grid": None,
 }
 ENTRY_POINTS = [
     mra_attention.scaled_dot_product_attention,
@@ -76,6 +77,8 @@ def test_keyword_parameters():
         "window_size": (-1, -1),
         "causal_alignment": "upper_left",
         "query_padding_mask": None,
+        "query_order": None,
+        "key_order": None,
         "softcap": None,
         "alibi_slopes": None,
         "sinks": None,
@@ -132,7 +135,7 @@ def test_the_methods_of_the_cache_are_documented():
 def test_varlen_attention_takes_the_parameters_of_attention():
     attention = inspect.signature(mra_attention.scaled_dot_product_attention).parameters
     varlen = inspect.signature(mra_attention.varlen_attention).parameters
-    assert attention.keys() - varlen.keys() == {"attn_mask", "query_padding_mask", "plan"}
+    assert attention.keys() - varlen.keys() == {"attn_mask", "query_padding_mask", "plan", "query_order", "key_order"}
     assert varlen.keys() - attention.keys() == {"cu_seqlens_q", "cu_seqlens_k"}
     for name in attention.keys() & varlen.keys():
         assert attention[name].default == varlen[name].default, name

@@ -228,6 +228,9 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "softcap": (0.5, {}),
     "alibi_slopes": (torch.full((HEADS,), 0.3), {}),
     "sinks": (torch.full((HEADS,), 0.3), {}),
+    "query_order": (torch.arange(100).view(10, 10).t().flatten(), {}),
+    "key_order": (torch.arange(90).view(9, 10).t().flatten(), {}),
+    "grid": ((9, 11), {"key": QUERY.flip(2), "value": QUERY.flip(3)}),
 }
 CAUSAL_UNUSUAL = {
     **{name: (value, {"is_causal": True} | base) for name, (value, base) in UNUSUAL.items()},
@@ -239,6 +242,7 @@ CAUSAL_UNUSUAL = {
 }
 # A causal call is in the token form anyway.
 MAKES_NO_DIFFERENCE = {"pool_queries"}
+NOT_CAUSAL = {"query_order", "key_order", "grid"}
 
 
 def outcome(arguments: dict[str, Any]) -> Any:
@@ -258,6 +262,10 @@ def test_every_argument_counts(name: str, causal: bool) -> None:
     usual, unusual = outcome(before), outcome(before | {name: value})
     if causal and name in MAKES_NO_DIFFERENCE:
         assert torch.equal(usual, unusual)
+    elif causal and name in NOT_CAUSAL:
+        assert isinstance(unusual, ValueError)
+        assert str(unusual).startswith("is_causal=True")
+        assert name in str(unusual)
     elif name == "enable_gqa":
         assert isinstance(usual, ValueError)
         assert unusual.shape == usual_shape()

@@ -291,6 +291,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     ),
     "local-0": ({"local_blocks": 0}, ValueError, ["local_blocks must be an integer of at least 1", "0"]),
     "local-float": ({"local_blocks": 1.0}, TypeError, ["local_blocks must be an integer of at least 1", "1.0"]),
+    "grid-int": ({"grid": 4}, TypeError, ["grid must be None or two integers (rows, columns)", "got 4"]),
+    "grid-three": ({"grid": (2, 3, 4)}, TypeError, ["grid must be None or two integers", "(2, 3, 4)"]),
+    "grid-float": ({"grid": (2.0, 3)}, TypeError, ["grid[0] must be an integer of at least 1", "2.0"]),
+    "grid-0": ({"grid": (2, 0)}, ValueError, ["grid[1] must be an integer of at least 1", "0"]),
     "pool-int": ({"pool_queries": 1}, TypeError, ["pool_queries must be True or False", "1"]),
     "config-dict": (
         {"config": {"mode": "full"}},

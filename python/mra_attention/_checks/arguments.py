@@ -21,5 +21,7 @@ class Arguments(NamedTuple):
     alibi_slopes: Any = None
     sinks: Any = None
     causal_alignment: Any = "upper_left"
+    query_order: Any = None
+    key_order: Any = None
     config: Any = None
     settings: Mapping[str, Any] = {}

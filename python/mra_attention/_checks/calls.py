@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
+from .. import _order
 from .._ops import Inputs, Settings
 from .._plan import use_plan
 from ..config import SETTINGS, MRAConfig, configure
@@ -23,6 +24,8 @@ class Prepared(NamedTuple):
     settings: Settings
     lead: shapes.Shape | None
     """The shape of everything before (length, channels), where it is not simply that of the 4-D inputs."""
+    orders: _order.Orders | None = None
+    """The order that queries and keys are to be brought to first, where it is not the given one."""
 
 
 def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
@@ -33,6 +36,9 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     causal = causal_bias.is_requested(arguments.is_causal, attn_mask)
     window = visible_window(arguments.window_size, causal)
     numbers.check_bool("enable_gqa", arguments.enable_gqa)
+    order = _order.requested(arguments, config)
+    if order is not None:
+        _order.check_beside(order, arguments, window)
     if torch.is_autocast_enabled("cpu"):
         inputs = autocast(inputs)
         if not isinstance(attn_mask, CausalBias):
@@ -54,7 +60,13 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     if arguments.plan is not None:
         given = arguments.settings if arguments.config is None else SETTINGS
         call, ready = use_plan(arguments.plan, config, given, call, ready)
-    return Prepared(call, ready, lead)
+    orders = None if order is None else _order.check(order, arguments, call, lead)
+    return Prepared(call, ready, lead, orders)
+
+
+def in_order(prepared: Prepared) -> Inputs:
+    """Return the tensors of a call in the order in which they are cut into blocks."""
+    return prepared.inputs if prepared.orders is None else _order.apply(prepared.inputs, prepared.orders)
 
 
 def _is_lower_right(arguments: Arguments, window: tuple[int, int], call: Inputs, config: MRAConfig) -> bool:
@@ -87,9 +99,11 @@ def is_lower_right(alignment: Any, needed: bool) -> bool:
     return alignment == "lower_right"
 
 
-def finish(result: Tensor, lead: shapes.Shape | None) -> Tensor:
-    """Bring a result of the operators, (B, H, ...), to the leading dimensions of the inputs."""
-    return result if lead is None else result.reshape(*lead, *result.shape[2:])
+def finish(result: Tensor, prepared: Prepared) -> Tensor:
+    """Bring a result of the operators, (B, H, Lq, ...), to the order and the leading dimensions of the inputs."""
+    if prepared.orders is not None:
+        result = _order.restore(result, prepared.orders)
+    return result if prepared.lead is None else result.reshape(*prepared.lead, *result.shape[2:])
 
 
 def visible_window(window_size: Any, causal: bool) -> tuple[int, int]:

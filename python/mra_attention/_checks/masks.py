@@ -45,16 +45,20 @@ def key_mask_or_bias(
 def query_mask(mask: Any, lead: Shape, query_length: int) -> Tensor:
     """Check `query_padding_mask` and bring it to `(B, Lq)`."""
     check_bool_mask("query_padding_mask", mask)
-    shape, full = mask.shape, (*lead[:-1], query_length)
+    return of_tokens("query_padding_mask", "query", mask, lead, query_length)
+
+
+def of_tokens(name: str, side: str, given: Tensor, lead: Shape, length: int) -> Tensor:
+    """Check the shape of what there is for each query or key, and bring it to `(B, length)`."""
+    shape, full = given.shape, (*lead[:-1], length)
     if len(full) == 2 and shape == full:
-        return mask
-    accepted = full if len(full) > 1 else (1, query_length)
-    if not 1 <= len(shape) <= len(accepted) or shape[-1] != query_length or broadcast([shape, accepted]) != accepted:
+        return given
+    accepted = full if len(full) > 1 else (1, length)
+    if not 1 <= len(shape) <= len(accepted) or shape[-1] != length or broadcast([shape, accepted]) != accepted:
         raise ValueError(
-            "query_padding_mask must be broadcastable to (batch, query length) = "
-            f"{text(accepted)}, got the shape {text(shape)}"
+            f"{name} must be broadcastable to (batch, {side} length) = {text(accepted)}, got the shape {text(shape)}"
         )
-    return _flatten_batch(mask, lead, query_length)
+    return _flatten_batch(given, lead, length)
 
 
 def _check_kind(mask: Any, dtype: torch.dtype) -> None:

@@ -141,6 +141,16 @@ def window(window_size: Any) -> tuple[int, int]:
     return integer("window_size[0]", left, -1), integer("window_size[1]", right, -1)
 
 
+def grid(given: Any) -> tuple[int, int] | None:
+    """Check `grid`: rows and columns, if it is given."""
+    if given is None:
+        return None
+    if not isinstance(given, (tuple, list)) or len(cast("Sequence[Any]", given)) != 2:
+        raise TypeError(f"grid must be None or two integers (rows, columns), got {given!r}")
+    rows, columns = cast("Sequence[Any]", given)
+    return integer("grid[0]", rows, 1), integer("grid[1]", columns, 1)
+
+
 def resolutions(given: Any) -> tuple[int, ...] | Literal["auto"]:
     """Check `resolutions`."""
     if isinstance(given, str) and given == "auto":

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import _order
 from .._ops import Inputs, Settings
 from ..config import configure
 from . import calls, numbers, shapes, tensors
@@ -18,6 +19,7 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     """Check the arguments of a call with query, key and value `(total, heads, channels)`."""
     is_causal, enable_gqa = arguments.is_causal, arguments.enable_gqa
     config = configure(arguments.config, arguments.settings)
+    _order.refuse(arguments, config, "packed sequences")
     dropout_p = numbers.dropout(arguments.dropout_p)
     numbers.check_bool("is_causal", is_causal)
     numbers.check_bool("enable_gqa", enable_gqa)

@@ -9,7 +9,7 @@ from .arguments import Inputs, Settings
 from .sizes import is_one, plan_bytes
 
 
-def _order(like: Tensor) -> list[int]:
+def memory_order(like: Tensor) -> list[int]:
     """Return batch, heads and positions (0, 1, 2) as they lie in memory, the outermost first.
 
     What has a single element or is repeated lies nowhere and keeps its place.
@@ -39,7 +39,7 @@ def _empty(like: Tensor, channels: int, tokens_first: bool = False) -> Tensor:
     elif type(like) is Tensor and like.is_contiguous():
         return torch.empty((batch, heads, length, channels), dtype=like.dtype, device=like.device)  # the same, faster
     else:
-        order = _order(like)
+        order = memory_order(like)
     strides, step = [0, 0, 0, 1], channels
     if type(channels) is int and channels == 0:
         step = 1
