@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -83,8 +84,10 @@ def grid_order(grid: tuple[int, int], resolutions: tuple[int, ...], length: int)
     tuple of Tensor
         int64 `(length,)`: the token at each place, and the place of each token.
     """
-    leading = length - grid[0] * grid[1]
-    cells = [_cells(*grid, resolutions, inverse) for inverse in (False, True)]
+    # A compiler may take any number for one that changes; that of the grid does not.
+    rows, columns, *sizes = [operator.index(number) for number in (*grid, *resolutions)]
+    leading = length - rows * columns
+    cells = [_cells(rows, columns, tuple(sizes), inverse) for inverse in (False, True)]
     if leading == 0:
         return cells[0], cells[1]
     first = torch.arange(leading, device="cpu")
