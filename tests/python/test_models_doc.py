@@ -19,6 +19,7 @@ SECTIONS = {
     "transformers": None,
     "The MRA models of transformers": None,
     "Beside the softmax": None,
+    "Images": None,
     "A bias that is learned": None,
 }
 """What the last example of a section prints, where the text does not show it in a block of its own."""

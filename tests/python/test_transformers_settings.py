@@ -118,6 +118,19 @@ def test_a_change_of_settings_is_seen_at_the_next_call():
     assert not torch.equal(model(ids).logits, approximate)
 
 
+def test_an_image_model_takes_a_grid():
+    pixels = torch.randn(2, 3, 32, 32)  # 8 x 8 patches and a class token
+    results = {}
+    for budget in (2, "inf"):
+        for grid in (None, [8, 8]):
+            model = build("vit", SMALL | {"blocks_per_row": budget, "grid": grid})
+            results[budget, grid is None] = model(pixels).last_hidden_state
+    assert error(results["inf", False], results["inf", True]) < 1e-5
+    assert error(results[2, False], results[2, True]) > 1e-3
+    with pytest.raises(ValueError, match=r"is_causal=True.*grid=\(8, 8\)"):
+        build("llama", SMALL | {"grid": [8, 8]})(tokens())
+
+
 def test_windows_are_exact_by_default():
     model = build("mistral", SMALL)
     ids, mask = tokens(), padding("left")
