@@ -6,7 +6,7 @@ computed there, and gathered back.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from ._checks.shapes import Shape
 from ._checks.tensors import check_cpu, check_dense
 from ._grid import grid_order
 from ._ops import Inputs
+from ._ops.autograd import is_direct
 from ._ops.outputs import memory_order
+from ._ops.refusals import refuse_forward_ad
 from ._ops.sizes import is_one
 from ._plan import planned_orders
 from .config import MRAConfig
@@ -129,7 +131,8 @@ def refuse(arguments: Arguments, config: MRAConfig, where: str) -> None:
 
 def apply(inputs: Inputs, orders: Orders) -> Inputs:
     """Bring the tensors of a call to the orders."""
-    of_query, of_key = (None if order is None else order.tokens for order in orders)
+    refuse_forward_ad(*inputs)  # in other words than those of a Function without a `jvp`
+    of_query, of_key = orders
     query, key, value = inputs[:3]
     ordered_key = _take(key, of_key)
     return inputs._replace(
@@ -144,7 +147,7 @@ def apply(inputs: Inputs, orders: Orders) -> Inputs:
 
 def restore(result: Tensor, orders: Orders) -> Tensor:
     """Bring an output or log-sum-exp back to the caller's order of queries."""
-    return result if orders.query is None else _take(result, orders.query.places)
+    return _take(result, None if orders.query is None else Order(*reversed(orders.query)))
 
 
 def _of_grid(grid: tuple[int, int], resolutions: tuple[int, ...], queries: int, keys: int) -> Order:
@@ -187,45 +190,66 @@ def _assert(name: str, right: Tensor, length: int) -> None:
         raise ValueError(words) from None
 
 
-def _take(tensor: Tensor, tokens: Tensor | None) -> Tensor:
+class _IndexSelect(torch.autograd.Function):
+    """`index_select` by a permutation: its gradient is another one, where torch would add to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, order: Order) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(*order)
+        return tensor.index_select(dim, order.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tokens, places = ctx.saved_tensors
+        return _index_select(grads[0], ctx.dim, Order(places, tokens)), None, None
+
+
+def _index_select(tensor: Tensor, dim: int, order: Order) -> Tensor:
+    if tensor.requires_grad and torch.is_grad_enabled() and is_direct((tensor, *order)):
+        return cast("Tensor", _IndexSelect.apply(tensor, dim, order))
+    return tensor.index_select(dim, order.tokens)
+
+
+def _take(tensor: Tensor, order: Order | None) -> Tensor:
     """Reorder the tokens of `(B, H, L, D)` or `(B, H, L)`; the dimensions lie in memory as before."""
-    if tokens is None:
+    if order is None:
         return tensor
-    order = memory_order(tensor)
-    back = [order.index(dim) for dim in range(3)]
-    rest = list(range(3, tensor.dim()))
-    stored = tensor.permute(*order, *rest)
-    sizes = stored.shape[:3]
-    # All that lies outside of a token is one dimension, or all of it one, for which torch has the faster loops.
-    if tokens.dim() == 1:
-        at = order.index(2)
-        taken = stored.flatten(0, 1).index_select(1, tokens) if at == 2 else stored.index_select(at, tokens)
-        return taken.reshape(stored.shape).permute(*back, *rest)
-    rows = torch.arange(sizes[0] * sizes[1] * sizes[2], device="cpu").view(sizes).permute(back)
-    rows = rows.gather(2, tokens.unsqueeze(1).expand(rows.shape)).permute(order).flatten()
-    return stored.flatten(0, 2).index_select(0, rows).reshape(stored.shape).permute(*back, *rest)
+    dims = memory_order(tensor)
+    back, rest = [dims.index(dim) for dim in range(3)], list(range(3, tensor.dim()))
+    stored = tensor.permute(*dims, *rest)
+    if order.tokens.dim() == 1:
+        # With one dimension before that of the tokens torch takes a faster loop than with two.
+        at = dims.index(2)
+        taken = _index_select(stored.flatten(0, 1), 1, order) if at == 2 else _index_select(stored, at, order)
+    else:
+        batch, heads, length = tensor.shape[:3]
+        rows = torch.arange(batch * heads * length, device="cpu").view(stored.shape[:3]).permute(back)
+        rows = rows.gather(2, order.tokens.unsqueeze(1).expand(rows.shape))
+        taken = stored.flatten(0, 2).index_select(0, rows.permute(dims).flatten())
+    return taken.reshape(stored.shape).permute(*back, *rest)
 
 
-def _take_mask(mask: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+def _take_mask(mask: Tensor | None, order: Order | None) -> Tensor | None:
     """Reorder a mask `(B, L)`."""
-    if mask is None or tokens is None:
+    if mask is None or order is None:
         return mask
-    return mask.index_select(1, tokens) if tokens.dim() == 1 else mask.gather(1, tokens)
+    return mask.index_select(1, order.tokens) if order.tokens.dim() == 1 else mask.gather(1, order.tokens)
 
 
-def _take_pairs(bias: Tensor | None, of_query: Tensor | None, of_key: Tensor | None) -> Tensor | None:
-    """Reorder rows and columns of a mask or bias that broadcasts to `(B, H, Lq, Lk)`."""
+def _take_pairs(bias: Tensor | None, of_query: Order | None, of_key: Order | None) -> Tensor | None:
+    """Reorder rows and columns of a mask or bias that broadcasts to `(B, H, Lq, Lk)`; nothing repeated is copied."""
     if bias is None:
         return None
-    if not bias.requires_grad:  # whose gradient has the shape that was given
+    if not bias.requires_grad:  # else its gradient has the shape that was given
         for dim in range(4):
-            if not is_one(bias.shape[dim]) and bias.stride(dim) == 0 and bias.shape[dim] > 0:
+            if bias.stride(dim) == 0 and bias.shape[dim] > 0:
                 bias = bias.narrow(dim, 0, 1)
-    for dim, tokens in ((2, of_query), (3, of_key)):
-        if tokens is None or is_one(bias.shape[dim]):
+    for dim, order in ((2, of_query), (3, of_key)):
+        if order is None or is_one(bias.shape[dim]):
             continue
-        if tokens.dim() == 1:
-            bias = bias.index_select(dim, tokens)
+        if order.tokens.dim() == 1:
+            bias = _index_select(bias, dim, order)
         else:
-            bias = _take(bias.expand(tokens.shape[0], -1, -1, -1).movedim(dim, 2), tokens).movedim(2, dim)
+            bias = _take(bias.expand(order.tokens.shape[0], -1, -1, -1).movedim(dim, 2), order).movedim(2, dim)
     return bias

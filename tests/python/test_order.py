@@ -23,6 +23,7 @@ from mra_attention._grid import grid_order, tile_shapes
 from mra_attention.nn import MultiheadAttention, convert
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -287,6 +288,24 @@ def test_grouped_heads_dropout_and_autocast_follow():
         out, expected = both(query.float(), key.float(), value.float())
     assert out.dtype is torch.bfloat16
     assert torch.equal(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@by_order
+def test_derivatives_that_there_are_none_of_are_refused_as_without_an_order(name):
+    keys, given = ORDERS[name]
+    query, key, value = inputs(keys)
+    (grad,) = torch.autograd.grad(function_of(query, key, value, given), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="mra_attention has no second derivative"):
+        grad.sum().backward()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="mra_attention has no forward-mode"):
+            function_of(dual, key, value, given)
+
+
+def function_of(query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, **FEW, **given).square().sum()
 
 
 # Plans

@@ -180,7 +180,7 @@ class _SelectFunction(torch.autograd.Function):
         return folding.unfold(info.batch_size, cast("Tensor", chosen)), 0
 
 
-def _is_direct(args: tuple[Any, ...]) -> bool:
+def is_direct(args: tuple[Any, ...]) -> bool:
     """Whether a call comes to the autograd kernel without a transform, a compiler or a subclass before it."""
     return not (
         transforms_active()
@@ -195,14 +195,14 @@ def call_forward(*args: Any) -> Tensors3:
     refusals.refuse_forward_ad(*args[:COUNT])
     # For plain tensors the dispatcher would come to the autograd kernel first. To begin there saves one passage through
     # the dispatcher, up to ten microseconds.
-    if _is_direct(args):
+    if is_direct(args):
         return record(None, *args)
     return _ForwardFunction.apply(*args) if transforms_active() else _forward_op()(*args)
 
 
 def call_forward_out(inputs: Inputs, settings: Settings) -> Tensor:
     """Call `forward` for its first result; where nothing is recorded, the others are not even allocated."""
-    if _is_direct(inputs) and not _is_recorded(inputs) and not _needs_dispatcher(inputs):
+    if is_direct(inputs) and not _is_recorded(inputs) and not _needs_dispatcher(inputs):
         refusals.refuse_forward_ad(*inputs)
         return cpu.forward_out(inputs, settings)
     return call_forward(*inputs, *settings)[0]
