@@ -106,7 +106,7 @@ def scaled_dot_product_attention(
     query : Tensor
         `(..., H, Lq, D)`, or `(Lq, D)` for one head; float32, float64, bfloat16 or float16, on the CPU. Or query, key
         and value are nested tensors `(B, H, j, D)` of layout `torch.jagged`, as for torch's own attention; then without
-        masks and plan.
+        masks, orders and plan.
     key : Tensor
         `(..., Hk, Lk, D)`, dtype as `query`. `Lk` may differ from `Lq`, and no length need be a multiple of the block
         size. Leading dimensions broadcast as in torch's own attention.

@@ -589,6 +589,11 @@ def test_a_grid_is_of_one_sequence():
         scaled_dot_product_attention(query, key, value, grid=GRID)
 
 
+def test_one_order_is_not_for_sequences_of_two_lengths():
+    with pytest.raises(ValueError, match=r"key_order must be broadcastable to \(batch, key length\) = \(2, 50\)"):
+        scaled_dot_product_attention(*inputs(50), **BOTH)
+
+
 def test_where_there_is_no_order_it_is_refused():
     packed = [torch.randn(LENGTH, 2, 4) for _ in range(3)]
     config = MRAConfig(grid=GRID)
