@@ -50,7 +50,7 @@ class Requested(NamedTuple):
     """What a call asks for, not yet checked."""
 
     grid: tuple[int, int] | None
-    resolutions: tuple[int, ...]
+    config: MRAConfig
     query: Any
     key: Any
 
@@ -69,7 +69,7 @@ def requested(arguments: Arguments, config: MRAConfig) -> Requested | None:
         config, query, key = planned_orders(arguments.plan, query, key)
     if config.grid is None and query is None and key is None:
         return None
-    return Requested(config.grid, tuple(config.resolutions), query, key)
+    return Requested(config.grid, config, query, key)
 
 
 def check_beside(order: Requested, arguments: Arguments, window: tuple[int, int]) -> None:
@@ -101,7 +101,8 @@ def check(order: Requested, arguments: Arguments, inputs: Inputs, lead: Shape | 
     """Check the orders of a call against its inputs, and return them with their inverses."""
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
     if order.grid is not None:
-        of_grid = _of_grid(order.grid, order.resolutions, queries, keys)
+        sizes = order.config.for_length(max(queries, keys)).block_sizes
+        of_grid = _of_grid(order.grid, (*sizes, 1), queries, keys)
         return Orders(of_grid, of_grid)
     full = tuple(inputs.query.shape[:2]) if lead is None else lead
     if order.query is order.key and queries == keys:

@@ -327,7 +327,7 @@ def plan(
     bias = None if inputs.attn_bias is None else inputs.attn_bias.detach()
     return Plan(
         data=select(inputs, ready),
-        config=configure(config, settings),
+        config=configure(config, settings).for_length(max(query_length, key_length)),
         query_shape=(batch, heads, query_length, head_dim),
         key_shape=(batch, key_heads, key_length, head_dim),
         settings=ready,
