@@ -134,7 +134,7 @@ impl<I: Iterator<Item = usize> + Clone> BlockRow<'_, I> {
                 let count = rows * keys.len();
                 cut |= count > 0 && kind_of_bounds(lowest, highest, sum, count) != Kind::Open;
                 // The sum of numbers near the lowest one overflows.
-                means[j] = (sum / count.max(1) as f64).max(lowest);
+                means[j] = if count == 0 { 0.0 } else { (sum / count as f64).max(lowest) };
             }
         });
         cut
