@@ -14,6 +14,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "views are passed by value")]
 #![allow(clippy::float_cmp, reason = "a score equals its row's best or does not; there is no tolerance in a selection")]
 
+mod first_order;
 mod head;
 mod ladder;
 mod segment;
@@ -26,7 +27,7 @@ use self::head::{Head, HeadGradients};
 pub use self::ladder::{Ladder, Refined};
 use self::segment::Segment;
 pub use self::token_ladder::TokenLadder;
-use crate::{Budget, Mode, Window};
+use crate::{Budget, Coarse, Mode, Window};
 
 /// The inputs of attention and what does not follow from them.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +64,8 @@ pub struct Attention<'a> {
     pub scale: Option<f64>,
     /// Which terms the softmax has.
     pub mode: Mode,
+    /// What stands for coarse blocks in the block form. There is no softcap beside [`Coarse::FirstOrder`].
+    pub coarse: Coarse,
 }
 
 /// What backward reads beside the inputs.
@@ -216,6 +219,7 @@ impl<'a> Attention<'a> {
             sink: self.sinks.map(|sinks| sinks[b * self.query.dim().1 + h]),
             scale: self.scale.unwrap_or(1.0 / (self.query.dim().3.max(1) as f64).sqrt()),
             mode: self.mode,
+            coarse: self.coarse,
         }
     }
 }

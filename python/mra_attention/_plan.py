@@ -201,12 +201,12 @@ def use_plan(
     """Check that a plan was made for these inputs; return them with it, and the settings with those of the plan.
 
     What is selected is a matter of the plan. So every setting that is given must be the one of the plan, and those that
-    are not given are taken from it; only `mode` is free.
+    are not given are taken from it; only `mode` and `coarse` are free.
     """
     check_plan(plan)
     for name in given:
         value, planned = getattr(config, name), getattr(plan.config, name)
-        if name != "mode" and value != planned:
+        if name not in ("mode", "coarse") and value != planned:
             raise ValueError(
                 f"{name}={value!r} does not fit plan, which was made with {name}={planned!r} and already fixes the "
                 "selection; leave it out, or pass it to mra_attention.plan"
@@ -231,7 +231,11 @@ def use_plan(
             f"plan was made {made} an attn_mask of pairs, but is used {used} one; pass the masks that it was made with"
         )
     settings = plan.settings._replace(
-        scale=settings.scale, softcap=settings.softcap, sparse=settings.sparse, dropout_p=settings.dropout_p
+        scale=settings.scale,
+        softcap=settings.softcap,
+        sparse=settings.sparse,
+        first_order=settings.first_order,
+        dropout_p=settings.dropout_p,
     )
     return inputs._replace(plan=_checked_data(plan)), settings
 

@@ -42,7 +42,7 @@ def draw(levels: Tensor, sizes: Sequence[int], axes: Any, **labels: str) -> Any:
         raise ImportError("Plan.plot needs matplotlib: pip install matplotlib") from error
     if axes is None:
         axes = pyplot.subplots(layout="constrained")[1]  # pyright: ignore[reportUnknownMemberType]
-    image = axes.imshow(levels, cmap="Greys", vmin=0, vmax=len(sizes), interpolation="nearest", aspect="auto")
+    image = axes.imshow(levels.numpy(), cmap="Greys", vmin=0, vmax=len(sizes), interpolation="nearest", aspect="auto")
     axes.set(**labels)
     bar = axes.figure.colorbar(image, ax=axes, ticks=range(len(sizes) + 1))
     bar.ax.set_yticklabels([*(f"coarse, {size}" for size in sizes), "exact"])

@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use bias_gradient::BiasGradient;
 pub use inputs::{Gradients, Inputs, Saved};
 use problem::{Batch, Blocks, Form};
-pub use problem::{Bias, BiasData, Budget, CoarserLevel, Layout, Mask, Mode, Options, Problem, Window};
+pub use problem::{Bias, BiasData, Budget, Coarse, CoarserLevel, Layout, Mask, Mode, Options, Problem, Window};
 pub use pyramid::{PooledInputs, append};
 
 use crate::error::{Error, Result};
@@ -152,6 +152,9 @@ pub fn backward<E: Element>(
         token::backward(problem, &tokens, inputs, &saved.grad_out, &terms, plan, gradients);
     }
     if let Some(bias) = &gradients.bias {
+        if problem.expands() && !blocks.segments.is_empty() {
+            return Err(Error::new("grad_bias: given, expected None with the first-order coarse term"));
+        }
         bias.compute(problem, [&blocks, &tokens], inputs, &saved.grad_out, &terms, plan, gradients);
     }
     Ok(())

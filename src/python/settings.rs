@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::borrow::Descriptor;
-use crate::{Budget, CoarserLevel, Error, Layout, Level, Mode, Options, Problem, Window};
+use crate::{Budget, Coarse, CoarserLevel, Error, Layout, Level, Mode, Options, Problem, Window};
 
 /// Everything that says how attention is computed, as the Python package has it.
 #[derive(FromPyObject)]
@@ -12,6 +12,7 @@ pub(super) struct Settings {
     /// Of every level, the coarsest first.
     block_sizes: Vec<usize>,
     sparse: bool,
+    first_order: bool,
     pool_queries: bool,
     /// -1: no limit.
     window_left: i64,
@@ -139,6 +140,7 @@ impl Settings {
             coarser,
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
+            coarse: if self.first_order { Coarse::FirstOrder } else { Coarse::Mean },
             pool_queries: self.pool_queries,
             window: Window { left: limit("window_left", self.window_left)?, right: limit("window_right", self.window_right)? },
             layout: sequences.layout(self.lower_right),

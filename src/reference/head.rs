@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use super::segment::{Kind, Segment};
-use crate::Mode;
+use crate::{Coarse, Mode};
 
 /// One query head and the keys and values that it reads.
 pub(super) struct Head<'a> {
@@ -18,6 +18,7 @@ pub(super) struct Head<'a> {
     pub(super) sink: Option<f64>,
     pub(super) scale: f64,
     pub(super) mode: Mode,
+    pub(super) coarse: Coarse,
 }
 
 /// What backward reads beside the inputs.
@@ -102,13 +103,19 @@ impl Head<'_> {
 
     /// `c[row, j]`, with the mean of the bias where the block is open.
     pub(super) fn pooled_logits(&self) -> Array2<f64> {
-        let (rows, keys, kinds) = (&self.segment.rows, &self.segment.keys, self.kinds());
-        let (qh, kh) = (self.query_means(), pool(self.key, keys.iter()));
+        let kinds = self.kinds();
+        let (qh, kh) = (self.query_means(), pool(self.key, self.segment.keys.iter()));
         Array2::from_shape_fn(kinds.raw_dim(), |(row, j)| {
-            let pairs = rows[row].pooled.iter().flat_map(|&t| keys[j].iter().map(move |&s| (t, s)));
-            let mean = pairs.map(|(t, s)| self.biases(t, s)).sum::<f64>() / (rows[row].pooled.len() * keys[j].len()) as f64;
-            self.product(qh.row(row), kh.row(j)) + if kinds[[row, j]] == Kind::Open { mean } else { 0.0 }
+            let mean = if kinds[[row, j]] == Kind::Open { self.mean_bias(row, j) } else { 0.0 };
+            self.product(qh.row(row), kh.row(j)) + mean
         })
+    }
+
+    /// The mean of the biases of a row and a block.
+    pub(super) fn mean_bias(&self, row: usize, j: usize) -> f64 {
+        let (queries, keys) = (&self.segment.rows[row].pooled, &self.segment.keys[j]);
+        let pairs = queries.iter().flat_map(|&t| keys.iter().map(move |&s| (t, s)));
+        pairs.map(|(t, s)| self.biases(t, s)).sum::<f64>() / (queries.len() * keys.len()) as f64
     }
 
     pub(super) fn kinds(&self) -> Array2<Kind> {
@@ -129,7 +136,7 @@ impl Head<'_> {
     }
 
     /// The coarse blocks.
-    fn coarse(&self, selected: ArrayView2<'_, bool>) -> Array2<bool> {
+    fn coarse_blocks(&self, selected: ArrayView2<'_, bool>) -> Array2<bool> {
         let kinds = self.kinds();
         Array2::from_shape_fn(kinds.raw_dim(), |at| self.mode == Mode::Full && kinds[at] == Kind::Open && !selected[at])
     }
@@ -141,16 +148,20 @@ impl Head<'_> {
         mut out: ArrayViewMut2<'_, f64>,
         mut lse: ArrayViewMut1<'_, f64>,
     ) {
-        let (c, exact, coarse) = (self.pooled_logits(), self.exact(selected), self.coarse(selected));
+        let (c, exact, coarse) = (self.pooled_logits(), self.exact(selected), self.coarse_blocks(selected));
         let keys = &self.segment.keys;
         let vh = pool(self.value, keys.iter());
+        let summaries = self.expands().then(|| self.summaries());
         for (row, t) in self.segment.rows.iter().enumerate().flat_map(|(row, of)| of.queries.iter().map(move |&t| (row, t))) {
             // The logit, how many keys it stands for, and their value.
             let mut terms = Vec::new();
             for (j, keys) in keys.iter().enumerate() {
+                let summary = summaries.as_ref().and_then(|summaries| summaries[[row, j]].as_ref());
                 if exact[[row, j]] {
                     let seen = keys.iter().filter(|&&s| self.sees(t, s));
                     terms.extend(seen.map(|&s| (self.logit(t, s), 1.0, self.value.row(s))));
+                } else if let (true, Some(summary)) = (coarse[[row, j]], summary) {
+                    terms.push((self.logit_of(summary, t), 1.0, summary.value.view()));
                 } else if coarse[[row, j]] {
                     terms.push((c[[row, j]], keys.len() as f64, vh.row(j)));
                 }
@@ -194,7 +205,10 @@ impl Head<'_> {
     fn coarse_backward(&self, selected: ArrayView2<'_, bool>, saved: &Saved<'_>, to: &mut HeadGradients<'_>) {
         let (rows, keys) = (&self.segment.rows, &self.segment.keys);
         let (qh, kh, vh) = (self.query_means(), pool(self.key, keys.iter()), pool(self.value, keys.iter()));
-        let (c, coarse) = (self.pooled_logits(), self.coarse(selected));
+        let (c, coarse) = (self.pooled_logits(), self.coarse_blocks(selected));
+        if self.expands() {
+            return self.first_order_backward(&coarse, saved, to);
+        }
         let (mut dqh, mut dkh, mut dvh) =
             (Array2::zeros(qh.raw_dim()), Array2::zeros(kh.raw_dim()), Array2::zeros(vh.raw_dim()));
         for (i, row) in rows.iter().enumerate() {

@@ -106,6 +106,26 @@ BLOCK_FORMS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "softcap": lambda _: {"softcap": 0.7},
     "softcap, bias": lambda shape: {"softcap": 0.7, "bias": 2 * normal(shape)},
     "sinks": lambda shape: {"sinks": sinks(shape)},
+    "first order": lambda _: {"coarse": "first_order"},
+    "first order, left padding": lambda shape: {
+        "coarse": "first_order",
+        "key_mask": left_padding(shape[0], shape[3]),
+    },
+    "first order, holes, padded queries": lambda shape: {
+        "coarse": "first_order",
+        "key_mask": holes(shape[0], shape[3]),
+        "query_mask": holes(shape[0], shape[2], 2),
+    },
+    "first order, bias, sinks": lambda shape: {
+        "coarse": "first_order",
+        "bias": 2 * normal(shape),
+        "sinks": sinks(shape),
+    },
+    "first order, slopes, right padding": lambda shape: {
+        "coarse": "first_order",
+        "alibi_slopes": slopes(shape),
+        "key_mask": right_padding(shape[0], shape[3]),
+    },
     "softcap, slopes, sinks, left padding": lambda shape: {
         "softcap": 0.7,
         "alibi_slopes": slopes(shape),
@@ -139,6 +159,7 @@ TOKEN_FORMS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "mask and window": lambda shape: {"window": (20, 20), "bias": normal(shape) > -1.0},
     "bias that hides": lambda shape: {"bias": (2 * normal(shape)).masked_fill(~documents(shape), -math.inf)},
     "bias with a huge number": lambda shape: {"bias": hide(distance(shape) >= 0, -1e9)},
+    "causal, first order": lambda _: {"is_causal": True, "coarse": "first_order"},
     "causal, slopes": lambda shape: {"is_causal": True, "alibi_slopes": slopes(shape)},
     "lower right, slopes, softcap": lambda shape: {"lower_right": True, "alibi_slopes": slopes(shape), "softcap": 0.7},
     "causal window, softcap, sinks": lambda shape: {

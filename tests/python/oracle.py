@@ -18,7 +18,7 @@ import torch
 from oracle_backward import gradients_of_item
 from oracle_geometry import Geometry, Settings, geometry
 from oracle_select import select_block_form, select_token_form
-from oracle_terms import Item, Terms, clean, exact_of, item_of, mean, of_queries, repeat, terms_of
+from oracle_terms import Item, Terms, block_values, clean, exact_of, item_of, of_queries, repeat, terms_of
 from torch import Tensor
 
 __all__ = [
@@ -166,7 +166,7 @@ def _attention_of_item(
     terms = _terms_of_levels(xs, selected, settings)
     visible = torch.cat([terms[-1].keys, *(level.blocks for level in terms)], -1)
     logits = torch.cat([x.logits, *(level.block_logits for level in terms)], -1).masked_fill(~visible, -math.inf)
-    multiplicity = torch.cat([torch.ones_like(g.key_valid), *(level.g.count for level in xs)], -1).to(dtype)
+    multiplicity = torch.cat([torch.ones_like(g.key_valid), *(level.count for level in terms)], -1).to(dtype)
     seen = visible.any(-1, keepdim=True)
     # The extra hidden column keeps amax defined where there is no key.
     padded = torch.cat([logits.detach(), logits.new_full((*logits.shape[:-1], 1), -math.inf)], -1)
@@ -184,7 +184,10 @@ def _attention_of_item(
             of_queries(of_level[..., : x.g.member.shape[0]], x.g) for of_level, x in zip(keep[1], xs, strict=True)
         ]
         weights = weights * torch.cat([keep[0], *blocks], -1).to(dtype)
-    out = weights @ torch.cat([value, *(mean(value, level.g.member) for level in xs)], -2)
+    of_keys, *of_levels = weights.split([value.shape[-2], *(level.g.member.shape[0] for level in xs)], -1)
+    out = of_keys @ value
+    for level, of_blocks in zip(xs, of_levels, strict=True):
+        out = out + block_values(level, of_blocks, value)
     return out, (total.log() + largest).masked_fill(~seen, -math.inf).squeeze(-1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from oracle_terms import Item, Terms, mean
+from oracle_terms import Item, Terms, by_row, mean, within_blocks
 from torch import Tensor
 
 
@@ -32,6 +32,9 @@ def gradients_of_item(
     ds = ds * x.slopes(x.query, x.key)
     dq, dk = x.scale * (ds @ x.key), x.scale * (ds.transpose(-1, -2) @ x.query)
     dv = prob.transpose(-1, -2) @ grad_out
+    if x.first_order:
+        more = _first_order(x, terms, value, grad_out, delta, lse)
+        return dq + more[0], dk + more[1], dv + more[2]
     coarse = _block_form if x.g.form == "block" else _token_form
     for level, terms in zip(xs, all_terms, strict=True):
         dq_coarse, dkh, dvh = coarse(level, terms, mean(value, level.g.member), grad_out, delta, lse)
@@ -77,3 +80,26 @@ def _block_form(
     dvh = count[:, None] * (w.transpose(-1, -2) @ big_g)
     share = (x.g.pooled.to(dtype) / x.g.pooled.sum(-1).clamp(min=1)[:, None]).T
     return share @ dqh, dkh, dvh
+
+
+def _first_order(
+    x: Item, terms: Terms, value: Tensor, grad_out: Tensor, delta: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the coarse blocks to first order: section 3.8, Backward."""
+    dtype, rows = x.query.dtype, x.g.pooled.shape[0]
+    weights, _ = within_blocks(x)
+    keys, values = by_row(weights @ x.key[:, None], x.g), by_row(weights @ value[:, None], x.g)
+    prob = (terms.block_logits.masked_fill(~terms.blocks, -math.inf) - lse[..., None]).exp()
+    dl = prob * ((values @ grad_out[..., None]).squeeze(-1) - delta[..., None])
+    in_row = ((x.g.row_of == torch.arange(rows)[:, None]) & x.g.answers).to(dtype)
+    dq = x.scale * (dl[..., None, :] @ keys).squeeze(-2)
+    dkt = x.scale * torch.einsum("rt,htj,htd->hrjd", in_row, dl, x.query)
+    dvt = torch.einsum("rt,htj,htd->hrjd", in_row, prob, grad_out)
+    turn = dkt - x.scale * torch.einsum("rt,htj,hrd->hrjd", in_row, dl, x.query_mean)
+    u = dvt @ value.transpose(-1, -2)[:, None] + turn @ x.key.transpose(-1, -2)[:, None]
+    dx = x.scale * weights * (u - (weights * u).sum(-1, keepdim=True))
+    dqh = torch.einsum("hrjs,hsd->hrd", dx, x.key)
+    dk = torch.einsum("hrjs,hrjd->hsd", weights, dkt) + torch.einsum("hrjs,hrd->hsd", dx, x.query_mean)
+    dv = torch.einsum("hrjs,hrjd->hsd", weights, dvt)
+    share = (x.g.pooled.to(dtype) / x.g.pooled.sum(-1).clamp(min=1)[:, None]).T
+    return dq + share @ dqh, dk, dv

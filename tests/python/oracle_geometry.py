@@ -23,6 +23,7 @@ class Settings:
 
     block_size: int = 32
     mode: str = "full"
+    coarse: str = "mean"
     blocks_per_row: float | Sequence[float] | tuple[Any, ...] = 4.0
     """With coarser levels a sequence has one budget for each level, each of them a number or one for each head."""
     coarser: tuple[int, ...] = ()
@@ -58,6 +59,7 @@ class Settings:
             "query_padding_mask": self.query_mask,
         }
         others = {
+            "coarse": (self.coarse, "mean"),
             "first_blocks": (self.first_blocks, None),
             "local_blocks": (self.local_blocks, 1),
             "pool_queries": (self.pool_queries, True),

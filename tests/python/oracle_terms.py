@@ -22,6 +22,8 @@ class Item(NamedTuple):
     softcap: float | None
     sinks: Tensor | None
     """(H)."""
+    first_order: bool
+    """Whether coarse blocks are expanded around the mean query: the block form alone has that."""
 
     def products(self, query: Tensor, key: Tensor) -> Tensor:
         """The scaled products, bounded by the softcap."""
@@ -84,7 +86,9 @@ def item_of(
     query_mean = mean(readable, g.pooled)
     scale = 1.0 / math.sqrt(max(dim, 1)) if settings.scale is None else settings.scale
     sinks = None if settings.sinks is None else settings.sinks.to(dtype)
-    return Item(g, clean(query, some), query_mean, key, mean(key, g.member), scale, settings.softcap, sinks)
+    first_order = settings.coarse == "first_order" and g.form == "block"
+    key_mean = mean(key, g.member)
+    return Item(g, clean(query, some), query_mean, key, key_mean, scale, settings.softcap, sinks, first_order)
 
 
 def cropped(selected: Tensor, g: Geometry) -> Tensor:
@@ -104,6 +108,8 @@ class Terms(NamedTuple):
     keys: Tensor
     blocks: Tensor
     block_logits: Tensor
+    count: Tensor
+    """How often the logit of a block counts, (nk)."""
 
 
 def exact_of(g: Geometry, selected: Tensor) -> Tensor:
@@ -121,4 +127,47 @@ def terms_of(x: Item, selected: Tensor, mode: str, candidates: Tensor | None = N
     if mode == "sparse":
         coarse = torch.zeros_like(coarse)
     keys = (exact.double() @ g.member.double() > 0) & g.visible
-    return Terms(keys, coarse, of_queries(x.coarse_logits, g))
+    if x.first_order:
+        return Terms(keys, coarse, first_order_logits(x), torch.ones_like(g.count))
+    return Terms(keys, coarse, of_queries(x.coarse_logits, g), g.count)
+
+
+class Within(NamedTuple):
+    """What the mean query of every row attends to within each block: section 3.8."""
+
+    weights: Tensor
+    """(H, rows, nk, Lk): `a`, 0 at keys of other blocks."""
+    entropy: Tensor
+    """(H, rows, nk)."""
+
+
+def within_blocks(x: Item) -> Within:
+    logits = x.scale * (x.query_mean @ x.key.transpose(-1, -2))
+    of_block = logits[:, :, None].masked_fill(~x.g.member, -math.inf)
+    empty = ~x.g.member.any(-1, keepdim=True)
+    logarithms = of_block.masked_fill(empty, 0.0).log_softmax(-1)
+    weights = logarithms.exp().masked_fill(empty, 0.0)
+    return Within(weights, -(weights * logarithms.masked_fill(~x.g.member, 0.0)).sum(-1))
+
+
+def by_row(of_rows: Tensor, g: Geometry) -> Tensor:
+    """(H, Lq, nk, D) from (H, rows, nk, D)."""
+    if of_rows.shape[1] == 0:
+        return of_rows.new_zeros(of_rows.shape[0], g.row_of.shape[0], *of_rows.shape[2:])
+    return of_rows[:, g.row_of]
+
+
+def first_order_logits(x: Item) -> Tensor:
+    """(H, Lq, nk): the logit of every block for every query."""
+    weights, entropy = within_blocks(x)
+    keys = by_row(weights @ x.key[:, None], x.g)
+    offsets = of_queries(entropy + x.g.mean_bias.to(entropy.dtype), x.g)
+    return x.scale * (keys @ x.query[..., None]).squeeze(-1) + offsets
+
+
+def block_values(x: Item, weights: Tensor, value: Tensor) -> Tensor:
+    """(H, Lq, Dv): the values of coarse blocks with the weights that they have, (H, Lq, nk)."""
+    if not x.first_order:
+        return weights @ mean(value, x.g.member)
+    values = by_row(within_blocks(x).weights @ value[:, None], x.g)
+    return (weights[..., None, :] @ values).squeeze(-2)

@@ -19,6 +19,7 @@ OTHERS: dict[str, Any] = {
     "blocks_per_row": (1.0, 2.5),
     "num_blocks": 5,
     "mode": "sparse",
+    "coarse": "first_order",
     "first_blocks": 2,
     "diagonal_blocks": 3,
     "local_blocks": 2,

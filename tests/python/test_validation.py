@@ -240,6 +240,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "gqa-string": ({"enable_gqa": "yes"}, TypeError, ["enable_gqa must be True or False", "'yes'"]),
     "return-lse-int": ({"return_lse": 1}, TypeError, ["return_lse must be True or False", "1"]),
     "mode-unknown": ({"mode": "dense"}, ValueError, ["mode must be 'full' or 'sparse'", "'dense'"]),
+    "coarse-unknown": ({"coarse": "exact"}, ValueError, ["coarse must be 'mean' or 'first_order'", "'exact'"]),
+    "coarse-none": ({"coarse": None}, TypeError, ["coarse must be the string 'mean' or 'first_order'", "None"]),
+    "coarse-softcap": (
+        {"coarse": "first_order", "softcap": 5.0},
+        NotImplementedError,
+        ["coarse='first_order'", "softcap", "coarse='mean'"],
+    ),
+    "coarse-gradient-of-bias": (
+        {"coarse": "first_order", "attn_mask": torch.zeros(40, 48, requires_grad=True)},
+        NotImplementedError,
+        ["coarse='first_order'", "attn_mask that requires a gradient", "coarse='mean'"],
+    ),
     "mode-none": ({"mode": None}, TypeError, ["mode must be the string 'full' or 'sparse'", "None"]),
     "dropout-negative": ({"dropout_p": -0.1}, ValueError, ["dropout_p must be a number in [0, 1]", "-0.1"]),
     "dropout-large": ({"dropout_p": 1.5}, ValueError, ["dropout_p must be a number in [0, 1]", "1.5"]),

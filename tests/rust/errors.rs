@@ -1,8 +1,8 @@
 //! What cannot be computed with is refused, with a message that names the argument, before anything is written.
 
 use mra_attention::{
-    Bias, BiasData, Budget, Error, Gradients, Inputs, Layout, Level, Mask, Options, Problem, Result, Saved, Selection, Tensor,
-    TensorMut, backward, forward, select,
+    Bias, BiasData, Budget, Coarse, Error, Gradients, Inputs, Layout, Level, Mask, Options, Problem, Result, Saved, Selection,
+    Tensor, TensorMut, backward, forward, select,
 };
 
 use crate::support::{budget, options};
@@ -79,6 +79,7 @@ fn options_are_meant() {
     for softcap in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         refused(new(&Options { softcap: Some(softcap), ..options() }), "softcap");
     }
+    refused(new(&Options { softcap: Some(1.0), coarse: Coarse::FirstOrder, ..options() }), "softcap");
     for count in [0, 4, 7, 9] {
         refused(new(&Options { alibi_slopes: Some(&[0.5; 9][..count]), ..options() }), "alibi_slopes");
         refused(new(&Options { sinks: Some(&[0.5; 9][..count]), ..options() }), "sinks");

@@ -1,6 +1,6 @@
 //! Numbers at the ends of what the types hold.
 
-use mra_attention::Mode;
+use mra_attention::{Coarse, Mode};
 
 use crate::support::{
     CAUSAL, Case, Expected, Number, Padding, Setup, check, compute, levels, levels_for, levels_required, selected_by,
@@ -20,7 +20,9 @@ fn cases(magnitude: f64, scale: Option<f64>) -> Vec<Case> {
         ..Case::default()
     };
     let modes = [Mode::Full, Mode::Sparse].map(|mode| Case { mode, ..case.clone() });
-    modes.into_iter().flat_map(|case| [case.clone(), Case { window: CAUSAL, ..case }]).collect()
+    let expanded = Case { coarse: Coarse::FirstOrder, ..case };
+    let forms = |case: Case| [case.clone(), Case { window: CAUSAL, ..case }];
+    modes.into_iter().flat_map(forms).chain([expanded]).collect()
 }
 
 /// Logits of 1e4: weights are 0 or 1, and nothing overflows.

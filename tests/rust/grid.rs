@@ -2,7 +2,7 @@
 //! that do not fill vectors, values unlike keys, groups of heads, padding of every kind, masks and biases of pairs, and nothing at all.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Mode};
+use mra_attention::{Budget, Coarse, Mode};
 
 use crate::support::{Case, Padding, Pairs, budget, check_all};
 
@@ -40,6 +40,7 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         value_dim,
         block_size,
         mode: if index % 3 == 2 { Mode::Sparse } else { Mode::Full },
+        coarse: if index.is_multiple_of(2) { Coarse::Mean } else { Coarse::FirstOrder },
         query_padding: paddings[index % paddings.len()],
         key_padding: paddings[index / 3 % paddings.len()],
         pairs: pairs[index / heads.len() % pairs.len()],
@@ -99,6 +100,8 @@ fn many_strips() {
         ..Case::default()
     };
     let cases = [long(2, 150, 700, Mode::Full), long(8, 65, 801, Mode::Full), long(100, 130, 450, Mode::Sparse)];
+    let expanded = cases.clone().map(|case| Case { coarse: Coarse::FirstOrder, ..case });
+    let cases = [cases, expanded].concat();
     check_all::<f64>(&cases);
     check_all::<f32>(&cases);
 }

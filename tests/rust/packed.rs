@@ -73,6 +73,7 @@ fn together<E: Number>(case: &Case, data: &Data, lower_right: bool, setup: Setup
     let options = Options {
         block_size: case.block_size,
         mode: case.mode,
+        coarse: case.coarse_term(),
         pool_queries: case.pool_queries,
         window: case.window,
         layout: Geometry::Packed { queries: &queries, keys: &keys, lower_right },

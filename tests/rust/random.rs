@@ -1,7 +1,7 @@
 //! Random shapes, masks and budgets against the formulas.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Mode, Window};
+use mra_attention::{Budget, Coarse, Mode, Window};
 use proptest::prelude::*;
 
 use crate::support::{
@@ -86,7 +86,10 @@ prop_compose! {
         ],
         (head_dim, value_dim) in (1..40usize, length(40)),
         block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
-        mode in prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
+        (mode, coarse) in (
+            prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
+            prop_oneof![Just(Coarse::Mean), Just(Coarse::FirstOrder)],
+        ),
         (query_padding, key_padding, pairs) in (padding(), padding(), pairs()),
         (window, pool_queries) in (window(), prop_oneof![4 => Just(true), 1 => Just(false)]),
         (softcap, alibi, sinks) in (proptest::option::weighted(0.2, 10.0..40.0), proptest::bool::weighted(0.2), proptest::bool::weighted(0.2)),
@@ -96,7 +99,7 @@ prop_compose! {
         seed in any::<u64>(),
     )(
         case in placed(Case {
-            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, window, pool_queries, query_padding,
+            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, coarse, window, pool_queries, query_padding,
             key_padding, pairs, softcap, alibi, sinks, scale, magnitude, grad_lse, seed, ..Case::default()
         })
     ) -> Case {

@@ -2,7 +2,7 @@
 //! differences.
 
 use mra_attention::reference::{Attention, Form, Saved};
-use mra_attention::{Budget, Mode, Window};
+use mra_attention::{Budget, Coarse, Mode, Window};
 use ndarray::{Array2, Array3, Array4, ArrayView4, array, s};
 
 use crate::support::{CAUSAL, Case, Data, Padding, Pairs, budget};
@@ -58,6 +58,7 @@ fn plain<'a>(
         block_size,
         scale: Some(1.0),
         mode: Mode::Full,
+        coarse: Coarse::Mean,
     }
 }
 

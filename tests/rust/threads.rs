@@ -1,6 +1,6 @@
 //! The number of threads changes nothing, to the bit: neither how tasks are dealt nor whether backward makes one pass or two.
 
-use mra_attention::{Budget, Mode};
+use mra_attention::{Budget, Coarse, Mode};
 use ndarray::s;
 
 use crate::support::{Case, Number, Outcome, Padding, Pairs, Setup, attend, bits, budget, levels_for, select, with_problem};
@@ -24,6 +24,7 @@ fn cases() -> Vec<Case> {
             value_dim,
             block_size,
             mode,
+            coarse: if (index / 4 + index / 2) % 2 == 1 { Coarse::FirstOrder } else { Coarse::Mean },
             key_padding: if index % 2 == 0 { Padding::Holes } else { Padding::None },
             pairs: [Pairs::All, Pairs::Window, Pairs::Biased][index % 3],
             budget: Budget { diagonal_blocks: 3, ..budget(5.0) },

@@ -2,7 +2,7 @@
 //! sees reads of memory that nobody has written, accesses out of bounds, and two threads on the same row.
 
 use half::bf16;
-use mra_attention::{Mode, Window};
+use mra_attention::{Coarse, Mode, Window};
 
 use crate::support::{
     CAUSAL, Case, Expected, Layout, Number, Padding, Pairs, Setup, assert_same_blocks, budget, check, levels_for, selected_by,
@@ -14,7 +14,7 @@ fn setups<E: Number>() -> impl Iterator<Item = Setup> {
     levels_for::<E>().into_iter().flat_map(move |level| ways.map(|(threads, layout)| Setup { level, threads, layout }))
 }
 
-fn check_block_form<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
+fn check_block_form<E: Number>(mode: Mode, coarse: Coarse, padding: Padding, pairs: Pairs) {
     let case = Case {
         group: 2,
         query_len: 6,
@@ -22,6 +22,7 @@ fn check_block_form<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
         head_dim: 3,
         value_dim: 2,
         mode,
+        coarse,
         query_padding: padding,
         key_padding: padding,
         pairs,
@@ -40,11 +41,13 @@ fn check_block_form<E: Number>(mode: Mode, padding: Padding, pairs: Pairs) {
 
 #[test]
 fn block_form() {
-    check_block_form::<f64>(Mode::Full, Padding::None, Pairs::All);
-    check_block_form::<f64>(Mode::Sparse, Padding::Holes, Pairs::All);
-    check_block_form::<f64>(Mode::Full, Padding::Holes, Pairs::Biased);
-    check_block_form::<bf16>(Mode::Full, Padding::None, Pairs::Biased);
-    check_block_form::<bf16>(Mode::Full, Padding::Holes, Pairs::All);
+    check_block_form::<f64>(Mode::Full, Coarse::Mean, Padding::None, Pairs::All);
+    check_block_form::<f64>(Mode::Sparse, Coarse::Mean, Padding::Holes, Pairs::All);
+    check_block_form::<f64>(Mode::Full, Coarse::Mean, Padding::Holes, Pairs::Biased);
+    check_block_form::<bf16>(Mode::Full, Coarse::Mean, Padding::None, Pairs::Biased);
+    check_block_form::<bf16>(Mode::Full, Coarse::Mean, Padding::Holes, Pairs::All);
+    check_block_form::<f64>(Mode::Full, Coarse::FirstOrder, Padding::None, Pairs::Biased);
+    check_block_form::<bf16>(Mode::Full, Coarse::FirstOrder, Padding::Holes, Pairs::All);
 }
 
 fn check_token_form<E: Number>(mode: Mode, window: Window, pairs: Pairs, offset: i64, key_length: usize) {

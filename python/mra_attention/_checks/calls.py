@@ -54,6 +54,8 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
         lower_right = _is_lower_right(arguments, window, call, config)
     if arguments.alibi_slopes is not None or arguments.sinks is not None:
         call = with_head_terms(call, arguments)
+    if call.attn_bias is not None and call.attn_bias.requires_grad:
+        _refuse_gradient_to_first_order(config, window)
     scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
     config = config.for_length(max(call.query.shape[2], call.key.shape[2]))
     ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
@@ -67,6 +69,20 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
 def in_order(prepared: Prepared) -> Inputs:
     """Return the tensors of a call in the order in which they are cut into blocks."""
     return prepared.inputs if prepared.orders is None else _order.apply(prepared.inputs, prepared.orders)
+
+
+def may_expand(config: MRAConfig, window: tuple[int, int]) -> bool:
+    """Return whether coarse blocks are expanded to first order, unless a mask makes it the token form."""
+    block_form = window == (-1, -1) and config.pool_queries
+    return config.coarse == "first_order" and config.mode == "full" and block_form
+
+
+def _refuse_gradient_to_first_order(config: MRAConfig, window: tuple[int, int]) -> None:
+    if may_expand(config, window):
+        raise NotImplementedError(
+            "coarse='first_order' is not implemented together with an attn_mask that requires a gradient; use "
+            "coarse='mean', or attn_mask.detach()"
+        )
 
 
 def _is_lower_right(arguments: Arguments, window: tuple[int, int], call: Inputs, config: MRAConfig) -> bool:
@@ -122,10 +138,19 @@ def settings(
     dropout_p: float,
 ) -> Settings:
     """Return the settings of the operators."""
+    expands = may_expand(config, window)
+    if expands and softcap is not None:
+        raise NotImplementedError("coarse='first_order' is not implemented together with a softcap; use coarse='mean'")
+    if expands and len(config.block_sizes) > 1:
+        raise NotImplementedError(
+            f"coarse='first_order' is not implemented for more than two resolutions, got {config.resolutions}; use "
+            "coarse='mean', or two resolutions"
+        )
     return Settings(
         scale=scale,
         block_sizes=[*config.block_sizes],
         sparse=config.mode == "sparse",
+        first_order=expands,
         pool_queries=config.pool_queries,
         window_left=window[0],
         window_right=window[1],

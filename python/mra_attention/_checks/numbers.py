@@ -24,12 +24,13 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_mode(mode: Any) -> None:
-    """Check `mode`."""
-    if not isinstance(mode, str):
-        raise TypeError(f"mode must be the string 'full' or 'sparse', got {mode!r}")
-    if mode not in ("full", "sparse"):
-        raise ValueError(f"mode must be 'full' or 'sparse', got {mode!r}")
+def check_choice(name: str, value: Any, choices: tuple[str, str]) -> None:
+    """Check a setting that is one of two strings."""
+    first, second = choices
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be the string {first!r} or {second!r}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be {first!r} or {second!r}, got {value!r}")
 
 
 def _as_float(name: str, value: Any, accepted: str) -> float:

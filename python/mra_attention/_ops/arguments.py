@@ -51,6 +51,8 @@ class Settings(NamedTuple):
     block_sizes: list[int]
     """Of every level, the coarsest first; the blocks of the last one are exact."""
     sparse: bool = False
+    first_order: bool = False
+    """Whether coarse blocks of the block form are expanded around the mean query, in place of their means."""
     pool_queries: bool = True
     window_left: int = -1
     window_right: int = -1

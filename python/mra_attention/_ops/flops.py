@@ -31,14 +31,15 @@ class _Work(NamedTuple):
     """A row and a block of keys that is not exact."""
     scored: float
     """A row and a block of keys, to choose; nothing is chosen where every block is exact."""
+    expanded: float
+    """A block of queries and a block of keys that is not exact, to first order."""
 
 
-def _work_of(exact: float, refined: list[float], candidates: list[float]) -> _Work:
+def _work_of(exact: float, refined: list[float], candidates: list[float], expanded: float) -> _Work:
     """Return the work of some exact pairs, and of the blocks among which each level chooses and of those it refines."""
-    pooled = [max(blocks - chosen, 0) for blocks, chosen in zip(candidates, refined, strict=True)]
-    return _Work(
-        exact, sum(pooled), sum(blocks if rest else 0 for blocks, rest in zip(candidates, pooled, strict=True))
-    )
+    others = [max(blocks - chosen, 0) for blocks, chosen in zip(candidates, refined, strict=True)]
+    scored = sum(blocks if rest else 0 for blocks, rest in zip(candidates, others, strict=True))
+    return _Work(exact, sum(others) - expanded, scored, expanded)
 
 
 def _budgeted(inputs: Inputs, settings: Settings) -> _Work:
@@ -63,7 +64,8 @@ def _budgeted(inputs: Inputs, settings: Settings) -> _Work:
         above = size
     pairs = settings.block_size * (1 if by_token else settings.block_size)
     exact = sum(min(count * pairs, queries * keys) for count in per_head)
-    return _work_of(batch * exact, refined, candidates)
+    expanded = max(candidates[-1] - refined[-1], 0) * settings.first_order
+    return _work_of(batch * exact, refined, candidates, expanded)
 
 
 def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
@@ -77,7 +79,7 @@ def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
         settings=settings,
         sequences=sequences,
     )
-    exact = 0
+    exact = expanded = 0
     for at, item in enumerate(levels[-1]):
         queries, keys = inputs.query.shape[2], inputs.key.shape[2]
         if sequences is not None:
@@ -87,11 +89,13 @@ def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
         of_rows = np.ones(rows, np.int64) if rows == queries else _block_lengths(rows, queries, settings.block_size)
         of_columns = _block_lengths(columns, keys, settings.block_size)
         exact += int(of_rows @ item.sum(0, dtype=np.int64) @ of_columns)
+        if settings.first_order and rows != queries:
+            expanded += item.size - int(item.sum())
     refined: list[float] = [sum(int(item.sum()) for item in items) for items in levels]
     candidates: list[float] = [sum(item.size for item in levels[0])]
     for items, below in itertools.pairwise(levels):
         candidates.append(sum(_children(item, of_item.shape) for item, of_item in zip(items, below, strict=True)))
-    return _work_of(exact, refined, candidates)
+    return _work_of(exact, refined, candidates, expanded)
 
 
 def _children(refined: npt.NDArray[np.bool_], shape: tuple[int, ...]) -> int:
@@ -121,7 +125,9 @@ def forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
     head_dim, value_dim = inputs.query.shape[3], inputs.value.shape[3]
     pooled = 0 if settings.sparse else work.pooled
     logits = work.exact + (pooled if inputs.plan is not None else work.scored)
-    return int(2 * (logits * head_dim + (work.exact + pooled) * value_dim))
+    # For each query of a block a logit and a value, for each key of the other one a logit, a weighted key and a value.
+    expanded = work.expanded * settings.block_size * (3 * head_dim + 2 * value_dim)
+    return int(2 * (logits * head_dim + (work.exact + pooled) * value_dim + expanded))
 
 
 @register_flop_formula(register.OPS.backward, get_raw=True)
@@ -132,7 +138,9 @@ def backward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
     work = _work(inputs, settings, inputs.plan)
     head_dim, value_dim = inputs.query.shape[3], inputs.value.shape[3]
     pairs = work.exact + (0 if settings.sparse else work.pooled)
-    return int(2 * pairs * (3 * head_dim + 2 * value_dim))
+    # For each key those of forward again, then the gradients of weights, keys, values and the mean query.
+    expanded = work.expanded * settings.block_size * (9 * head_dim + 5 * value_dim)
+    return int(2 * (pairs * (3 * head_dim + 2 * value_dim) + expanded))
 
 
 @register_flop_formula(register.OPS.select, get_raw=True)

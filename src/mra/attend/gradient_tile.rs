@@ -246,6 +246,19 @@ impl<T: Scalar> GradientTile<T> {
         Matrix::new(&self.gradients, batch.rows(), columns, columns)
     }
 
+    /// Adds, for each key of the latest batch, the gradients of its logits with all queries.
+    pub(crate) fn add_totals(&self, to: &mut [T]) {
+        const CHAINS: usize = 8;
+        for (total, row) in to.iter_mut().zip(self.gradients.chunks_exact(self.columns)) {
+            // Several chains, since each addition waits for the one before.
+            let mut sums = [T::ZERO; CHAINS];
+            for part in row[..self.count].chunks(CHAINS) {
+                sums.iter_mut().zip(part).for_each(|(sum, &x)| *sum += x);
+            }
+            *total += sums.into_iter().fold(T::ZERO, |total, sum| total + sum);
+        }
+    }
+
     /// The logits, unless they are there, and the products of values and gradients. `values` and `dk` are prefetched on the way.
     fn logits_and_products(&mut self, part: &PartView<'_, T>, values: Option<Matrix<'_, T>>, dk: Option<Matrix<'_, T>>) {
         let columns = self.columns;

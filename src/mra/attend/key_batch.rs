@@ -30,6 +30,8 @@ pub(crate) struct KeySource<'a, E: Element> {
     in_place: bool,
     staged: bool,
     far: bool,
+    /// What dropout calls the first token.
+    first_place: usize,
 }
 
 impl<'a, E: Element> KeySource<'a, E> {
@@ -37,12 +39,17 @@ impl<'a, E: Element> KeySource<'a, E> {
         let whole = |channels| problem.padded::<E::Compute>(channels) == channels;
         let in_place = E::as_compute(&[]).is_some() && whole(keys.cols()) && whole(values.cols());
         let bytes = blocks.total() * (keys.cols() + values.cols()) * size_of::<E>();
-        Self { keys, values, blocks, in_place, staged: true, far: bytes > NEAR }
+        Self { keys, values, blocks, in_place, staged: true, far: bytes > NEAR, first_place: 0 }
     }
 
     /// The same keys and values, for products that take them from the tensors themselves.
     pub(crate) fn unstaged(self) -> Self {
         Self { staged: false, ..self }
+    }
+
+    /// The same keys and values, of which dropout calls the first one `place`.
+    pub(crate) fn placed_at(self, place: usize) -> Self {
+        Self { first_place: place, ..self }
     }
 
     /// All keys and values by token, if they are bfloat16.
@@ -74,9 +81,9 @@ impl<'a, E: Element> KeySource<'a, E> {
         self.blocks.token(number)
     }
 
-    /// The first token of the sequence.
+    /// The token at place 0.
     pub(crate) fn first_token(&self) -> usize {
-        self.blocks.tokens().start
+        self.blocks.tokens().start.wrapping_sub(self.first_place)
     }
 
     /// As [`Self::ahead`], the keys of the first of these blocks and of those that follow it without a gap, if they are read where

@@ -13,7 +13,7 @@ use bf16::{Bf16Logits, Bf16Products};
 pub(crate) use bias_tile::BiasTile;
 pub(crate) use dropout::DropoutTile;
 pub(crate) use gradient_tile::{GradientTile, KeySums, QueryTerms};
-pub(crate) use key_batch::{KeyBatch, KeySource};
+pub(crate) use key_batch::{KeyBatch, KeySource, PartView};
 pub(crate) use tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tile_columns, tiles};
 
 use super::problem::Problem;
@@ -119,6 +119,34 @@ impl<T: Scalar> Attend<T> {
             Some(coarse) => values.chunks_exact_mut(self.width.max(1)).for_each(|row| row.copy_from_slice(coarse.values)),
             None => values.fill(T::ZERO),
         }
+    }
+
+    /// Whether [`Self::attend`] takes keys and values of the compute type, whatever the tensors have.
+    pub(crate) fn takes_compute_type(&self) -> bool {
+        self.bf16.is_none()
+    }
+
+    /// The length of what [`Self::save`] writes for tiles of at most `queries` queries.
+    pub(crate) fn saved_len(problem: &Problem<'_>, queries: usize, value_dim: usize) -> usize {
+        2 * problem.padded::<T>(queries) + queries * problem.padded::<T>(value_dim)
+    }
+
+    /// Writes the running softmax of every query, for [`Self::resume`].
+    pub(crate) fn save(&self, to: &mut [T]) {
+        let (maximum, rest) = to.split_at_mut(self.columns);
+        let (sum, values) = rest.split_at_mut(self.columns);
+        maximum.copy_from_slice(&self.maximum[..self.columns]);
+        sum.copy_from_slice(&self.sum[..self.columns]);
+        values[..self.queries * self.width].copy_from_slice(&self.values[..self.queries * self.width]);
+    }
+
+    /// Goes on with what was saved for the queries of this tile.
+    pub(crate) fn resume(&mut self, from: &[T]) {
+        let (maximum, rest) = from.split_at(self.columns);
+        let (sum, values) = rest.split_at(self.columns);
+        self.maximum[..self.columns].copy_from_slice(maximum);
+        self.sum[..self.columns].copy_from_slice(sum);
+        self.values[..self.queries * self.width].copy_from_slice(&values[..self.queries * self.width]);
     }
 
     /// Says which queries the tile has, for dropout: tokens, or blocks of them.

@@ -15,6 +15,7 @@
 use std::ops::Range;
 
 use super::coarse_backward::{CoarseGradients, one_pass};
+use super::first_order_backward::{FirstOrderGradients, first_order_backward};
 use super::levels::read_plans;
 use super::levels_backward::coarse_backward;
 use crate::exec::{Buffer, threads};
@@ -40,12 +41,13 @@ pub(crate) fn backward<E: Element>(
 ) {
     let levels = BlockLevel::all(problem);
     let plans = read_plans(&levels, plan);
-    let coarse = match problem.mode {
-        Mode::Full => coarse_backward(&levels, &plans, inputs, grad_out, terms),
-        Mode::Sparse => None,
-    };
     let plan = &plans[plans.len() - 1];
-    let pass = Pass { coarse, ..Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients) };
+    let mut pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
+    if problem.expands() {
+        pass.first_order = Some(first_order_backward(problem, batch, inputs, plan, &pass));
+    } else if problem.mode == Mode::Full {
+        pass.coarse = coarse_backward(&levels, &plans, inputs, grad_out, terms);
+    }
     let products = plan.num_blocks() * problem.block_size.pow(2) * 3;
     let threads = problem.threads_for(products * (problem.head_dim + pass.value_dim));
     if one_pass(batch.groups(), threads) {
@@ -72,6 +74,7 @@ pub(super) struct Pass<'a, 'g, E: Element> {
     terms: &'a [QueryTerms<E::Compute>],
     plan: &'a BlockPlan,
     coarse: Option<CoarseGradients<E::Compute>>,
+    first_order: Option<FirstOrderGradients<E::Compute>>,
     gradients: &'a Gradients<'g, E>,
     value_dim: usize,
     /// Takes the place of the rows of idle queries.
@@ -91,7 +94,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
     ) -> Self {
         let value_dim = inputs.value.shape()[3];
         let zeros = vec![E::default(); problem.head_dim.max(value_dim)];
-        Self { problem, batch, inputs, grad_out, terms, plan, coarse: None, gradients, value_dim, zeros }
+        Self { problem, batch, inputs, grad_out, terms, plan, coarse: None, first_order: None, gradients, value_dim, zeros }
     }
 
     /// One task for each group of heads that share keys: all gradients in one pass.
@@ -105,8 +108,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         threads::for_each(threads, self.batch.groups(), scratch, |(buffers, dk, dv), group| {
             let segment = self.batch.segment_of_group(group);
             let source = self.source(group);
-            dk.fill(E::Compute::ZERO);
-            dv.fill(E::Compute::ZERO);
+            self.start_keys(group, 0..segment.keys.total(), dk, dv);
             for head in self.batch.heads_of(group) {
                 for i in 0..segment.rows.len() {
                     // SAFETY: each task has its own heads.
@@ -147,8 +149,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             let (group, block) = self.batch.column_at(task);
             let source = self.source(group);
             let numbers = source.numbers(block);
-            dk.fill(E::Compute::ZERO);
-            dv.fill(E::Compute::ZERO);
+            self.start_keys(group, numbers.clone(), dk, dv);
             keys.clear();
             keys.push(&source, numbers.clone());
             for head in self.batch.heads_of(group) {
@@ -165,6 +166,24 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             // SAFETY: each task has its own block of keys.
             unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: numbers.start }) };
         });
+    }
+
+    /// Starts the gradients of keys of a group, by their numbers, with what there is of coarse blocks to first order.
+    fn start_keys(&self, group: usize, numbers: Range<usize>, dk: &mut [E::Compute], dv: &mut [E::Compute]) {
+        if let Some(first_order) = &self.first_order {
+            let (of_keys, of_values) = first_order.keys(self.batch, group, numbers);
+            dk[..of_keys.len()].copy_from_slice(of_keys);
+            dv[..of_values.len()].copy_from_slice(of_values);
+        } else {
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+        }
+    }
+
+    /// What is known of a query of a flat head.
+    pub(super) fn terms_of(&self, head: usize, token: usize) -> QueryTerms<E::Compute> {
+        let (item, head) = self.batch.item_and_head(head);
+        self.terms[(item * self.problem.heads + head) * self.problem.query_len + token]
     }
 
     pub(super) fn buffers(&self) -> Buffers<E::Compute> {
@@ -221,13 +240,18 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         }
         for queries in tiles(rows.numbers(i)) {
             self.start(head, queries.clone(), tile);
+            if let Some(first_order) = &self.first_order {
+                let dq = first_order.dq(self.batch, head, queries.clone());
+                tile.dq[..dq.len()].copy_from_slice(dq);
+            }
             let step = |keys: &KeyBatch<E::Compute>| {
                 tile.add(keys, source, true, sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
                     bias.apply(self.problem, self.batch, head, &queries, keys, logits, columns);
                 });
             };
             self.for_batches(head, i, keys, source, step);
-            let pooled = self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i));
+            let of_means = self.first_order.as_ref().map(|first_order| first_order.mean(self.batch, head, i));
+            let pooled = of_means.or_else(|| self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i)));
             for (query, number) in queries.enumerate() {
                 let row = &mut tile.dq[query * tile.key_width..][..self.problem.head_dim];
                 let token = rows.token(number);

@@ -208,6 +208,19 @@ pub(crate) fn adjust<T: Scalar>(
     let segment = batch.segment(head);
     add_mean_bias(problem, segment, head % problem.heads, rows.clone(), blocks.clone(), logits, columns);
     weigh(logits, columns, &segment.keys, blocks.clone());
+    exclude_selected(batch, plan, head, rows, blocks, logits, columns);
+}
+
+/// Sets the logits of selected blocks to `-inf`, among those of `blocks` and `rows`.
+pub(crate) fn exclude_selected<T: Scalar>(
+    batch: &Batch<'_>,
+    plan: &BlockPlan,
+    head: usize,
+    rows: Range<usize>,
+    blocks: Range<usize>,
+    logits: &mut [T],
+    columns: usize,
+) {
     exclude(logits, columns, rows, blocks.start, |i| {
         let selected = plan.row(batch, head, i);
         let first = selected.partition_point(|&j| (j as usize) < blocks.start);

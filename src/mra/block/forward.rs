@@ -3,14 +3,16 @@
 use std::ops::Range;
 
 use super::coarse::Coarse;
+use super::first_order::FirstOrder;
 use super::levels;
 use crate::error::Result;
 use crate::exec::{TensorMut, threads};
 use crate::kernels::Stream;
-use crate::mra::attend::{Attend, BiasTile, KeyBatch, KeySource, tile_columns, tiles};
+use crate::mra::attend::{Attend, BiasTile, KeyBatch, KeySource, StartState, TILE_QUERIES, tile_columns, tiles};
 use crate::mra::inputs::Inputs;
 use crate::mra::problem::{Batch, Problem};
-use crate::mra::select::BlockPlan;
+use crate::mra::pyramid::{Pooled, Pyramid, Side};
+use crate::mra::select::{BlockPlan, select_rows};
 use crate::simd::{Element, Scalar, prefetch_far};
 
 /// Computes out and lse of the segments of this form for a given plan. Shapes are those of the problem.
@@ -22,6 +24,12 @@ pub(crate) fn forward<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) {
+    if problem.expands() {
+        let plan = BlockPlan::read(problem, batch, plan);
+        let [queries] = Pooled::each(problem, batch, [(&inputs.query, Side::Queries)]);
+        first_order_and_exact(&FirstOrder { problem, batch, inputs, plan: &plan, queries: &queries }, out, lse);
+        return;
+    }
     let (plan, coarse) = levels::attend(problem, inputs, plan);
     exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
 }
@@ -35,6 +43,15 @@ pub(crate) fn forward_selecting<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) -> Result<()> {
+    if problem.expands() {
+        let tensors = [(&inputs.query, Side::Queries), (&inputs.key, Side::Keys)];
+        let [queries, keys] = Pooled::each(problem, batch, tensors);
+        let pyramid = Pyramid { queries, keys };
+        select_rows(problem, batch, &pyramid, plan)?;
+        let plan = &BlockPlan::read(problem, batch, plan);
+        first_order_and_exact(&FirstOrder { problem, batch, inputs, plan, queries: &pyramid.queries }, out, lse);
+        return Ok(());
+    }
     let (plan, coarse) = levels::choose_and_attend(problem, inputs, plan)?;
     exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
     Ok(())
@@ -50,19 +67,59 @@ fn exact<E: Element>(
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) {
-    let value_dim = inputs.value.shape()[3];
-    let multiplications = plan.num_blocks() * problem.block_size * problem.block_size * (problem.head_dim + value_dim);
-    let scratch = || {
-        let columns = tile_columns::<E::Compute>(problem);
-        let keys = KeyBatch::new(problem, problem.head_dim, value_dim);
-        (Attend::for_tensors::<E>(problem, columns, value_dim), keys, BiasTile::new(problem, columns))
-    };
-    threads::for_each(problem.threads_for(multiplications), batch.rows(), scratch, |(attend, keys, bias), task| {
+    let multiplications = multiplications(problem, inputs, plan.num_blocks() * problem.block_size);
+    let scratch = || buffers(problem, inputs);
+    threads::for_each(problem.threads_for(multiplications), batch.rows(), scratch, |buffers, task| {
         let (head, i) = batch.row_at(task);
-        let row = BlockRow { problem, batch, inputs, plan, coarse, head, i };
+        let start = coarse.map_or(Start::Nothing, |coarse| Start::OfBlock(coarse.state(batch, head, i)));
         // SAFETY: each task has its own block of queries, and writes only its rows.
-        unsafe { row.compute(attend, keys, bias, out, lse) };
+        unsafe { BlockRow { problem, batch, inputs, plan, head, i }.compute(&start, buffers, out, lse) };
     });
+}
+
+/// Expands the coarse blocks of some blocks of queries at a time, and goes on over the selected ones.
+fn first_order_and_exact<E: Element>(first_order: &FirstOrder<'_, E>, out: &TensorMut<'_, E>, lse: &TensorMut<'_, E::Compute>) {
+    let FirstOrder { problem, batch, inputs, plan, .. } = *first_order;
+    let size = first_order.rows_of_task();
+    let tasks: Vec<(usize, Range<usize>)> =
+        (0..batch.flat_heads()).flat_map(|head| batch.segment(head).row_tiles(size).map(move |rows| (head, rows))).collect();
+    // A coarse block costs each of its queries as much as a key, and the mean query half as much again for each of its keys.
+    let coarse = problem.heads * batch.pairs_of_blocks() * 3;
+    let multiplications = multiplications(problem, inputs, plan.num_blocks() * problem.block_size + coarse);
+    let scratch = || (first_order.buffers(), buffers(problem, inputs));
+    threads::for_each(problem.threads_for(multiplications), tasks.len(), scratch, |(of_coarse, of_exact), task| {
+        let (head, rows) = tasks[task].clone();
+        first_order.attend(head, rows, of_coarse, of_exact, |i, start, of_exact| {
+            // SAFETY: each task has its own blocks of queries, and writes only their rows.
+            unsafe { BlockRow { problem, batch, inputs, plan, head, i }.compute(start, of_exact, out, lse) };
+        });
+    });
+}
+
+/// Multiplications of a block of queries with so many keys, or other rows of a key and a value.
+fn multiplications<E: Element>(problem: &Problem<'_>, inputs: &Inputs<'_, E>, keys: usize) -> usize {
+    keys.saturating_mul(problem.block_size * (problem.head_dim + inputs.value.shape()[3]))
+}
+
+/// What a thread computes exact blocks in.
+pub(super) type ExactBuffers<T> = (Attend<T>, KeyBatch<T>, BiasTile<T>);
+
+fn buffers<E: Element>(problem: &Problem<'_>, inputs: &Inputs<'_, E>) -> ExactBuffers<E::Compute> {
+    let (columns, value_dim) = (tile_columns::<E::Compute>(problem), inputs.value.shape()[3]);
+    let keys = KeyBatch::new(problem, problem.head_dim, value_dim);
+    (Attend::for_tensors::<E>(problem, columns, value_dim), keys, BiasTile::new(problem, columns))
+}
+
+/// The softmax that the queries of a block start from.
+pub(super) enum Start<'a, T> {
+    /// No coarse level.
+    Nothing,
+    /// That of the coarse level, the same for all of them.
+    OfBlock(StartState<'a, T>),
+    /// That of the coarse level, of each query: equal parts for the tiles of the block.
+    OfQueries(&'a [T]),
+    /// That of the coarse level, of the only tile of the block, which the buffers hold.
+    Started,
 }
 
 /// One block of queries of one flat head.
@@ -71,7 +128,6 @@ struct BlockRow<'a, E: Element> {
     batch: &'a Batch<'a>,
     inputs: &'a Inputs<'a, E>,
     plan: &'a BlockPlan,
-    coarse: Option<&'a Coarse<E::Compute>>,
     head: usize,
     i: usize,
 }
@@ -81,9 +137,8 @@ impl<E: Element> BlockRow<'_, E> {
     /// - Nothing else holds the rows of this block of queries in `out` and `lse`.
     unsafe fn compute(
         &self,
-        attend: &mut Attend<E::Compute>,
-        keys: &mut KeyBatch<E::Compute>,
-        bias: &mut BiasTile<E::Compute>,
+        start: &Start<'_, E::Compute>,
+        (attend, keys, bias): &mut ExactBuffers<E::Compute>,
         out: &TensorMut<'_, E>,
         lse: &TensorMut<'_, E::Compute>,
     ) {
@@ -101,10 +156,19 @@ impl<E: Element> BlockRow<'_, E> {
         }
         self.prefetch_queries_after();
         attend.set_biased(self.batch.segment(self.head).is_biased());
-        let coarse = self.coarse.map(|coarse| coarse.state(self.batch, self.head, self.i));
         let sink = self.problem.sink(item, head).map(E::Compute::from_f64);
-        for tile in tiles(rows.numbers(self.i)) {
-            attend.start(tile.clone().map(|number| queries.row(rows.token(number))), coarse.as_ref());
+        for (index, tile) in tiles(rows.numbers(self.i)).enumerate() {
+            let tokens = tile.clone().map(|number| queries.row(rows.token(number)));
+            match start {
+                Start::Nothing => attend.start(tokens, None),
+                Start::OfBlock(state) => attend.start(tokens, Some(state)),
+                Start::OfQueries(states) => {
+                    attend.start(tokens, None);
+                    let of_tile = states.len() / self.problem.block_size.div_ceil(TILE_QUERIES);
+                    attend.resume(&states[index * of_tile..][..of_tile]);
+                }
+                Start::Started => {}
+            }
             let places = tile.clone().map(|number| rows.token(number) - first);
             attend.number_queries(Stream::Exact, self.batch.dropout_head(self.head), places);
             self.attend_to_selected(attend, keys, bias, &tile);

@@ -4,9 +4,12 @@ mod backward;
 mod bias_gradient;
 mod coarse;
 mod coarse_backward;
+mod first_order;
+mod first_order_backward;
 mod forward;
 mod levels;
 mod levels_backward;
+mod summaries;
 
 pub(crate) use backward::backward;
 pub(crate) use bias_gradient::{BiasBuffers, BiasPass};

@@ -21,7 +21,7 @@ pub(crate) use blocks::Blocks;
 pub use budget::Budget;
 pub(crate) use budget::TokenBudget;
 pub use mask::{Bias, BiasData, Mask};
-pub use options::{CoarserLevel, Layout, Mode, Options};
+pub use options::{Coarse, CoarserLevel, Layout, Mode, Options};
 use segment::Place;
 pub(crate) use segment::{Form, Segment};
 pub use sight::Window;
@@ -43,6 +43,7 @@ pub struct Problem<'a> {
     pub(crate) block_size: usize,
     pub(crate) scale: f64,
     pub(crate) mode: Mode,
+    pub(crate) coarse: Coarse,
     pub(crate) threads: usize,
     pub(crate) level: Level,
     pub(crate) window: Window,
@@ -133,6 +134,7 @@ impl<'a> Problem<'a> {
             // Without channels every logit is 0.
             scale: if head_dim == 0 { 0.0 } else { scale },
             mode: options.mode,
+            coarse: options.coarse,
             threads: options.threads,
             level: options.level,
             window: options.window,
@@ -160,6 +162,14 @@ impl<'a> Problem<'a> {
             base.at_level(coarser.len(), options.block_size, options.budget.clone(), &places, options, coarser.last());
         problem.coarser = coarser;
         problem.place_plans();
+        if problem.expands() && problem.segments.iter().any(|segment| segment.form == Form::Block) {
+            if problem.softcap.is_some() {
+                return Err(Error::new("softcap: given, expected None with the first-order coarse term"));
+            }
+            if problem.is_ladder() {
+                return Err(Error::new("coarser: given, expected no level with the first-order coarse term"));
+            }
+        }
         Ok(problem)
     }
 
@@ -215,6 +225,11 @@ impl<'a> Problem<'a> {
     /// Checks that a tensor has this shape.
     pub(crate) fn expect(name: &str, shape: [usize; 4], expected: [usize; 4]) -> Result<()> {
         if shape == expected { Ok(()) } else { Err(Error::new(format!("{name}: shape {shape:?}, expected {expected:?}"))) }
+    }
+
+    /// Whether the coarse blocks of the block form are expanded to first order.
+    pub(crate) fn expands(&self) -> bool {
+        self.mode == Mode::Full && self.coarse == Coarse::FirstOrder
     }
 
     /// A number of channels rounded up to whole vectors.

@@ -14,6 +14,15 @@ pub enum Mode {
     Sparse,
 }
 
+/// What stands for the blocks that are not exact in the block form (docs/definitions.md, sections 3.6 and 3.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coarse {
+    /// The means of the keys and of the values: the term of the paper.
+    Mean,
+    /// The first-order expansion of the block's softmax around the mean query. The token form has the means in any case.
+    FirstOrder,
+}
+
 /// How the tokens of the tensors are cut into sequences.
 #[derive(Debug, Clone, Copy)]
 pub enum Layout<'a> {
@@ -57,6 +66,8 @@ pub struct Options<'a> {
     pub scale: Option<f64>,
     /// Which terms the softmax has.
     pub mode: Mode,
+    /// What stands for blocks that are not exact in the block form.
+    pub coarse: Coarse,
     /// Whether queries are averaged where nothing is hidden (block form), rather than each token choosing for itself (token form).
     pub pool_queries: bool,
     /// Which keys a token sees by their position.
@@ -95,6 +106,7 @@ impl Options<'_> {
             coarser: Vec::new(),
             scale: None,
             mode: Mode::Full,
+            coarse: Coarse::Mean,
             pool_queries: true,
             window: Window::default(),
             layout: Layout::Dense { offsets: &[0], key_lengths: None },

@@ -11,9 +11,11 @@
 //! dS          p (w + (Dv + 3) u) N,  N = G V + G O + max |dlse|
 //! dq          |scale| N max |k| (w + (Dv + n + b + 16) u)              the weights of a query sum to 1
 //! of a bias   the bound of dS with p <= 1, for each pair that shares the number
+//! first order logit and weight: 1 + 2 A times that, since keys are weighted by weights; gradients: N is 3 + 4 A times that
 //! dk, dv      likewise, times the largest sum of the weights of a key, with queries in place of keys
 //! ```
 
+use mra_attention::Coarse;
 use mra_attention::reference::{Attention, Form, Refined, Saved, TokenLadder};
 use ndarray::{Array3, Array4, ArrayView4};
 
@@ -61,7 +63,8 @@ impl Bounds {
         column: f64,
         saved: &Saved<'_>,
     ) -> Self {
-        Self::of::<E>(case, data, case.block_size, steps(attention, case), column, saved)
+        let expands = case.coarse_term() == Coarse::FirstOrder && attention.forms().contains(&Form::Block);
+        Self::of::<E>(case, data, case.block_size, steps(attention, case), expands, column, saved)
     }
 
     /// As [`Self::new`], in the token form with several levels.
@@ -79,10 +82,27 @@ impl Bounds {
         // A step for each block of each level.
         let steps: usize =
             ladder.coarser.iter().chain([&case.block_size]).map(|size| 2 * case.key_len.div_ceil(*size) + 4).sum();
-        Self::of::<E>(case, data, ladder.coarser.first().copied().unwrap_or(case.block_size), steps as f64, column, saved)
+        Self::of::<E>(
+            case,
+            data,
+            ladder.coarser.first().copied().unwrap_or(case.block_size),
+            steps as f64,
+            false,
+            column,
+            saved,
+        )
     }
 
-    fn of<E: Number>(case: &Case, data: &Data, block_size: usize, steps: f64, column: f64, saved: &Saved<'_>) -> Self {
+    #[allow(clippy::too_many_arguments, reason = "a case, and what is known of its sums")]
+    fn of<E: Number>(
+        case: &Case,
+        data: &Data,
+        block_size: usize,
+        steps: f64,
+        expands: bool,
+        column: f64,
+        saved: &Saved<'_>,
+    ) -> Self {
         let u = E::Compute::ROUNDOFF;
         let [d, dv, b, n, queries] =
             [case.head_dim, case.value_dim, block_size, case.key_len, case.query_len * case.group].map(|x| x.max(1) as f64);
@@ -91,8 +111,10 @@ impl Bounds {
         let logit = scale * norm(query) * norm(key) + b.ln() + data.largest_bias() + largest_by_distance(case, data);
         let weight = (d + 2.0 * b + if case.softcap.is_some() { 16.0 } else { 8.0 }) * u * logit
             + steps * (2.0 * logit + n.ln() + 4.0 + 4.0 * EXP_ULPS) * u;
+        let weight = if expands { weight * (1.0 + 2.0 * logit) } else { weight };
         let grad_lse = data.grad_lse.iter().flatten().filter(|x| x.is_finite()).fold(0.0, |most, x| x.abs().max(most));
         let product = norm(grad_out) * (norm(value) + finite_norm(saved.out)) + grad_lse;
+        let product = if expands { product * (3.0 + 4.0 * logit) } else { product };
         let of_query = weight + (dv + n + b + 16.0) * u;
         let of_key = (weight + (dv + queries + b + 16.0) * u) * column;
         let bounds = Self {

@@ -104,6 +104,7 @@ pub(crate) fn with_options<R>(case: &Case, data: &Data, setup: Setup, body: impl
         coarser: case.coarser.clone(),
         scale: case.scale,
         mode: case.mode,
+        coarse: case.coarse_term(),
         pool_queries: case.pool_queries,
         window: case.window,
         layout: Geometry::Dense { offsets: &case.offsets, key_lengths: case.key_lengths.as_deref() },

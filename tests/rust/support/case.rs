@@ -1,7 +1,7 @@
 //! Random inputs of a given shape.
 
 use mra_attention::reference::Attention;
-use mra_attention::{Budget, CoarserLevel, Mode, Window};
+use mra_attention::{Budget, Coarse, CoarserLevel, Mode, Window};
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -65,6 +65,8 @@ pub(crate) struct Case {
     /// Levels above, the coarsest first.
     pub(crate) coarser: Vec<CoarserLevel>,
     pub(crate) mode: Mode,
+    /// The means wherever there is a softcap.
+    pub(crate) coarse: Coarse,
     pub(crate) window: Window,
     /// One for all batch items, or one for each.
     pub(crate) offsets: Vec<i64>,
@@ -103,6 +105,7 @@ impl Default for Case {
             block_size: 4,
             coarser: Vec::new(),
             mode: Mode::Full,
+            coarse: Coarse::Mean,
             window: Window::default(),
             offsets: vec![0],
             key_lengths: None,
@@ -155,6 +158,11 @@ impl Case {
             budget: budget(blocks as f64),
             ..Self::default()
         }
+    }
+
+    /// What stands for coarse blocks in the block form.
+    pub(crate) fn coarse_term(&self) -> Coarse {
+        if self.softcap.is_some() { Coarse::Mean } else { self.coarse }
     }
 
     pub(crate) fn heads(&self) -> usize {
@@ -283,6 +291,7 @@ impl Data {
             block_size: case.block_size,
             scale: case.scale,
             mode: case.mode,
+            coarse: case.coarse_term(),
         }
     }
 }

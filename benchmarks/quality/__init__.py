@@ -1,0 +1,1 @@
+"""What stands for blocks that are not exact, and which blocks are: errors on real heads, and errors at equal time."""
