@@ -17,6 +17,7 @@
 mod first_order;
 mod head;
 mod ladder;
+mod score;
 mod segment;
 mod select;
 mod token_ladder;
@@ -27,7 +28,7 @@ use self::head::{Head, HeadGradients};
 pub use self::ladder::{Ladder, Refined};
 use self::segment::Segment;
 pub use self::token_ladder::TokenLadder;
-use crate::{Budget, Coarse, Mode, Window};
+use crate::{Budget, Coarse, Mode, Score, Window};
 
 /// The inputs of attention and what does not follow from them.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +67,10 @@ pub struct Attention<'a> {
     pub mode: Mode,
     /// What stands for coarse blocks in the block form. There is no softcap beside [`Coarse::FirstOrder`].
     pub coarse: Coarse,
+    /// What is added to the logit of a block that is not exact.
+    pub coarse_shift: f64,
+    /// What a token ranks blocks by.
+    pub score: Score,
 }
 
 /// What backward reads beside the inputs.
@@ -220,6 +225,8 @@ impl<'a> Attention<'a> {
             scale: self.scale.unwrap_or(1.0 / (self.query.dim().3.max(1) as f64).sqrt()),
             mode: self.mode,
             coarse: self.coarse,
+            coarse_shift: self.coarse_shift,
+            score: self.score,
         }
     }
 }

@@ -28,9 +28,7 @@ def print_methods(size: int) -> None:
     cuts = [cut(*layer, size) for layer in layers()]
     count = cuts[0].query.shape[1]
     shares = [share for share in SHARES if share * count >= 1]
-    print(
-        f"Blocks of {size}: error of layer 1 / 4 at each share of exact blocks, multiply-adds beside those of SDPA"
-    )
+    print(f"Blocks of {size}: error of layer 1 / 4 at each share of exact blocks, multiply-adds beside those of SDPA")
     for name, (term, products) in TERMS.items():
         cost = ", ".join(f"{share:g}: {share + products / 2 / size:.3f}" for share in shares)
         print(f"\n{name} ({cost})")

@@ -177,6 +177,10 @@ class Plan:
         return torch.stack(shares) if shares else torch.zeros((0, self.query_shape[1]), device="cpu")
 
 
+_FREE = ("mode", "coarse", "coarse_shift")
+"""What does not concern the selection."""
+
+
 def check_plan(plan: Any) -> None:
     """Check the type of a plan."""
     if not isinstance(plan, Plan):
@@ -201,12 +205,12 @@ def use_plan(
     """Check that a plan was made for these inputs; return them with it, and the settings with those of the plan.
 
     What is selected is a matter of the plan. So every setting that is given must be the one of the plan, and those that
-    are not given are taken from it; only `mode` and `coarse` are free.
+    are not given are taken from it; only what does not concern the selection is free: `mode`, `coarse`, `coarse_shift`.
     """
     check_plan(plan)
     for name in given:
         value, planned = getattr(config, name), getattr(plan.config, name)
-        if name not in ("mode", "coarse") and value != planned:
+        if name not in _FREE and value != planned:
             raise ValueError(
                 f"{name}={value!r} does not fit plan, which was made with {name}={planned!r} and already fixes the "
                 "selection; leave it out, or pass it to mra_attention.plan"
@@ -235,6 +239,7 @@ def use_plan(
         softcap=settings.softcap,
         sparse=settings.sparse,
         first_order=settings.first_order,
+        coarse_shift=settings.coarse_shift,
         dropout_p=settings.dropout_p,
     )
     return inputs._replace(plan=_checked_data(plan)), settings

@@ -32,6 +32,8 @@ class MRASettings(TypedDict, total=False):
     num_blocks: int | None
     mode: Literal["full", "sparse"]
     coarse: Literal["mean", "first_order"]
+    score: Literal["mean", "max"]
+    coarse_shift: float
     first_blocks: int | None
     diagonal_blocks: int
     local_blocks: int
@@ -82,6 +84,14 @@ class MRAConfig:
         the latter halves the error of the output at equal budgets, for a seventh to a third more time. The token form
         has the means in any case. In a call that may have the block form, "first_order" is not implemented together
         with a softcap, or with an `attn_mask` that requires a gradient.
+    score : {"mean", "max"}, default "mean"
+        What a token ranks the blocks by from which it chooses. "mean": the logit of the mean of a block's keys. "max":
+        an estimate of the largest logit of a key, from 8-bit codes of what the keys differ from their mean, for four
+        candidates by "mean" for each block to choose. The block form always ranks by means, and a step of a `KVCache`
+        makes the codes of its candidates anew.
+    coarse_shift : float, default 0.0
+        Added to the logit of each block that is not exact. The exponential of a mean is never above the mean of
+        exponentials, so these blocks count too little; how much too little depends on the model.
     first_blocks : int, optional
         The number of first key blocks that are always exact: those that a token sees, in the token form; also the
         blocks of the first rows, in the block form. By default 0 in the block form and 1 in the token form, since
@@ -109,7 +119,7 @@ class MRAConfig:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 5 and 8; of "first_order", 3.8.
+    Definition: docs/definitions.md, sections 2 to 5 and 8; of "first_order", 3.8; of `score`, 4.1; of `coarse_shift`, 3.6.
 
     Examples
     --------
@@ -124,6 +134,8 @@ class MRAConfig:
     num_blocks: int | None = None
     mode: Literal["full", "sparse"] = "full"
     coarse: Literal["mean", "first_order"] = "mean"
+    score: Literal["mean", "max"] = "mean"
+    coarse_shift: float = 0.0
     first_blocks: int | None = None
     diagonal_blocks: int = 0
     local_blocks: int = 1
@@ -142,6 +154,8 @@ class MRAConfig:
             )
         numbers.check_choice("mode", self.mode, ("full", "sparse"))
         numbers.check_choice("coarse", self.coarse, ("mean", "first_order"))
+        numbers.check_choice("score", self.score, ("mean", "max"))
+        _set(self, "coarse_shift", numbers.coarse_shift(self.coarse_shift))
         _set(self, "first_blocks", numbers.optional_integer("first_blocks", self.first_blocks, 0))
         _set(self, "diagonal_blocks", numbers.integer("diagonal_blocks", self.diagonal_blocks, 0))
         _set(self, "local_blocks", numbers.integer("local_blocks", self.local_blocks, 1))

@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use bias_gradient::BiasGradient;
 pub use inputs::{Gradients, Inputs, Saved};
 use problem::{Batch, Blocks, Form};
-pub use problem::{Bias, BiasData, Budget, Coarse, CoarserLevel, Layout, Mask, Mode, Options, Problem, Window};
+pub use problem::{Bias, BiasData, Budget, Coarse, CoarserLevel, Layout, Mask, Mode, Options, Problem, Score, Window};
 pub use pyramid::{PooledInputs, append};
 
 use crate::error::{Error, Result};
@@ -180,9 +180,10 @@ fn for_parts(len: usize, most: usize, mut body: impl FnMut(Range<usize>)) {
     (0..len).step_by(most).for_each(|start| body(start..(start + most).min(len)));
 }
 
-/// Adds the logarithm of the number of valid keys to the logits of each pooled key; a block without any gets `-inf`.
-fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>) {
-    let weight = |count: usize| T::from_f64((count as f64).ln());
+/// Adds what a block counts to the logits of each pooled key: the logarithm of the number of valid keys, and the shift of coarse blocks.
+/// A block without any valid key gets `-inf`.
+fn weigh<T: Scalar>(logits: &mut [T], columns: usize, keys: &Blocks, blocks: Range<usize>, shift: f64) {
+    let weight = |count: usize| T::from_f64((count as f64).ln() + shift);
     if let Some(count) = keys.count_of_each(blocks.clone()) {
         // As nearly always. A logarithm for each block would take as long as its dot products.
         let weight = weight(count);

@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::borrow::Descriptor;
-use crate::{Budget, Coarse, CoarserLevel, Error, Layout, Level, Mode, Options, Problem, Window};
+use crate::{Budget, Coarse, CoarserLevel, Error, Layout, Level, Mode, Options, Problem, Score, Window};
 
 /// Everything that says how attention is computed, as the Python package has it.
 #[derive(FromPyObject)]
@@ -13,6 +13,8 @@ pub(super) struct Settings {
     block_sizes: Vec<usize>,
     sparse: bool,
     first_order: bool,
+    coarse_shift: f64,
+    max_score: bool,
     pool_queries: bool,
     /// -1: no limit.
     window_left: i64,
@@ -141,6 +143,8 @@ impl Settings {
             scale: Some(self.scale),
             mode: if self.sparse { Mode::Sparse } else { Mode::Full },
             coarse: if self.first_order { Coarse::FirstOrder } else { Coarse::Mean },
+            coarse_shift: self.coarse_shift,
+            score: if self.max_score { Score::Max } else { Score::Mean },
             pool_queries: self.pool_queries,
             window: Window { left: limit("window_left", self.window_left)?, right: limit("window_right", self.window_right)? },
             layout: sequences.layout(self.lower_right),

@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use super::segment::{Kind, Segment};
-use crate::{Coarse, Mode};
+use crate::{Coarse, Mode, Score};
 
 /// One query head and the keys and values that it reads.
 pub(super) struct Head<'a> {
@@ -19,6 +19,8 @@ pub(super) struct Head<'a> {
     pub(super) scale: f64,
     pub(super) mode: Mode,
     pub(super) coarse: Coarse,
+    pub(super) coarse_shift: f64,
+    pub(super) score: Score,
 }
 
 /// What backward reads beside the inputs.
@@ -135,6 +137,11 @@ impl Head<'_> {
         })
     }
 
+    /// How many times a coarse block of these keys counts.
+    fn weight(&self, keys: &[usize]) -> f64 {
+        keys.len() as f64 * self.coarse_shift.exp()
+    }
+
     /// The coarse blocks.
     fn coarse_blocks(&self, selected: ArrayView2<'_, bool>) -> Array2<bool> {
         let kinds = self.kinds();
@@ -163,7 +170,7 @@ impl Head<'_> {
                 } else if let (true, Some(summary)) = (coarse[[row, j]], summary) {
                     terms.push((self.logit_of(summary, t), 1.0, summary.value.view()));
                 } else if coarse[[row, j]] {
-                    terms.push((c[[row, j]], keys.len() as f64, vh.row(j)));
+                    terms.push((c[[row, j]], self.weight(keys), vh.row(j)));
                 }
             }
             if !terms.is_empty() {
@@ -225,7 +232,7 @@ impl Head<'_> {
                 sum_delta += factor * delta;
             }
             for j in unselected {
-                let (count, w) = (keys[j].len() as f64, (c[[i, j]] - r).exp());
+                let (count, w) = (self.weight(&keys[j]), (c[[i, j]] - r).exp());
                 let dc = count * w * (dot(sum_g.view(), vh.row(j)) - sum_delta);
                 let factor = dc * self.product_slope(qh.row(i), kh.row(j));
                 add(&mut dqh.view_mut(), i, factor, kh.row(j));

@@ -5,9 +5,11 @@
 //! [`Scalar::run`], the single place that picks an instruction set: it calls the kernel inside a function compiled
 //! for that instruction set. For that to work everything a kernel calls must be inlined into it, hence
 //! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`. What only some instruction sets
-//! have, products of bfloat16 numbers, is a trait of its own with its own starting point: [`DotBf16`], [`Bf16Level::run`].
+//! have, products of bfloat16 numbers, is a trait of its own with its own starting point: [`DotBf16`], [`Bf16Level::run`]; likewise products of
+//! 8-bit codes: [`DotCodes`], [`CodeLevel::run`].
 
 mod bf16;
+mod codes;
 mod exp;
 mod level;
 mod portable;
@@ -25,6 +27,7 @@ mod aarch64;
 #[cfg(test)]
 pub(crate) use bf16::bf16_levels;
 pub(crate) use bf16::{Bf16Level, DotBf16, KernelBf16, Sum};
+pub(crate) use codes::{CODE_BIAS, CODE_LANES, CodeLevel, CodeLine, DotCodes, KernelCodes};
 #[cfg(test)]
 pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
@@ -69,6 +72,22 @@ pub trait Simd<T>: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// One bit for each lane, the lowest for the first: whether `a >= b` there. Not so where either is NaN.
     fn at_least(self, a: Self::V, b: Self::V) -> u32;
+    /// `counts`, and 1 more where `a >= b`.
+    #[inline(always)]
+    fn count_at_least(self, counts: Self::V, a: Self::V, b: Self::V) -> Self::V
+    where
+        T: Scalar,
+    {
+        let (mut lanes, hits) = ([T::ZERO; MOST_LANES], self.at_least(a, b));
+        assert!(Self::LANES <= lanes.len());
+        // SAFETY: there is room for a vector, asserted above.
+        unsafe { self.store(lanes.as_mut_ptr(), counts) };
+        for (lane, count) in lanes.iter_mut().enumerate() {
+            *count += T::from_f64(f64::from(hits >> lane & 1));
+        }
+        // SAFETY: `lanes` holds a whole vector.
+        unsafe { self.load(lanes.as_ptr()) }
+    }
     /// The largest lane; any lane where some are NaN.
     #[inline(always)]
     fn max_across(self, v: Self::V) -> T

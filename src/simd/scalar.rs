@@ -34,6 +34,8 @@ pub trait Scalar:
 
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
+    /// The nearest whole number, ties to even, of one from -127 to 127; any code for others.
+    fn to_code(self) -> i8;
     /// Natural logarithm.
     #[must_use]
     fn ln(self) -> Self;
@@ -64,7 +66,7 @@ pub trait Scalar:
 }
 
 macro_rules! scalar {
-    ($t:ty, tanh = $tanh:expr) => {
+    ($t:ty, tanh = $tanh:expr, ulp_of_1 = $ulp_of_1:literal) => {
         impl Scalar for $t {
             const ZERO: Self = 0.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
@@ -76,6 +78,12 @@ macro_rules! scalar {
             #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $t
+            }
+            #[allow(clippy::cast_possible_truncation, reason = "the low 8 bits count")]
+            #[inline(always)]
+            fn to_code(self) -> i8 {
+                // The last place of the sum is that of 1, so that the sum is rounded as wanted and its low bits are the number.
+                ((self + $ulp_of_1).to_bits() as u8).cast_signed()
             }
             #[inline(always)]
             fn ln(self) -> Self {
@@ -136,8 +144,8 @@ macro_rules! scalar {
     };
 }
 
-scalar!(f32, tanh = tanh);
-scalar!(f64, tanh = f64::tanh);
+scalar!(f32, tanh = tanh, ulp_of_1 = 12_582_912.0);
+scalar!(f64, tanh = f64::tanh, ulp_of_1 = 6_755_399_441_055_744.0);
 
 /// A number that tensors store: `f32`, `f64`, `bf16` or `f16`.
 pub trait Element: Copy + Default + Send + Sync + 'static {

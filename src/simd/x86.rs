@@ -1,15 +1,16 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::{
-    __m256, __m256d, __m512, __m512d, _CMP_GE_OQ, _mm_loadu_ps, _mm256_add_pd, _mm256_add_ps, _mm256_castps_si256,
-    _mm256_castps128_ps256, _mm256_castsi256_ps, _mm256_cmp_pd, _mm256_cmp_ps, _mm256_fmadd_pd, _mm256_fmadd_ps,
-    _mm256_insertf128_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps, _mm256_min_pd, _mm256_min_ps,
-    _mm256_movemask_pd, _mm256_movemask_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_set1_pd, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps, _mm256_unpackhi_ps,
-    _mm256_unpacklo_ps, _mm512_add_pd, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_pd_mask,
-    _mm512_cmp_ps_mask, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_max_pd, _mm512_max_ps,
-    _mm512_min_pd, _mm512_min_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32,
-    _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
+    __m256, __m256d, __m512, __m512d, _CMP_GE_OQ, _mm_loadu_ps, _mm256_add_pd, _mm256_add_ps, _mm256_and_pd, _mm256_and_ps,
+    _mm256_castps_si256, _mm256_castps128_ps256, _mm256_castsi256_ps, _mm256_cmp_pd, _mm256_cmp_ps, _mm256_fmadd_pd,
+    _mm256_fmadd_ps, _mm256_insertf128_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps, _mm256_min_pd,
+    _mm256_min_ps, _mm256_movemask_pd, _mm256_movemask_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_set1_pd, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_pd, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cmp_pd_mask, _mm512_cmp_ps_mask, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps,
+    _mm512_mask_add_pd, _mm512_mask_add_ps, _mm512_max_pd, _mm512_max_ps, _mm512_min_pd, _mm512_min_ps, _mm512_mul_pd,
+    _mm512_mul_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_pd,
+    _mm512_sub_ps,
 };
 use std::is_x86_feature_detected as detected;
 
@@ -51,7 +52,8 @@ token!(Avx512, "512-bit vectors.", "avx512f,avx2,fma", ["avx512f", "avx2", "fma"
 
 macro_rules! operations {
     ($token:ident, $t:ty, $v:ty, $rows:literal, exp = ($start_exp:expr, $finish_exp:expr),
-     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident $(, $transpose:ident)?) => {
+     $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $min:ident, $at_least:ident, $count:ident
+     $(, $transpose:ident)?) => {
         impl Simd<$t> for $token {
             type V = $v;
             const LANES: usize = size_of::<$v>() / size_of::<$t>();
@@ -106,6 +108,11 @@ macro_rules! operations {
             fn at_least(self, a: Self::V, b: Self::V) -> u32 {
                 // SAFETY: the token proves that the CPU has the instructions.
                 unsafe { $at_least(a, b) }
+            }
+            #[inline(always)]
+            fn count_at_least(self, counts: Self::V, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: the token proves that the CPU has the instructions.
+                unsafe { $count(counts, a, b) }
             }
             #[inline(always)]
             fn start_exp(self, x: Self::V) -> [Self::V; 2] {
@@ -172,6 +179,38 @@ unsafe fn at_least_8_wide(a: __m512d, b: __m512d) -> u32 {
     unsafe { u32::from(_mm512_cmp_pd_mask::<_CMP_GE_OQ>(a, b)) }
 }
 
+/// # Safety
+/// - The CPU has AVX2.
+#[inline(always)]
+unsafe fn count_8(counts: __m256, a: __m256, b: __m256) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_add_ps(counts, _mm256_and_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b), _mm256_set1_ps(1.0))) }
+}
+
+/// # Safety
+/// - The CPU has AVX2.
+#[inline(always)]
+unsafe fn count_4_wide(counts: __m256d, a: __m256d, b: __m256d) -> __m256d {
+    // SAFETY: the caller's.
+    unsafe { _mm256_add_pd(counts, _mm256_and_pd(_mm256_cmp_pd::<_CMP_GE_OQ>(a, b), _mm256_set1_pd(1.0))) }
+}
+
+/// # Safety
+/// - The CPU has AVX-512F.
+#[inline(always)]
+unsafe fn count_16(counts: __m512, a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller's.
+    unsafe { _mm512_mask_add_ps(counts, _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b), counts, _mm512_set1_ps(1.0)) }
+}
+
+/// # Safety
+/// - The CPU has AVX-512F.
+#[inline(always)]
+unsafe fn count_8_wide(counts: __m512d, a: __m512d, b: __m512d) -> __m512d {
+    // SAFETY: the caller's.
+    unsafe { _mm512_mask_add_pd(counts, _mm512_cmp_pd_mask::<_CMP_GE_OQ>(a, b), counts, _mm512_set1_pd(1.0)) }
+}
+
 /// [`Simd::transpose`]. Halves of rows r and r + 4 are loaded into one vector; then only squares of 4 are left to transpose.
 ///
 /// # Safety
@@ -217,6 +256,7 @@ operations!(
     _mm256_max_ps,
     _mm256_min_ps,
     at_least_8,
+    count_8,
     transpose_8
 );
 operations!(
@@ -234,7 +274,8 @@ operations!(
     _mm256_fmadd_pd,
     _mm256_max_pd,
     _mm256_min_pd,
-    at_least_4_wide
+    at_least_4_wide,
+    count_4_wide
 );
 // AVX-512 has 32 registers. 8 rows divide the usual 32 queries or keys of a block; 12 rows would leave a short last tile.
 operations!(
@@ -253,6 +294,7 @@ operations!(
     _mm512_max_ps,
     _mm512_min_ps,
     at_least_16,
+    count_16,
     transpose_8
 );
 operations!(
@@ -270,7 +312,8 @@ operations!(
     _mm512_fmadd_pd,
     _mm512_max_pd,
     _mm512_min_pd,
-    at_least_8_wide
+    at_least_8_wide,
+    count_8_wide
 );
 
 impl Exponent for Avx2 {

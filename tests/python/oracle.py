@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from oracle_backward import gradients_of_item
 from oracle_geometry import Geometry, Settings, geometry
+from oracle_score import max_scores
 from oracle_select import select_block_form, select_token_form
 from oracle_terms import Item, Terms, block_values, clean, exact_of, item_of, of_queries, repeat, terms_of
 from torch import Tensor
@@ -127,13 +128,17 @@ def select(query: Tensor, key: Tensor, settings: Settings) -> Selection:
         above: Tensor | None = None
         for level, g in enumerate(levels):
             x = item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64)
-            choose = select_block_form if g.form == "block" else select_token_form
             candidates = torch.ones_like(g.is_open)
             if above is not None:
                 times = each[level - 1].block_size // each[level].block_size
                 candidates = _children(above, levels[level - 1], g, times)
             ratio = each[level].block_size // settings.block_size
-            above = choose(x.coarse_logits, g, each[level], candidates, ratio, levels[-1])
+            chosen_by = (x.coarse_logits, g, each[level], candidates, ratio)
+            if g.form == "block":
+                above = select_block_form(*chosen_by)
+            else:
+                scores = max_scores(x) if settings.score == "max" else None
+                above = select_token_form(*chosen_by, levels[-1], scores)
             selections[level].append(above)
     found = tuple(stack(level, heads) for level in selections)
     return found if settings.coarser else found[0]
@@ -166,7 +171,8 @@ def _attention_of_item(
     terms = _terms_of_levels(xs, selected, settings)
     visible = torch.cat([terms[-1].keys, *(level.blocks for level in terms)], -1)
     logits = torch.cat([x.logits, *(level.block_logits for level in terms)], -1).masked_fill(~visible, -math.inf)
-    multiplicity = torch.cat([torch.ones_like(g.key_valid), *(level.count for level in terms)], -1).to(dtype)
+    ones = torch.ones_like(g.key_valid).to(dtype)
+    multiplicity = torch.cat([ones, *(level.count.to(dtype) for level in terms)], -1)
     seen = visible.any(-1, keepdim=True)
     # The extra hidden column keeps amax defined where there is no key.
     padded = torch.cat([logits.detach(), logits.new_full((*logits.shape[:-1], 1), -math.inf)], -1)

@@ -47,7 +47,7 @@ def _token_form(
     x: Item, terms: Terms, value_mean: Tensor, grad_out: Tensor, delta: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dkh and dvh of the coarse blocks of each token."""
-    prob = (terms.block_logits.masked_fill(~terms.blocks, -math.inf) - lse[..., None]).exp() * x.g.count
+    prob = (terms.block_logits.masked_fill(~terms.blocks, -math.inf) - lse[..., None]).exp() * x.block_counts
     dc = prob * (grad_out @ value_mean.transpose(-1, -2) - delta[..., None]) * x.slopes(x.query, x.key_mean)
     return (
         x.scale * (dc @ x.key_mean),
@@ -73,7 +73,7 @@ def _block_form(
     big_g = sums @ (factor[..., None] * grad_out)
     big_e = (sums @ (factor * delta)[..., None]).squeeze(-1)
     w = (pooled - largest[..., None]).exp()
-    count = x.g.count.to(dtype)
+    count = x.block_counts
     dc = count * w * (big_g @ value_mean.transpose(-1, -2) - big_e[..., None]) * x.slopes(x.query_mean, x.key_mean)
     dqh = x.scale * (dc @ x.key_mean)
     dkh = x.scale * (dc.transpose(-1, -2) @ x.query_mean)

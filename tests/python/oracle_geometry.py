@@ -24,6 +24,8 @@ class Settings:
     block_size: int = 32
     mode: str = "full"
     coarse: str = "mean"
+    score: str = "mean"
+    coarse_shift: float = 0.0
     blocks_per_row: float | Sequence[float] | tuple[Any, ...] = 4.0
     """With coarser levels a sequence has one budget for each level, each of them a number or one for each head."""
     coarser: tuple[int, ...] = ()
@@ -60,6 +62,8 @@ class Settings:
         }
         others = {
             "coarse": (self.coarse, "mean"),
+            "score": (self.score, "mean"),
+            "coarse_shift": (self.coarse_shift, 0.0),
             "first_blocks": (self.first_blocks, None),
             "local_blocks": (self.local_blocks, 1),
             "pool_queries": (self.pool_queries, True),

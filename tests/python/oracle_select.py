@@ -7,15 +7,17 @@ above refines. A block has `ratio` of the finest blocks side by side, and those 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from oracle_geometry import Geometry, Settings
 from torch import Tensor
 
+CANDIDATES = 4
+LOWEST = -sys.float_info.max
 
-def select_block_form(
-    pooled: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int, finest: Geometry
-) -> Tensor:
+
+def select_block_form(pooled: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int) -> Tensor:
     """(H, rows, nk) bool from the logits of pooled queries and pooled keys, (H, rows, nk)."""
     selected = torch.zeros(pooled.shape, dtype=torch.bool)
     for head, rate in enumerate(settings.rates(pooled.shape[0])):
@@ -68,10 +70,34 @@ def _select_head(
     return selected
 
 
+def candidate_bound(logits: list[float], wanted: int) -> float:
+    """What the logits of candidates reach, section 4.1."""
+
+    def count(bound: float) -> int:
+        return sum(logit >= bound for logit in logits)
+
+    top = max((logit for logit in logits if logit > -math.inf), default=LOWEST)
+    low, high, step = top, math.inf, 4.0
+    while count(low) < wanted and low > LOWEST:
+        low, high, step = max(LOWEST, min(top, -LOWEST) - step), low, 2 * step
+    while count(low) > wanted + wanted // 8:
+        middle = 0.5 * low + 0.5 * high
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if count(middle) >= wanted else (low, middle)
+    return low
+
+
 def select_token_form(
-    logits: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int, finest: Geometry
+    logits: Tensor,
+    g: Geometry,
+    settings: Settings,
+    candidates: Tensor,
+    ratio: int,
+    finest: Geometry,
+    max_scores: Tensor | None = None,
 ) -> Tensor:
-    """(H, Lq, nk) bool from the logits of each token and the pooled keys, (H, Lq, nk)."""
+    """(H, Lq, nk) bool from the logits of each token and the pooled keys, (H, Lq, nk), and better scores of some."""
     heads, queries, nk = logits.shape
     selected = torch.zeros(logits.shape, dtype=torch.bool)
     first_blocks = 1 if settings.first_blocks is None else settings.first_blocks
@@ -91,7 +117,11 @@ def select_token_form(
             forced |= set(seen[:first_blocks])
             exact = {j for j in not_dead if is_cut[j] or not forced.isdisjoint(range(j * ratio, (j + 1) * ratio))}
             score = logits[head, t].tolist()
-            others = sorted((j for j in not_dead if j not in exact), key=lambda j: (math.isnan(score[j]), -score[j], j))
-            exact |= set(others[: max(0, number - len(exact))])
+            free, take = [j for j in not_dead if j not in exact], max(0, number - len(exact))
+            if max_scores is not None and 0 < take < len(free):
+                bound = candidate_bound([score[j] for j in free], CANDIDATES * take)
+                ranked = {j for j in free if score[j] >= bound}
+                score = [x if j in ranked else -math.inf for j, x in enumerate(max_scores[head, t].tolist())]
+            exact |= set(sorted(free, key=lambda j: (math.isnan(score[j]), -score[j], j))[:take])
             selected[head, t, list(exact)] = True
     return selected

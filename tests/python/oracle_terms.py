@@ -24,6 +24,12 @@ class Item(NamedTuple):
     """(H)."""
     first_order: bool
     """Whether coarse blocks are expanded around the mean query: the block form alone has that."""
+    coarse_shift: float
+
+    @property
+    def block_counts(self) -> Tensor:
+        """(nk): how many times a coarse block counts."""
+        return self.g.count.to(self.query.dtype) * math.exp(self.coarse_shift)
 
     def products(self, query: Tensor, key: Tensor) -> Tensor:
         """The scaled products, bounded by the softcap."""
@@ -87,8 +93,9 @@ def item_of(
     scale = 1.0 / math.sqrt(max(dim, 1)) if settings.scale is None else settings.scale
     sinks = None if settings.sinks is None else settings.sinks.to(dtype)
     first_order = settings.coarse == "first_order" and g.form == "block"
-    key_mean = mean(key, g.member)
-    return Item(g, clean(query, some), query_mean, key, key_mean, scale, settings.softcap, sinks, first_order)
+    key_mean, shift = mean(key, g.member), settings.coarse_shift
+    query = clean(query, some)
+    return Item(g, query, query_mean, key, key_mean, scale, settings.softcap, sinks, first_order, shift)
 
 
 def cropped(selected: Tensor, g: Geometry) -> Tensor:
@@ -128,8 +135,9 @@ def terms_of(x: Item, selected: Tensor, mode: str, candidates: Tensor | None = N
         coarse = torch.zeros_like(coarse)
     keys = (exact.double() @ g.member.double() > 0) & g.visible
     if x.first_order:
-        return Terms(keys, coarse, first_order_logits(x), torch.ones_like(g.count))
-    return Terms(keys, coarse, of_queries(x.coarse_logits, g), g.count)
+        once = math.exp(x.coarse_shift) * torch.ones_like(x.block_counts)
+        return Terms(keys, coarse, first_order_logits(x), once)
+    return Terms(keys, coarse, of_queries(x.coarse_logits, g), x.block_counts)
 
 
 class Within(NamedTuple):

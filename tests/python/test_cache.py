@@ -64,17 +64,19 @@ def test_negated_views_are_read_as_their_values():
 
 
 @DTYPES
-@pytest.mark.parametrize("mode", ["full", "sparse"])
-def test_chunks_of_any_size_give_the_bits_of_the_whole(dtype, mode):
+@pytest.mark.parametrize(
+    "chosen", [{}, {"mode": "sparse"}, {"score": "max", "blocks_per_row": 6}, {"coarse_shift": 0.8}], ids=str
+)
+def test_chunks_of_any_size_give_the_bits_of_the_whole(dtype, chosen):
     length = 700
     query, key, value = sequences(length, dtype=dtype)
-    expected = prefill(query, key, value, mode=mode)
+    expected = prefill(query, key, value, **chosen)
     generator, cache, start = random.Random(0), new_cache(dtype=dtype), 0
     while start < length:
         end = min(length, start + generator.choice([0, 1, 1, 1, 2, 7, 8, 9, 50]))
         cache.append(key[:, :, start:end], value[:, :, start:end])
         assert cache.lengths == (end, end)
-        got = attend(cache, query[:, :, start:end], mode=mode)
+        got = attend(cache, query[:, :, start:end], **chosen)
         assert_same(got, tuple(x[:, :, start:end] for x in expected))
         start = end
 

@@ -20,6 +20,8 @@ OTHERS: dict[str, Any] = {
     "num_blocks": 5,
     "mode": "sparse",
     "coarse": "first_order",
+    "score": "max",
+    "coarse_shift": 0.5,
     "first_blocks": 2,
     "diagonal_blocks": 3,
     "local_blocks": 2,

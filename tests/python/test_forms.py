@@ -49,6 +49,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "local": {"blocks_per_row": 3.0, "local_blocks": 2},
     "beyond": {"blocks_per_row": 1.0, "local_blocks": 3, "first_blocks": 2},
     "per head": {"blocks_per_row": [0.4, 2.6, math.inf, 1.0]},
+    "largest key": {"blocks_per_row": 2.0, "score": "max", "first_blocks": 0},
+    "shift": {"blocks_per_row": 1.0, "coarse_shift": 0.8},
 }
 
 

@@ -134,6 +134,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     config = Settings(
         block_size=block_size,
         mode=draw(st.sampled_from(["full", "sparse"])),
+        score=draw(st.sampled_from(["mean", "max"])),
+        coarse_shift=draw(st.sampled_from([0.0, 0.0, 0.8, -1.5])),
         blocks_per_row=4.0 if num_blocks is not None else draw(rate | st.lists(rate, min_size=heads, max_size=heads)),
         num_blocks=num_blocks,
         first_blocks=draw(st.sampled_from([None, None, 0, 1, 2])),

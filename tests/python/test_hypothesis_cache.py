@@ -70,6 +70,7 @@ class Life(RuleBasedStateMachine):
     @rule(
         count=st.integers(0, 20),
         mode=st.sampled_from(["full", "sparse"]),
+        score=st.sampled_from(["mean", "max"]),
         blocks=st.integers(1, 4),
         local=st.integers(1, 2),
         first=st.integers(0, 2),
@@ -77,11 +78,12 @@ class Life(RuleBasedStateMachine):
         data=st.data(),
     )
     def attend(
-        self, count: int, mode: str, blocks: int, local: int, first: int, window: int, data: st.DataObject
+        self, count: int, mode: str, score: str, blocks: int, local: int, first: int, window: int, data: st.DataObject
     ) -> None:
         query = self.numbers(len(self.history), HEADS, count, DIM)
         lengths = self.some_lengths(data, count)
-        chosen: dict[str, Any] = {"mode": mode, "blocks_per_row": blocks, "local_blocks": local, "first_blocks": first}
+        chosen: dict[str, Any] = {"mode": mode, "score": score, "coarse_shift": 0.5 * (score == "max")}
+        chosen |= {"blocks_per_row": blocks, "local_blocks": local, "first_blocks": first}
         chosen |= {"enable_gqa": True, "return_lse": True, "window_size": (window, -1)}
         out, lse = self.cache.attend(query, lengths=lengths, **chosen)
         assert out.shape == (len(self.history), HEADS, count, VALUE_DIM)

@@ -19,6 +19,8 @@ SETTINGS = {
     "blocks_per_row": 4.0,
     "num_blocks": None,
     "mode": "full",
+    "score": "mean",
+    "coarse_shift": 0.0,
     "first_blocks": None,
     "diagonal_blocks": 0,
     "local_blocks": 1,

@@ -215,6 +215,8 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks_per_row": (3.0, {}),
     "num_blocks": (40, {}),
     "mode": ("sparse", {}),
+    "score": ("max", {"pool_queries": False}),
+    "coarse_shift": (0.7, {}),
     "first_blocks": (2, {}),
     "diagonal_blocks": (3, {}),
     "local_blocks": (2, {}),

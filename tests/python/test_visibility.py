@@ -60,8 +60,8 @@ def test_what_a_token_does_not_see_changes_no_bit_of_it(form, shape, number):
         # A mask that hides nothing in so short a sequence asks for nothing.
         pooled = form.startswith("no pooled") or visible.flatten(1).all(-1).any()
         more = {"pool_queries": False} if pooled else {}
-        for mode in ("full", "sparse"):
-            settings = settings_of(form, sizes, dtype, mode=mode, **more)
+        for chosen in ({}, {"mode": "sparse"}, {"score": "max", "blocks_per_row": 3.0, "coarse_shift": 0.8}):
+            settings = settings_of(form, sizes, dtype, **chosen, **more)
             before = run_package(query, key, value, settings, grad_out, grad_lse)
             selected = block_mask(query, key, settings)
             for t in {0, 6, sizes[2] // 2, sizes[2] - 1}:
@@ -75,8 +75,8 @@ def test_what_a_token_does_not_see_changes_no_bit_of_it(form, shape, number):
                     changed(value, seen, number),
                 )
                 after = run_package(*other, settings, grad_out, grad_lse)
-                chosen = block_mask(*other[:2], settings)
-                assert_token_is_the_same(before, after, t, seen.any(-1), (selected, chosen))
+                selections = (selected, block_mask(*other[:2], settings))
+                assert_token_is_the_same(before, after, t, seen.any(-1), selections)
 
 
 @by_token_form

@@ -3,7 +3,7 @@
 //! different lengths, and nothing at all.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Mode, Window};
+use mra_attention::{Budget, Mode, Score, Window};
 
 use crate::support::{CAUSAL, Case, Padding, Pairs, budget, check_all};
 
@@ -64,6 +64,8 @@ fn case(index: usize, block_size: usize, query_len: usize, key_len: usize) -> Ca
         value_dim,
         block_size,
         mode: if index % 3 == 2 { Mode::Sparse } else { Mode::Full },
+        coarse_shift: [0.0, 0.8, 0.0, -1.5][index % 4],
+        score: if index % 2 == 1 { Score::Max } else { Score::Mean },
         window,
         offsets: (0..batch).map(|item| offset.saturating_add(item.cast_signed() as i64)).collect(),
         key_lengths: (key_padding == Padding::None && pairs == Pairs::All && pool_queries).then_some(lengths),

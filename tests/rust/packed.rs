@@ -74,6 +74,8 @@ fn together<E: Number>(case: &Case, data: &Data, lower_right: bool, setup: Setup
         block_size: case.block_size,
         mode: case.mode,
         coarse: case.coarse_term(),
+        coarse_shift: case.coarse_shift,
+        score: case.score,
         pool_queries: case.pool_queries,
         window: case.window,
         layout: Geometry::Packed { queries: &queries, keys: &keys, lower_right },

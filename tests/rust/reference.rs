@@ -2,7 +2,7 @@
 //! differences.
 
 use mra_attention::reference::{Attention, Form, Saved};
-use mra_attention::{Budget, Coarse, Mode, Window};
+use mra_attention::{Budget, Coarse, Mode, Score, Window};
 use ndarray::{Array2, Array3, Array4, ArrayView4, array, s};
 
 use crate::support::{CAUSAL, Case, Data, Padding, Pairs, budget};
@@ -59,6 +59,8 @@ fn plain<'a>(
         scale: Some(1.0),
         mode: Mode::Full,
         coarse: Coarse::Mean,
+        coarse_shift: 0.0,
+        score: Score::Mean,
     }
 }
 

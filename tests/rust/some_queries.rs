@@ -61,6 +61,8 @@ fn decode<E: Number>(
         block_size: case.block_size,
         scale: case.scale,
         mode: case.mode,
+        coarse_shift: case.coarse_shift,
+        score: case.score,
         window: case.window,
         layout: Geometry::Dense { offsets: &offsets, key_lengths: None },
         budget: case.budget.clone(),

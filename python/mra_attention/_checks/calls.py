@@ -151,6 +151,8 @@ def settings(
         block_sizes=[*config.block_sizes],
         sparse=config.mode == "sparse",
         first_order=expands,
+        coarse_shift=config.coarse_shift,
+        max_score=config.score == "max",
         pool_queries=config.pool_queries,
         window_left=window[0],
         window_right=window[1],

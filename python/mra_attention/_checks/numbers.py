@@ -68,6 +68,14 @@ def scale_or_default(scale: Any, head_dim: int) -> float:
     return number
 
 
+def coarse_shift(value: Any) -> float:
+    """Check `coarse_shift`."""
+    number = value if type(value) is float else _as_float("coarse_shift", value, "a finite number")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"coarse_shift must be a finite number, got {value!r}")
+    return number
+
+
 def integer(name: str, value: Any, minimum: int) -> int:
     """Check a whole number that is not below a minimum."""
     number = value

@@ -53,6 +53,8 @@ class Settings(NamedTuple):
     sparse: bool = False
     first_order: bool = False
     """Whether coarse blocks of the block form are expanded around the mean query, in place of their means."""
+    coarse_shift: float = 0.0
+    max_score: bool = False
     pool_queries: bool = True
     window_left: int = -1
     window_right: int = -1

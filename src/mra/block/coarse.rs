@@ -82,7 +82,7 @@ impl<T: Scalar> Coarse<T> {
                 // SAFETY: each head is given to this function once, and its tiles have their own rows.
                 unsafe {
                     level.attend(buffers, head, tile, Some(scores), |logits, columns, rows, blocks| {
-                        weigh(logits, columns, keys, blocks.clone());
+                        weigh(logits, columns, keys, blocks.clone(), problem.coarse_shift);
                         let selected = |i| selected(bits, i, keys.len(), blocks.clone());
                         exclude(logits, columns, rows, blocks.start, selected);
                     });
@@ -207,7 +207,7 @@ pub(crate) fn adjust<T: Scalar>(
 ) {
     let segment = batch.segment(head);
     add_mean_bias(problem, segment, head % problem.heads, rows.clone(), blocks.clone(), logits, columns);
-    weigh(logits, columns, &segment.keys, blocks.clone());
+    weigh(logits, columns, &segment.keys, blocks.clone(), problem.coarse_shift);
     exclude_selected(batch, plan, head, rows, blocks, logits, columns);
 }
 

@@ -164,6 +164,10 @@ impl<T: Scalar> Summaries<T> {
         let segment = batch.segment(head);
         let offsets = &mut self.offsets[..blocks.len() * columns];
         add_mean_bias(problem, segment, head % problem.heads, rows.clone(), blocks.clone(), offsets, columns);
+        if problem.coarse_shift != 0.0 {
+            let shift = T::from_f64(problem.coarse_shift);
+            offsets.iter_mut().for_each(|offset| *offset += shift);
+        }
         exclude_selected(batch, plan, head, rows, blocks, offsets, columns);
     }
 

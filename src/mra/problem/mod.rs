@@ -21,7 +21,7 @@ pub(crate) use blocks::Blocks;
 pub use budget::Budget;
 pub(crate) use budget::TokenBudget;
 pub use mask::{Bias, BiasData, Mask};
-pub use options::{Coarse, CoarserLevel, Layout, Mode, Options};
+pub use options::{Coarse, CoarserLevel, Layout, Mode, Options, Score};
 use segment::Place;
 pub(crate) use segment::{Form, Segment};
 pub use sight::Window;
@@ -44,6 +44,8 @@ pub struct Problem<'a> {
     pub(crate) scale: f64,
     pub(crate) mode: Mode,
     pub(crate) coarse: Coarse,
+    pub(crate) coarse_shift: f64,
+    pub(crate) score: Score,
     pub(crate) threads: usize,
     pub(crate) level: Level,
     pub(crate) window: Window,
@@ -102,6 +104,9 @@ impl<'a> Problem<'a> {
         if !(0.0..=1.0).contains(&options.dropout) {
             return Err(Error::new(format!("dropout: {}, expected a probability", options.dropout)));
         }
+        if !options.coarse_shift.is_finite() {
+            return Err(Error::new(format!("coarse_shift: {}, expected a finite number", options.coarse_shift)));
+        }
         if let Some(cap) = options.softcap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
             return Err(Error::new(format!("softcap: {cap}, expected a positive number")));
         }
@@ -135,6 +140,9 @@ impl<'a> Problem<'a> {
             scale: if head_dim == 0 { 0.0 } else { scale },
             mode: options.mode,
             coarse: options.coarse,
+            coarse_shift: in_float32(options.coarse_shift),
+            // With more levels the means rank them all.
+            score: if options.coarser.is_empty() { options.score } else { Score::Mean },
             threads: options.threads,
             level: options.level,
             window: options.window,

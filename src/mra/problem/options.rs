@@ -23,6 +23,16 @@ pub enum Coarse {
     FirstOrder,
 }
 
+/// What the blocks are ranked by that a token chooses from (docs/definitions.md, section 4). The block form has the mean alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Score {
+    /// The logit of the mean of the keys.
+    #[default]
+    Mean,
+    /// Among the best by that logit, an estimate of the largest logit of a key.
+    Max,
+}
+
 /// How the tokens of the tensors are cut into sequences.
 #[derive(Debug, Clone, Copy)]
 pub enum Layout<'a> {
@@ -68,6 +78,10 @@ pub struct Options<'a> {
     pub mode: Mode,
     /// What stands for blocks that are not exact in the block form.
     pub coarse: Coarse,
+    /// What is added to the logit of a block that is not exact.
+    pub coarse_shift: f64,
+    /// What a token ranks blocks by.
+    pub score: Score,
     /// Whether queries are averaged where nothing is hidden (block form), rather than each token choosing for itself (token form).
     pub pool_queries: bool,
     /// Which keys a token sees by their position.
@@ -107,6 +121,8 @@ impl Options<'_> {
             scale: None,
             mode: Mode::Full,
             coarse: Coarse::Mean,
+            coarse_shift: 0.0,
+            score: Score::Mean,
             pool_queries: true,
             window: Window::default(),
             layout: Layout::Dense { offsets: &[0], key_lengths: None },

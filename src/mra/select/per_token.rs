@@ -100,6 +100,14 @@ impl Chooser {
         if choice.leaves_some() { choice.ranges.clone() } else { [choice.span().start..choice.span().start, 0..0] }
     }
 
+    /// How many blocks each lane chooses by logits, once the tile is started; 0 for those without a query.
+    pub(crate) fn wanted(&mut self, columns: usize) -> &[usize] {
+        self.wanted.clear();
+        self.wanted.extend(self.choices.iter().map(|choice| if choice.leaves_some() { choice.take } else { 0 }));
+        self.wanted.resize(columns, 0);
+        &self.wanted
+    }
+
     /// Writes the plan of the tile: for each query `width` numbers, the open blocks that are exact, ascending, then -1.
     ///
     /// `logits` has a row for each of `blocks` and `columns` lanes, one for each query; `-inf` where a logit does not count.
@@ -114,9 +122,7 @@ impl Chooser {
         plan: &mut [i32],
         width: usize,
     ) {
-        self.wanted.clear();
-        self.wanted.extend(self.choices.iter().map(|choice| if choice.leaves_some() { choice.take } else { 0 }));
-        self.wanted.resize(columns, 0);
+        self.wanted(columns);
         self.taken.clear();
         self.taken.resize(columns, 0);
         let stride = self.wanted.iter().copied().max().unwrap_or(0);

@@ -292,7 +292,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                 tile.differentiate(of_part, |logits, columns| {
                     add_mean_distances(problem, segment, head, &tokens, &part, logits, columns);
                     hide(segment, head, &tokens, sights, &part, logits, columns);
-                    weigh(logits, columns, &segment.keys, part.clone());
+                    weigh(logits, columns, &segment.keys, part.clone(), problem.coarse_shift);
                     exclude(logits, columns, sights, plan, range.width, &part);
                 });
                 then(tile, numbers, of_part);

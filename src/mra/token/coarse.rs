@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use super::queries_of_block::open_block;
+use super::rank::{Rank, RankedKeys};
 use crate::exec::Buffer;
 use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Softcap, Stream, pack_transposed, product};
 use crate::mra::attend::{DropoutTile, TILE_QUERIES};
-use crate::mra::problem::{Batch, Mode, Problem, Segment, Sight, TokenBudget};
+use crate::mra::problem::{Batch, Mode, Problem, Score, Segment, Sight, TokenBudget};
 use crate::mra::pyramid::Means;
 use crate::mra::select::Chooser;
 use crate::mra::weigh;
@@ -16,6 +17,13 @@ use crate::tensor::Rows;
 /// Blocks of one step of the softmax: its logits fit into a first-level cache. Steps start at multiples of this, so that
 /// the order of a query's sums does not depend on its tile.
 pub(crate) const STEP_BLOCKS: usize = 128;
+
+/// Queries of a tile. Where blocks are ranked by their keys, the queries that have a block among their candidates share its codes.
+pub(crate) fn coarse_queries(problem: &Problem<'_>) -> usize {
+    if problem.score == Score::Max { RANKED_QUERIES } else { TILE_QUERIES }
+}
+
+const RANKED_QUERIES: usize = 4 * TILE_QUERIES;
 
 /// The running softmax of consecutive queries.
 pub(crate) struct State<T> {
@@ -92,6 +100,8 @@ pub(crate) struct CoarseTile<T> {
     sum: Buffer<T>,
     dropout: Option<DropoutTile>,
     chooser: Chooser,
+    /// Where blocks are ranked by more than these logits.
+    rank: Option<Rank<T>>,
 }
 
 /// Queries of a tile: where they lie, and what they see.
@@ -109,7 +119,7 @@ pub(crate) struct Tile<'a> {
 impl<T: Scalar> CoarseTile<T> {
     /// Buffers for tiles of at most `queries` queries.
     pub(crate) fn new(problem: &Problem<'_>, batch: &Batch<'_>, queries: usize) -> Self {
-        let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
+        let columns = problem.padded::<T>(queries.min(coarse_queries(problem)));
         Self {
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
@@ -119,6 +129,7 @@ impl<T: Scalar> CoarseTile<T> {
             sum: Buffer::scratch(columns),
             dropout: problem.dropout.map(DropoutTile::new),
             chooser: Chooser::default(),
+            rank: (problem.score == Score::Max).then(|| Rank::new(problem, batch.most_columns(), columns)),
         }
     }
 
@@ -129,6 +140,7 @@ impl<T: Scalar> CoarseTile<T> {
         source: &CoarseSource<'_, T>,
         rows: &Rows<'_, E>,
         tile: &Tile<'_>,
+        ranked: Option<&RankedKeys<'_, E>>,
         plan: &mut [i32],
         width: usize,
         state: &mut State<T>,
@@ -149,7 +161,14 @@ impl<T: Scalar> CoarseTile<T> {
             self.hide(source, tile, &blocks, columns);
         }
         if source.budget.is_some() {
-            self.chooser.choose(problem.level, &self.logits, columns, &blocks, sights, plan, width);
+            let scores = match (&mut self.rank, ranked) {
+                (Some(rank), Some(keys)) => {
+                    let logits = Matrix::new(&self.logits, blocks.len(), columns, columns);
+                    rank.scores(problem, keys, rows, tile, &blocks, logits, self.chooser.wanted(columns))
+                }
+                _ => &self.logits,
+            };
+            self.chooser.choose(problem.level, scores, columns, &blocks, sights, plan, width);
         }
         if let Some(values) = source.values.as_ref().filter(|_| problem.mode == Mode::Full && !blocks.is_empty()) {
             exclude(&mut self.logits, columns, sights, plan, width, &blocks);
@@ -170,7 +189,7 @@ impl<T: Scalar> CoarseTile<T> {
         keys: &Matrix<'_, T>,
         columns: usize,
     ) {
-        let ahead = rows_ahead(rows, queries.end, TILE_QUERIES);
+        let ahead = rows_ahead(rows, queries.end, coarse_queries(problem));
         let mut packed = MatrixMut::new(&mut self.packed, problem.head_dim, columns, columns);
         pack_transposed(problem.level, queries.map(|t| rows.row(t)), T::from_f64(problem.scale), &mut self.lines, &mut packed);
         T::run(
@@ -237,7 +256,7 @@ impl<T: Scalar> CoarseTile<T> {
         self.sum[..columns].fill(T::ZERO);
         for_steps(blocks, |part| {
             let logits = &mut self.logits[(part.start - blocks.start) * columns..(part.end - blocks.start) * columns];
-            weigh(logits, columns, &source.segment.keys, part.clone());
+            weigh(logits, columns, &source.segment.keys, part.clone(), problem.coarse_shift);
             T::run(
                 problem.level,
                 OnlineSoftmax {

@@ -2,18 +2,20 @@
 
 use std::ops::Range;
 
-use super::coarse::{CoarseSource, CoarseTile, State, Tile};
+use super::coarse::{CoarseSource, CoarseTile, State, Tile, coarse_queries};
 use super::exact::{Chosen, ExactBlock};
 use super::key_block::RangeOfHead;
+use super::key_codes::KeyCodes;
 use super::levels::{LevelOfRange, TokenLevel, Wanted, candidates, levels, read_plan};
 use super::queries_of_block::QueriesOfBlocks;
+use super::rank::RankedKeys;
 use super::refine::{Refiner, Refining};
 use super::scaled::Scaled;
 use super::visible_keys::Viewer;
 use crate::exec::{Buffer, Chunks, TensorMut, threads};
 use crate::mra::attend::{KeyBatch, KeySource, TILE_QUERIES, finish};
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Mode, Problem};
+use crate::mra::problem::{Mode, Problem, Score};
 use crate::mra::pyramid::PooledInputs;
 use crate::simd::{Element, Scalar};
 use crate::tensor::Tensor;
@@ -56,8 +58,7 @@ pub(crate) fn forward<E: Element>(
         (Mode::Sparse, PlanBytes::Given(_)) => Wanted::Nothing,
     };
     let levels = levels(problem, inputs, pooled, wanted);
-    let pass = Pass { problem, levels, query: &inputs.query, plan, value_dim: inputs.value.shape()[3] };
-    pass.run(|pass, scratch, head, range| {
+    Pass::new(problem, levels, inputs, plan, inputs.value.shape()[3]).run(|pass, scratch, head, range| {
         let (blocks, width) = (pass.finest().batch.segment(head).keys.len(), pass.width(head));
         let finest = scratch.levels.last().expect("a level");
         scratch.lists.build(blocks, &finest.sights, &finest.plan, width);
@@ -74,13 +75,16 @@ pub(crate) fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, k
     let inputs = Inputs { query: *query, key: *key, value: *key };
     let levels = levels(problem, &inputs, None, Wanted::Keys);
     let plan = PlanBytes::Chosen(Some(Chunks::new(plan, 1)));
-    Pass { problem, levels, query, plan: &plan, value_dim: 0 }.run(|_, _, _, _| ());
+    Pass::new(problem, levels, &inputs, &plan, 0).run(|_, _, _, _| ());
 }
 
 struct Pass<'a, E: Element> {
     problem: &'a Problem<'a>,
     levels: Vec<TokenLevel<'a, E::Compute>>,
     query: &'a Tensor<'a, E>,
+    key: &'a Tensor<'a, E>,
+    /// Codes of all keys, where blocks are ranked by them and that pays.
+    codes: Option<KeyCodes<E::Compute>>,
     plan: &'a PlanBytes<'a>,
     value_dim: usize,
 }
@@ -100,6 +104,19 @@ struct Scratch<'a, T> {
 }
 
 impl<'a, E: Element> Pass<'a, E> {
+    fn new(
+        problem: &'a Problem<'a>,
+        levels: Vec<TokenLevel<'a, E::Compute>>,
+        inputs: &'a Inputs<'_, E>,
+        plan: &'a PlanBytes<'a>,
+        value_dim: usize,
+    ) -> Self {
+        let selecting = problem.score == Score::Max && matches!(plan, PlanBytes::Chosen(_));
+        let TokenLevel { batch, means, .. } = &levels[0];
+        let codes = means.as_ref().filter(|_| selecting).and_then(|means| KeyCodes::of_all(problem, batch, &inputs.key, means));
+        Self { problem, levels, query: &inputs.query, key: &inputs.key, codes, plan, value_dim }
+    }
+
     /// Calls `body` with every range of queries of every flat head, whose plan and coarse state are then in the scratch.
     fn run(&self, body: impl Fn(&Self, &mut Scratch<'a, E::Compute>, usize, Range<usize>) + Sync) {
         let batch = &self.finest().batch;
@@ -161,6 +178,20 @@ impl<'a, E: Element> Pass<'a, E> {
         self.problem.plan_width(self.finest().batch.segment(head))
     }
 
+    /// What the blocks of a flat head are ranked by, if not by their means.
+    fn ranked(&self, head: usize) -> Option<RankedKeys<'_, E>> {
+        let TokenLevel { batch, means, .. } = &self.levels[0];
+        let means = means.as_ref().filter(|_| self.problem.score == Score::Max)?;
+        let group = batch.group(head);
+        let (item, kv_head) = batch.item_and_kv_head(group);
+        Some(RankedKeys {
+            rows: self.key.head(item, kv_head),
+            blocks: &batch.segment(head).keys,
+            means: means.keys(batch, group),
+            codes: self.codes.as_ref().map(|codes| (codes, batch.column(group, 0))),
+        })
+    }
+
     /// Reads or makes the plan of a range of queries of a flat head, and starts their softmax.
     fn choose(&self, head: usize, range: &Range<usize>, scratch: &mut Scratch<'a, E::Compute>) {
         let selecting = matches!(self.plan, PlanBytes::Chosen(_));
@@ -193,13 +224,14 @@ impl<'a, E: Element> Pass<'a, E> {
                 refiner.choose(&source, &queries, refining, &mut own.plan, width);
                 refiner.attend(&source, &queries, refining, &own.plan, width, &mut scratch.state);
             } else {
-                for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
+                let ranked = self.ranked(head);
+                for tokens in segment.tiles(range.clone(), coarse_queries(level.problem)) {
                     let first = tokens.start - range.start;
                     let places = first..first + tokens.len();
                     let numbers = &mut own.plan[first * width..][..tokens.len() * width];
                     let (sights, finest) = (&own.sights[places.clone()], &finest[places]);
                     let tile = Tile { sights, finest, tokens, first };
-                    scratch.coarse.compute(&source, &rows, &tile, numbers, width, &mut scratch.state);
+                    scratch.coarse.compute(&source, &rows, &tile, ranked.as_ref(), numbers, width, &mut scratch.state);
                 }
             }
             if let PlanBytes::Chosen(Some(chunks)) = self.plan {

@@ -6,7 +6,8 @@
 //! for each range of queries of a head:                                                  forward
 //!     for each tile of queries:                                                          coarse, mra::select
 //!         c_tj = scale <q_t, kh_j>              one row for each open block, one lane for each query
-//!         plan_t = forced blocks, and those with the largest c_tj; cut ones are exact without it
+//!         plan_t = forced blocks, and those with the largest c_tj, or the largest         rank, key_codes
+//!                  estimate of the logit of a key; cut ones are exact without it
 //!         state_t = softmax over the c_tj of all other open blocks, + ln count_j         full mode
 //!     sort the exact blocks of all queries by block                                      queries_of_block
 //!     for each block j, ascending, for the queries that compute it:                       exact
@@ -32,9 +33,11 @@ mod exact;
 mod forward;
 mod gradient;
 mod key_block;
+mod key_codes;
 mod levels;
 mod queries_of_block;
 mod query_tile;
+mod rank;
 mod refine;
 mod scaled;
 mod visible_keys;

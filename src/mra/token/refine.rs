@@ -146,8 +146,8 @@ pub(crate) fn leaves_some(sight: &Sight<'_>, row: &[i32], blocks: &Range<usize>)
     sight.count_open_of(blocks) > refined(row, blocks).len()
 }
 
-/// Writes what is added to the logits of a query of a head on some blocks: the logarithm of the number of keys and the mean bias, or `-inf`
-/// where it does not see all of the block or refines it by its `row` of the plan.
+/// Writes what is added to the logits of a query of a head on some blocks: what each counts and the mean bias, or `-inf` where it
+/// does not see all of the block or refines it by its `row` of the plan.
 pub(crate) fn read_row<T: Scalar>(
     problem: &Problem<'_>,
     segment: &Segment,
@@ -157,7 +157,7 @@ pub(crate) fn read_row<T: Scalar>(
     blocks: &Range<usize>,
     biases: &mut [T],
 ) {
-    let weight = |count: usize| T::from_f64((count as f64).ln());
+    let weight = |count: usize| T::from_f64((count as f64).ln() + problem.coarse_shift);
     match segment.keys.count_of_each(blocks.clone()) {
         Some(count) => biases.fill(weight(count)),
         None => biases.iter_mut().zip(blocks.clone()).for_each(|(bias, block)| *bias = weight(segment.keys.count(block))),

@@ -105,6 +105,8 @@ pub(crate) fn with_options<R>(case: &Case, data: &Data, setup: Setup, body: impl
         scale: case.scale,
         mode: case.mode,
         coarse: case.coarse_term(),
+        coarse_shift: case.coarse_shift,
+        score: case.score,
         pool_queries: case.pool_queries,
         window: case.window,
         layout: Geometry::Dense { offsets: &case.offsets, key_lengths: case.key_lengths.as_deref() },

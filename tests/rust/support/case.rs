@@ -1,7 +1,7 @@
 //! Random inputs of a given shape.
 
 use mra_attention::reference::Attention;
-use mra_attention::{Budget, Coarse, CoarserLevel, Mode, Window};
+use mra_attention::{Budget, Coarse, CoarserLevel, Mode, Score, Window};
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -67,6 +67,8 @@ pub(crate) struct Case {
     pub(crate) mode: Mode,
     /// The means wherever there is a softcap.
     pub(crate) coarse: Coarse,
+    pub(crate) coarse_shift: f64,
+    pub(crate) score: Score,
     pub(crate) window: Window,
     /// One for all batch items, or one for each.
     pub(crate) offsets: Vec<i64>,
@@ -106,6 +108,8 @@ impl Default for Case {
             coarser: Vec::new(),
             mode: Mode::Full,
             coarse: Coarse::Mean,
+            coarse_shift: 0.0,
+            score: Score::Mean,
             window: Window::default(),
             offsets: vec![0],
             key_lengths: None,
@@ -292,6 +296,8 @@ impl Data {
             scale: case.scale,
             mode: case.mode,
             coarse: case.coarse_term(),
+            coarse_shift: case.coarse_shift,
+            score: case.score,
         }
     }
 }
