@@ -98,11 +98,8 @@ impl<T: Scalar> Kernel<T> for Encode<'_, T> {
     type Output = T;
 
     #[inline(always)]
-    fn run<S: Simd<T>>(self, _: S) -> T {
-        let largest = self.row.iter().fold(T::ZERO, |largest, &x| {
-            let size = size(x * self.factor);
-            if size > largest { size } else { largest }
-        });
+    fn run<S: Simd<T>>(self, simd: S) -> T {
+        let largest = largest_size(simd, self.row, self.factor);
         let (unit, per_unit) = unit_of_codes(largest);
         for (code, &x) in self.codes.iter_mut().zip(self.row) {
             *code = ((x * self.factor) * per_unit).to_code().cast_unsigned().wrapping_add(self.bias);
@@ -142,10 +139,26 @@ fn unit_of_codes<T: Scalar>(largest: T) -> (T, T) {
     if largest > T::ZERO && largest < T::INFINITY { (largest / most, most / largest) } else { (T::ZERO, T::ZERO) }
 }
 
-/// The absolute value.
+/// The largest size of the multiples of a row; NaN is left out.
 #[inline(always)]
-fn size<T: Scalar>(x: T) -> T {
-    if x < T::ZERO { T::ZERO - x } else { x }
+fn largest_size<T: Scalar, S: Simd<T>>(simd: S, row: &[T], factor: T) -> T {
+    let (zero, by) = (simd.splat(T::ZERO), simd.splat(factor));
+    // Several chains, since each maximum waits for the one before.
+    let mut largest = [zero; 4];
+    let vectors = row.chunks_exact(S::LANES);
+    let mut rest = T::ZERO;
+    for &x in vectors.remainder() {
+        for x in [x * factor, T::ZERO - x * factor] {
+            rest = if x > rest { x } else { rest };
+        }
+    }
+    for (index, vector) in vectors.enumerate() {
+        // SAFETY: the chunk holds a whole vector.
+        let x = simd.mul(unsafe { simd.load(vector.as_ptr()) }, by);
+        largest[index % 4] = simd.max(x, simd.max(simd.sub(zero, x), largest[index % 4]));
+    }
+    let largest = simd.max_across(simd.max(simd.max(largest[0], largest[1]), simd.max(largest[2], largest[3])));
+    if rest > largest { rest } else { largest }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ pub(super) struct Summary {
     weights: Vec<f64>,
     key: Array1<f64>,
     pub(super) value: Array1<f64>,
-    /// The entropy of the weights and the mean bias.
+    /// The entropy of the weights, the mean bias and the shift of coarse blocks.
     offset: f64,
 }
 
@@ -36,7 +36,7 @@ impl Head<'_> {
                 key.scaled_add(a, &self.key.row(s));
                 value.scaled_add(a, &self.value.row(s));
             }
-            Some(Summary { weights, key, value, offset: entropy + self.mean_bias(row, j) })
+            Some(Summary { weights, key, value, offset: entropy + self.mean_bias(row, j) + self.coarse_shift })
         })
     }
 

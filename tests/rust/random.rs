@@ -1,7 +1,7 @@
 //! Random shapes, masks and budgets against the formulas.
 
 use half::{bf16, f16};
-use mra_attention::{Budget, Coarse, Mode, Window};
+use mra_attention::{Budget, Coarse, Mode, Score, Window};
 use proptest::prelude::*;
 
 use crate::support::{
@@ -86,9 +86,11 @@ prop_compose! {
         ],
         (head_dim, value_dim) in (1..40usize, length(40)),
         block_size in prop_oneof![1..20usize, Just(32), Just(64), Just(128)],
-        (mode, coarse) in (
+        (mode, coarse, coarse_shift, score) in (
             prop_oneof![Just(Mode::Full), Just(Mode::Sparse)],
             prop_oneof![Just(Coarse::Mean), Just(Coarse::FirstOrder)],
+            prop_oneof![2 => Just(0.0), 1 => -1.0..1.5],
+            prop_oneof![Just(Score::Mean), Just(Score::Max)],
         ),
         (query_padding, key_padding, pairs) in (padding(), padding(), pairs()),
         (window, pool_queries) in (window(), prop_oneof![4 => Just(true), 1 => Just(false)]),
@@ -99,7 +101,8 @@ prop_compose! {
         seed in any::<u64>(),
     )(
         case in placed(Case {
-            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, coarse, window, pool_queries, query_padding,
+            batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, mode, coarse, coarse_shift, score, window, pool_queries,
+            query_padding,
             key_padding, pairs, softcap, alibi, sinks, scale, magnitude, grad_lse, seed, ..Case::default()
         })
     ) -> Case {

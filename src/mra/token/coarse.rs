@@ -18,13 +18,6 @@ use crate::tensor::Rows;
 /// the order of a query's sums does not depend on its tile.
 pub(crate) const STEP_BLOCKS: usize = 128;
 
-/// Queries of a tile. Where blocks are ranked by their keys, the queries that have a block among their candidates share its codes.
-pub(crate) fn coarse_queries(problem: &Problem<'_>) -> usize {
-    if problem.score == Score::Max { RANKED_QUERIES } else { TILE_QUERIES }
-}
-
-const RANKED_QUERIES: usize = 4 * TILE_QUERIES;
-
 /// The running softmax of consecutive queries.
 pub(crate) struct State<T> {
     /// The largest logit so far.
@@ -119,7 +112,7 @@ pub(crate) struct Tile<'a> {
 impl<T: Scalar> CoarseTile<T> {
     /// Buffers for tiles of at most `queries` queries.
     pub(crate) fn new(problem: &Problem<'_>, batch: &Batch<'_>, queries: usize) -> Self {
-        let columns = problem.padded::<T>(queries.min(coarse_queries(problem)));
+        let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
         Self {
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
@@ -189,7 +182,7 @@ impl<T: Scalar> CoarseTile<T> {
         keys: &Matrix<'_, T>,
         columns: usize,
     ) {
-        let ahead = rows_ahead(rows, queries.end, coarse_queries(problem));
+        let ahead = rows_ahead(rows, queries.end, TILE_QUERIES);
         let mut packed = MatrixMut::new(&mut self.packed, problem.head_dim, columns, columns);
         pack_transposed(problem.level, queries.map(|t| rows.row(t)), T::from_f64(problem.scale), &mut self.lines, &mut packed);
         T::run(

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::coarse::{CoarseSource, CoarseTile, State, Tile, coarse_queries};
+use super::coarse::{CoarseSource, CoarseTile, State, Tile};
 use super::exact::{Chosen, ExactBlock};
 use super::key_block::RangeOfHead;
 use super::key_codes::KeyCodes;
@@ -225,7 +225,7 @@ impl<'a, E: Element> Pass<'a, E> {
                 refiner.attend(&source, &queries, refining, &own.plan, width, &mut scratch.state);
             } else {
                 let ranked = self.ranked(head);
-                for tokens in segment.tiles(range.clone(), coarse_queries(level.problem)) {
+                for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
                     let first = tokens.start - range.start;
                     let places = first..first + tokens.len();
                     let numbers = &mut own.plan[first * width..][..tokens.len() * width];
