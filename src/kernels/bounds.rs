@@ -94,6 +94,7 @@ impl<T: Scalar> Search<T> {
     }
 
     /// Takes in how many numbers reach what was tried.
+    #[allow(clippy::needless_bitwise_bool, reason = "a branch would keep the compiler from making vectors")]
     #[inline(always)]
     fn learn(&mut self, counts: &[T; MOST_LANES]) {
         let half = T::from_f64(0.5);

@@ -128,6 +128,7 @@ impl<T: Scalar> CoarseTile<T> {
 
     /// Chooses the blocks of a tile of queries, unless the plan is given, and starts their softmax with all other open blocks.
     /// `plan` has `width` numbers for each query of the tile.
+    #[allow(clippy::too_many_arguments, reason = "a tile of queries, what it chooses from, and where the result goes")]
     pub(crate) fn compute<E: Element<Compute = T>>(
         &mut self,
         source: &CoarseSource<'_, T>,
