@@ -7,6 +7,7 @@
 //!
 //! block form, where nothing is hidden but padding:                                       mra::block
 //! select    c_ij = scale <qh_i, kh_j>; the blocks nearest to their row's best            mra::select
+//!           with blocks of several sizes: then among the smaller ones in these
 //! forward   for each query block i:
 //!               softmax over the pooled keys of unselected blocks, weighted by count
 //!               continued over the keys of selected blocks, query by query
