@@ -54,7 +54,8 @@ class KVCache:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 4 and 5. Deterministic, as `scaled_dot_product_attention`: how a sequence was cut
+    Definition: docs/definitions.md, sections 4 and 5. Deterministic, as `scaled_dot_product_attention`: how a sequence was
+    cut
     into steps makes no difference. Inputs must have the dtype of the cache; under `torch.autocast("cpu")` they are cast
     to it. The cache lives on the CPU.
 

@@ -15,7 +15,8 @@
 use std::ops::Range;
 
 use super::coarse_backward::{CoarseGradients, one_pass};
-use super::first_order_backward::{FirstOrderGradients, first_order_backward};
+use super::first_order_backward::FirstOrderPass;
+use super::first_order_gradients::FirstOrderGradients;
 use super::levels::read_plans;
 use super::levels_backward::coarse_backward;
 use crate::exec::{Buffer, threads};
@@ -43,16 +44,20 @@ pub(crate) fn backward<E: Element>(
     let plans = read_plans(&levels, plan);
     let plan = &plans[plans.len() - 1];
     let mut pass = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
-    if problem.expands() {
-        pass.first_order = Some(first_order_backward(problem, batch, inputs, plan, &pass));
-    } else if problem.mode == Mode::Full {
+    let expansion = problem.expands().then(|| {
+        let exact = Pass::new(problem, batch, inputs, grad_out, terms, plan, gradients);
+        FirstOrderPass::new(problem, batch, inputs, plan, exact)
+    });
+    if problem.mode == Mode::Full && expansion.is_none() {
         pass.coarse = coarse_backward(&levels, &plans, inputs, grad_out, terms);
     }
     let products = plan.num_blocks() * problem.block_size.pow(2) * 3;
-    let threads = problem.threads_for(products * (problem.head_dim + pass.value_dim));
+    let of_coarse = expansion.as_ref().map_or(0, FirstOrderPass::products);
+    let threads = problem.threads_for(products * (problem.head_dim + pass.value_dim) + of_coarse);
     if one_pass(batch.groups(), threads) {
-        pass.by_groups(threads);
+        pass.by_groups(threads, expansion.as_ref());
     } else {
+        pass.first_order = expansion.map(|expansion| expansion.gradients(threads));
         pass.by_rows(threads);
         pass.by_columns(threads);
     }
@@ -63,6 +68,15 @@ pub(super) struct Buffers<T> {
     pub(super) tile: GradientTile<T>,
     pub(super) keys: KeyBatch<T>,
     pub(super) bias: BiasTile<T>,
+}
+
+/// What coarse blocks to first order add to the gradients of a block of queries.
+#[derive(Clone, Copy)]
+struct RowStart<'a, T> {
+    /// To those of its queries.
+    dq: &'a [T],
+    /// To that of their mean.
+    mean: &'a [T],
 }
 
 /// The exact blocks of all heads, and the writing of the results.
@@ -98,21 +112,35 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
     }
 
     /// One task for each group of heads that share keys: all gradients in one pass.
-    fn by_groups(&self, threads: usize) {
+    fn by_groups(&self, threads: usize, expansion: Option<&FirstOrderPass<'_, '_, E>>) {
+        let rows = self.batch.segments.iter().map(|segment| segment.rows.len()).max().unwrap_or(0);
+        let (size, heads) = (self.problem.block_size, self.problem.heads / self.problem.kv_heads.max(1));
         let scratch = || {
             let buffers = self.buffers();
             let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
             let keys = self.batch.most_keys();
-            (buffers, Buffer::scratch(keys * key_width), Buffer::scratch(keys * value_width))
+            let of_rows = |count: usize| Buffer::scratch(heads * count * key_width);
+            let of_coarse = expansion.map(|expansion| (expansion.scratch(), of_rows(rows * size), of_rows(rows)));
+            (buffers, Buffer::scratch(keys * key_width), Buffer::scratch(keys * value_width), of_coarse)
         };
-        threads::for_each(threads, self.batch.groups(), scratch, |(buffers, dk, dv), group| {
+        threads::for_each(threads, self.batch.groups(), scratch, |(buffers, dk, dv, of_coarse), group| {
             let segment = self.batch.segment_of_group(group);
             let source = self.source(group);
-            self.start_keys(group, 0..segment.keys.total(), dk, dv);
-            for head in self.batch.heads_of(group) {
+            dk.fill(E::Compute::ZERO);
+            dv.fill(E::Compute::ZERO);
+            if let (Some(expansion), Some((scratch, dq, means))) = (expansion, &mut *of_coarse) {
+                let sums = &mut KeySums { dk: &mut *dk, dv: &mut *dv, first: 0 };
+                expansion.group(group, (scratch, dq, means), (rows * size, rows), sums);
+            }
+            let width = buffers.tile.key_width;
+            for (index, head) in self.batch.heads_of(group).enumerate() {
                 for i in 0..segment.rows.len() {
+                    let of_coarse = of_coarse.as_ref().map(|(_, dq, means)| RowStart {
+                        dq: &dq[(index * rows * size + segment.rows.start(i)) * width..],
+                        mean: &means[(index * rows + i) * width..][..width],
+                    });
                     // SAFETY: each task has its own heads.
-                    unsafe { self.row(head, i, buffers, &source, Some(&mut KeySums { dk, dv, first: 0 })) };
+                    unsafe { self.row(head, i, buffers, &source, of_coarse, Some(&mut KeySums { dk, dv, first: 0 })) };
                 }
             }
             for block in 0..segment.keys.len() {
@@ -131,8 +159,12 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             |buffers, task| {
                 let (head, i) = self.batch.row_at(task);
                 let source = self.source(self.batch.group(head));
+                let of_coarse = self.first_order.as_ref().map(|first_order| RowStart {
+                    dq: first_order.dq(self.batch, head, self.batch.segment(head).rows.numbers(i)),
+                    mean: first_order.mean(self.batch, head, i),
+                });
                 // SAFETY: each task has its own block of queries.
-                unsafe { self.row(head, i, buffers, &source, None) };
+                unsafe { self.row(head, i, buffers, &source, of_coarse, None) };
             },
         );
     }
@@ -226,6 +258,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         i: usize,
         buffers: &mut Buffers<E::Compute>,
         source: &KeySource<'_, E>,
+        of_coarse: Option<RowStart<'_, E::Compute>>,
         mut sums: Option<&mut KeySums<'_, E::Compute>>,
     ) {
         let Buffers { tile, keys, bias } = buffers;
@@ -240,9 +273,9 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         }
         for queries in tiles(rows.numbers(i)) {
             self.start(head, queries.clone(), tile);
-            if let Some(first_order) = &self.first_order {
-                let dq = first_order.dq(self.batch, head, queries.clone());
-                tile.dq[..dq.len()].copy_from_slice(dq);
+            if let Some(RowStart { dq, .. }) = &of_coarse {
+                let (first, len) = (queries.start - rows.start(i), queries.len() * tile.key_width);
+                tile.dq[..len].copy_from_slice(&dq[first * tile.key_width..][..len]);
             }
             let step = |keys: &KeyBatch<E::Compute>| {
                 tile.add(keys, source, true, sums.as_deref_mut().map(KeySums::reborrow), |logits, columns| {
@@ -250,8 +283,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                 });
             };
             self.for_batches(head, i, keys, source, step);
-            let of_means = self.first_order.as_ref().map(|first_order| first_order.mean(self.batch, head, i));
-            let pooled = of_means.or_else(|| self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i)));
+            let of_mean = of_coarse.as_ref().map(|of_coarse| of_coarse.mean);
+            let pooled = of_mean.or_else(|| self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i)));
             for (query, number) in queries.enumerate() {
                 let row = &mut tile.dq[query * tile.key_width..][..self.problem.head_dim];
                 let token = rows.token(number);

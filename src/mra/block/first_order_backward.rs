@@ -9,15 +9,15 @@
 //! dk_s   += sum_i a_ijs dkt_ij + dx_ijs qh_i         dv_s += sum_i a_ijs dvt_ij         dqh_i += sum_j sum_s dx_ijs k_s
 //! ```
 //!
-//! Where there are enough heads, a task is a group of heads that share keys, and the summaries are computed once; otherwise rows drive dq
-//! and columns dk and dv. Both give the same bits: a sum runs over the same few rows, or blocks, at a time.
+//! Where there are enough heads, a task of the exact pass is a group of heads that share keys, and begins with this, so that the summaries
+//! are computed once and no gradient is stored beside the outputs; otherwise rows drive dq and columns dk and dv. Both give the same bits:
+//! a sum runs over the same few rows, or blocks, at a time.
 
 use std::ops::Range;
 
 use super::backward::Pass;
-use super::coarse_backward::one_pass;
 use super::summaries::{Place, ROWS, Summaries};
-use crate::exec::{Buffer, Chunks, threads};
+use crate::exec::Buffer;
 use crate::kernels::{BlockSoftmaxGradient, Gemm, Init, Matrix, MatrixMut, Stream, pack_transposed};
 use crate::mra::attend::{GradientTile, KeyBatch, KeySource, KeySums, PartView, tile_columns, tiles};
 use crate::mra::inputs::Inputs;
@@ -26,107 +26,29 @@ use crate::mra::pyramid::{Pooled, Side};
 use crate::mra::select::BlockPlan;
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
-/// Gradients of queries, keys and values by number, in rows of whole vectors, and of the means of queries.
-pub(super) struct FirstOrderGradients<T> {
-    dq: Buffer<T>,
-    means: Buffer<T>,
-    dk: Buffer<T>,
-    dv: Buffer<T>,
-    block_size: usize,
-    key_width: usize,
-    value_width: usize,
-}
-
-impl<T: Scalar> FirstOrderGradients<T> {
-    fn new(problem: &Problem<'_>, batch: &Batch<'_>, value_dim: usize) -> Self {
-        let (block_size, key_width) = (problem.block_size, problem.padded::<T>(problem.head_dim));
-        let value_width = problem.padded::<T>(value_dim);
-        Self {
-            dq: Buffer::zeros(batch.rows() * block_size * key_width),
-            means: Buffer::zeros(batch.rows() * key_width),
-            dk: Buffer::zeros(batch.columns() * block_size * key_width),
-            dv: Buffer::zeros(batch.columns() * block_size * value_width),
-            block_size,
-            key_width,
-            value_width,
-        }
-    }
-
-    /// Of queries of a flat head, by their numbers.
-    pub(super) fn dq(&self, batch: &Batch<'_>, head: usize, numbers: Range<usize>) -> &[T] {
-        let first = batch.row(head, 0) * self.block_size;
-        &self.dq[(first + numbers.start) * self.key_width..(first + numbers.end) * self.key_width]
-    }
-
-    /// Of the mean query of a row.
-    pub(super) fn mean(&self, batch: &Batch<'_>, head: usize, i: usize) -> &[T] {
-        &self.means[batch.row(head, i) * self.key_width..][..self.key_width]
-    }
-
-    /// Of keys of a group, and of their values, by their numbers.
-    pub(super) fn keys(&self, batch: &Batch<'_>, group: usize, numbers: Range<usize>) -> (&[T], &[T]) {
-        let first = batch.column(group, 0) * self.block_size;
-        let (start, end) = (first + numbers.start, first + numbers.end);
-        (&self.dk[start * self.key_width..end * self.key_width], &self.dv[start * self.value_width..end * self.value_width])
-    }
-}
-
-/// Computes them. The exact pass knows the tensors, and starts tiles of queries.
-pub(super) fn first_order_backward<E: Element>(
-    problem: &Problem<'_>,
-    batch: &Batch<'_>,
-    inputs: &Inputs<'_, E>,
-    plan: &BlockPlan,
-    exact: &Pass<'_, '_, E>,
-) -> FirstOrderGradients<E::Compute> {
-    let value_dim = inputs.value.shape()[3];
-    let mut gradients = FirstOrderGradients::new(problem, batch, value_dim);
-    let [queries] = Pooled::each(problem, batch, [(&inputs.query, Side::Queries)]);
-    let filled = |keys: &Blocks| (0..keys.len()).filter(|&j| keys.count(j) > 0).count();
-    let filled = batch.segments.iter().map(|segment| filled(&segment.keys)).collect();
-    let pass = FirstOrderPass { problem, batch, plan, exact, queries, filled, value_dim };
-    let products = problem.heads * batch.pairs_of_blocks() * problem.block_size * 7 * (problem.head_dim + value_dim);
-    let threads = problem.threads_for(products);
-    let FirstOrderGradients { dq, means, dk, dv, .. } = &mut gradients;
-    let to = Outputs { dq: Chunks::new(dq, 1), means: Chunks::new(means, 1), dk: Chunks::new(dk, 1), dv: Chunks::new(dv, 1) };
-    if one_pass(batch.groups(), threads) {
-        pass.by_groups(threads, &to);
-    } else {
-        pass.by_rows(threads, &to);
-        pass.by_columns(threads, &to);
-    }
-    gradients
-}
-
-/// The memory of [`FirstOrderGradients`], of which each task writes its own part.
-struct Outputs<'a, T> {
-    dq: Chunks<'a, T>,
-    means: Chunks<'a, T>,
-    dk: Chunks<'a, T>,
-    dv: Chunks<'a, T>,
-}
-
 /// Sums for a few rows.
-struct RowSums<'a, T> {
+pub(super) struct RowSums<'a, T> {
     /// Of their queries, from the number of the first one on.
-    dq: &'a mut [T],
+    pub(super) dq: &'a mut [T],
     /// Of their means.
-    means: &'a mut [T],
+    pub(super) means: &'a mut [T],
 }
 
-struct FirstOrderPass<'a, 'g, E: Element> {
-    problem: &'a Problem<'a>,
-    batch: &'a Batch<'a>,
+/// The coarse blocks of all heads.
+pub(super) struct FirstOrderPass<'a, 'g, E: Element> {
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) batch: &'a Batch<'a>,
     plan: &'a BlockPlan,
-    exact: &'a Pass<'a, 'g, E>,
+    /// It knows the tensors, and starts tiles of queries.
+    exact: Pass<'a, 'g, E>,
     queries: Pooled<E::Compute>,
     /// For each sequence, how many of its blocks have a key.
     filled: Vec<usize>,
-    value_dim: usize,
+    pub(super) value_dim: usize,
 }
 
 /// What a thread reuses.
-struct Buffers<T> {
+pub(super) struct Buffers<T> {
     summaries: Summaries<T>,
     tile: GradientTile<T>,
     /// The summaries of a row as keys.
@@ -148,10 +70,32 @@ struct Buffers<T> {
 }
 
 /// With the keys of a block.
-type Scratch<T> = (Buffers<T>, KeyBatch<T>);
+pub(super) type Scratch<T> = (Buffers<T>, KeyBatch<T>);
 
-impl<E: Element> FirstOrderPass<'_, '_, E> {
-    fn scratch(&self) -> Scratch<E::Compute> {
+/// With the gradients of queries and of means.
+pub(super) type OfGroup<'s, T> = (&'s mut Scratch<T>, &'s mut [T], &'s mut [T]);
+
+impl<'a, 'g, E: Element> FirstOrderPass<'a, 'g, E> {
+    pub(super) fn new(
+        problem: &'a Problem<'a>,
+        batch: &'a Batch<'a>,
+        inputs: &'a Inputs<'a, E>,
+        plan: &'a BlockPlan,
+        exact: Pass<'a, 'g, E>,
+    ) -> Self {
+        let [queries] = Pooled::each(problem, batch, [(&inputs.query, Side::Queries)]);
+        let filled = |keys: &Blocks| (0..keys.len()).filter(|&j| keys.count(j) > 0).count();
+        let filled = batch.segments.iter().map(|segment| filled(&segment.keys)).collect();
+        Self { problem, batch, plan, exact, queries, filled, value_dim: inputs.value.shape()[3] }
+    }
+
+    /// Multiplications of all coarse blocks.
+    pub(super) fn products(&self) -> usize {
+        let pairs = self.problem.heads * self.batch.pairs_of_blocks() * self.problem.block_size;
+        pairs * 7 * (self.problem.head_dim + self.value_dim)
+    }
+
+    pub(super) fn scratch(&self) -> Scratch<E::Compute> {
         (self.buffers(), KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim))
     }
 
@@ -177,118 +121,35 @@ impl<E: Element> FirstOrderPass<'_, '_, E> {
         }
     }
 
-    /// One task for each group of heads that share keys.
-    fn by_groups(&self, threads: usize, to: &Outputs<'_, E::Compute>) {
-        threads::for_each(
-            threads,
-            self.batch.groups(),
-            || self.scratch(),
-            |scratch, group| {
-                let keys = &self.batch.segment_of_group(group).keys;
-                // SAFETY: each task has its own group of heads.
-                let mut sums = unsafe { self.key_sums(to, group, 0..keys.total()) };
-                for head in self.batch.heads_of(group) {
-                    for rows in self.batch.segment(head).row_tiles(ROWS) {
-                        // SAFETY: as above.
-                        let mut of_rows = unsafe { self.row_sums(to, head, &rows) };
-                        self.rows(head, rows, 0..keys.len(), scratch, Some(&mut of_rows), Some(&mut sums));
-                    }
-                }
-            },
-        );
-    }
-
-    /// One task for a few rows: dq.
-    fn by_rows(&self, threads: usize, to: &Outputs<'_, E::Compute>) {
-        let tasks: Vec<(usize, Range<usize>)> = (0..self.batch.flat_heads())
-            .flat_map(|head| self.batch.segment(head).row_tiles(ROWS).map(move |rows| (head, rows)))
-            .collect();
-        threads::for_each(
-            threads,
-            tasks.len(),
-            || self.scratch(),
-            |scratch, task| {
-                let (head, rows) = tasks[task].clone();
-                // SAFETY: each task has its own rows.
-                let mut of_rows = unsafe { self.row_sums(to, head, &rows) };
-                self.rows(head, rows, 0..self.batch.segment(head).keys.len(), scratch, Some(&mut of_rows), None);
-            },
-        );
-    }
-
-    /// One task for a few blocks of keys: dk and dv.
-    fn by_columns(&self, threads: usize, to: &Outputs<'_, E::Compute>) {
-        let size = Summaries::<E::Compute>::new(self.problem, self.batch, self.value_dim).capacity;
-        let tasks: Vec<(usize, Range<usize>)> = (0..self.batch.groups())
-            .flat_map(|group| {
-                let count = self.batch.segment_of_group(group).keys.len();
-                (0..count).step_by(size).map(move |first| (group, first..(first + size).min(count)))
-            })
-            .collect();
-        threads::for_each(
-            threads,
-            tasks.len(),
-            || self.scratch(),
-            |scratch, task| {
-                let (group, blocks) = tasks[task].clone();
-                let keys = &self.batch.segment_of_group(group).keys;
-                let numbers = keys.start(blocks.start)..keys.start(blocks.end);
-                // SAFETY: each task has its own blocks of keys.
-                let mut sums = unsafe { self.key_sums(to, group, numbers) };
-                for head in self.batch.heads_of(group) {
-                    for rows in self.batch.segment(head).row_tiles(ROWS) {
-                        self.rows(head, rows, blocks.clone(), scratch, None, Some(&mut sums));
-                    }
-                }
-            },
-        );
-    }
-
-    /// # Safety
-    /// - Nothing else holds the gradients of these keys.
-    unsafe fn key_sums<'t>(
+    /// Adds the gradients of the keys of a group, and writes those of the queries of its heads, one head after the other: of each, so
+    /// many numbers, and so many means.
+    pub(super) fn group(
         &self,
-        to: &'t Outputs<'_, E::Compute>,
         group: usize,
-        numbers: Range<usize>,
-    ) -> KeySums<'t, E::Compute> {
-        let first = self.batch.column(group, 0) * self.problem.block_size;
-        let of = |channels: usize| {
-            let width = self.problem.padded::<E::Compute>(channels);
-            (first + numbers.start) * width..(first + numbers.end) * width
-        };
-        // SAFETY: the caller's.
-        unsafe {
-            KeySums {
-                dk: to.dk.range_mut(of(self.problem.head_dim)),
-                dv: to.dv.range_mut(of(self.value_dim)),
-                first: numbers.start,
-            }
-        }
-    }
-
-    /// # Safety
-    /// - Nothing else holds the gradients of these rows.
-    unsafe fn row_sums<'t>(
-        &self,
-        to: &'t Outputs<'_, E::Compute>,
-        head: usize,
-        rows: &Range<usize>,
-    ) -> RowSums<'t, E::Compute> {
-        let width = self.problem.padded::<E::Compute>(self.problem.head_dim);
-        let (of_rows, first) = (&self.batch.segment(head).rows, self.batch.row(head, 0));
-        let number = |i: usize| first * self.problem.block_size + of_rows.start(i);
-        // SAFETY: the caller's.
-        unsafe {
-            RowSums {
-                dq: to.dq.range_mut(number(rows.start) * width..number(rows.end) * width),
-                means: to.means.range_mut((first + rows.start) * width..(first + rows.end) * width),
+        (scratch, dq, means): OfGroup<'_, E::Compute>,
+        (numbers, rows_of_head): (usize, usize),
+        sums: &mut KeySums<'_, E::Compute>,
+    ) {
+        let (width, keys) = (scratch.0.summaries.key_width, &self.batch.segment_of_group(group).keys);
+        dq.fill(E::Compute::ZERO);
+        means.fill(E::Compute::ZERO);
+        for (index, head) in self.batch.heads_of(group).enumerate() {
+            let of_rows = &self.batch.segment(head).rows;
+            for rows in self.batch.segment(head).row_tiles(ROWS) {
+                let of = |count: usize, range: Range<usize>| {
+                    (index * count + range.start) * width..(index * count + range.end) * width
+                };
+                let mut to = RowSums {
+                    dq: &mut dq[of(numbers, of_rows.start(rows.start)..of_rows.start(rows.end))],
+                    means: &mut means[of(rows_of_head, rows.clone())],
+                };
+                self.rows(head, rows, 0..keys.len(), scratch, Some(&mut to), Some(sums));
             }
         }
     }
 
     /// Adds what some rows of a flat head and some blocks of keys have in common.
-    fn rows(
+    pub(super) fn rows(
         &self,
         head: usize,
         rows: Range<usize>,

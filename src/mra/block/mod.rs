@@ -6,6 +6,7 @@ mod coarse;
 mod coarse_backward;
 mod first_order;
 mod first_order_backward;
+mod first_order_gradients;
 mod forward;
 mod levels;
 mod levels_backward;
