@@ -23,7 +23,7 @@ from helpers import (
     random_inputs,
     run_package,
 )
-from mra_attention import KVCache, plan, scaled_dot_product_attention, varlen_attention
+from mra_attention import KVCache, MRAConfig, plan, scaled_dot_product_attention, varlen_attention
 from oracle import Result, Settings
 from torch import Tensor
 
@@ -357,3 +357,70 @@ def test_a_head_has_the_budgets_that_it_has_alone() -> None:
                 *(x[:, head : head + 1] for x in inputs[:3]), settings, *(x[:, head : head + 1] for x in inputs[3:])
             )
             assert_same_bits(Result(*(x[:, head : head + 1] for x in together)), alone)
+
+
+def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
+    config = MRAConfig(resolutions="auto", blocks_per_row=(3, 5))
+    expected = {
+        1: ((32, 1), (3.0, 5.0)),
+        8192: ((32, 1), (3.0, 5.0)),
+        8193: ((256, 32, 1), (32.0, (3.0, 5.0))),
+        65536: ((256, 32, 1), (32.0, (3.0, 5.0))),
+        65537: ((2048, 256, 32, 1), (32.0, 32.0, (3.0, 5.0))),
+    }
+    for length, (resolutions, budgets) in expected.items():
+        chosen = config.for_length(length)
+        assert (chosen.resolutions, chosen.blocks_per_row) == (resolutions, budgets)
+    assert config.block_size == 32
+    assert MRAConfig.from_json(config.to_json()) == config
+    assert MRAConfig().for_length(10**6) == MRAConfig()
+    with pytest.raises(ValueError, match="num_blocks=3 is for two resolutions.*'auto'"):
+        MRAConfig(resolutions="auto", num_blocks=3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_auto_is_smooth_where_a_level_is_added(causal: bool) -> None:
+    """All blocks of a new level are refined at first, as if it were not there."""
+    query, key, value, *_ = random_inputs((1, 1, 8448, 8448, 4), dtype=torch.float32)
+    two = scaled_dot_product_attention(query, key, value, is_causal=causal)
+    auto = scaled_dot_product_attention(query, key, value, is_causal=causal, resolutions="auto")
+    before = scaled_dot_product_attention(
+        query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal, resolutions="auto"
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    assert (auto - exact).norm() <= 1.02 * (two - exact).norm()
+    assert torch.equal(
+        before,
+        scaled_dot_product_attention(query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal),
+    )
+
+
+def test_a_cache_with_auto_has_the_levels_of_its_longest_sequence() -> None:
+    with pytest.raises(ValueError, match="resolutions='auto' needs to know the longest.*max_length"):
+        KVCache(1, 1, 4, resolutions="auto")
+    _, key, value, _, _ = random_inputs((1, 1, 40, 40, 4), dtype=torch.float32)
+    query = torch.randn(1, 1, 5, 4)
+    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (256, 32, 1))]
+    for cache in caches:
+        cache.append(key, value)
+    expected = caches[1].attend(query, blocks_per_row=(32, 4))
+    assert torch.equal(caches[0].attend(query), expected)
+    with pytest.raises(ValueError, match="256 and 32 tokens"):
+        caches[0].attend(query, resolutions=(32, 1))
+    with pytest.raises(ValueError, match="'auto' needs to know"):
+        KVCache(1, 1, 4).attend(torch.randn(1, 1, 0, 4), resolutions="auto")
+
+
+@pytest.mark.parametrize("form", ["plain", "left padding", "causal", "random mask"])
+def test_a_shift_of_coarse_blocks_is_that_of_every_level(form: str) -> None:
+    compare(form, (1, 2, 83, 97, 6), 1, "32, 16, 4", coarse_shift=0.4)
+
+
+def test_levels_are_ranked_by_means_and_first_order_is_for_two_resolutions() -> None:
+    query, key, value, *_ = random_inputs((1, 2, 90, 90, 8), dtype=torch.float32)
+    for more in ({"is_causal": True}, {"pool_queries": False}):
+        settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2), **more}
+        by_means = scaled_dot_product_attention(query, key, value, **settings)
+        assert torch.equal(scaled_dot_product_attention(query, key, value, score="max", **settings), by_means)
+    with pytest.raises(NotImplementedError, match="coarse='first_order'.*more than two resolutions"):
+        scaled_dot_product_attention(query, key, value, resolutions=(32, 8, 1), coarse="first_order")
