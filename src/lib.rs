@@ -39,7 +39,7 @@ pub use error::{Error, Result};
 pub use exec::TensorMut;
 pub use mra::{
     Bias, BiasData, BiasGradient, Budget, Coarse, CoarserLevel, Gradients, Inputs, Layout, Mask, Mode, Options, PooledInputs,
-    Problem, Saved, Score, Selection, Window, append, append_coarser, backward, forward, select,
+    Problem, Saved, Score, Selection, Window, append, backward, forward, select,
 };
 pub use simd::{Element, Level, Scalar};
 pub use tensor::Tensor;

@@ -39,7 +39,7 @@ class KVCache:
         float32, float64, bfloat16 or float16; `torch.get_default_dtype()` by default.
     config : MRAConfig, optional
         How attention is approximated, if a call of `attend` does not say otherwise. A token always chooses for itself,
-        so `pool_queries` makes no difference; a `grid` is refused; `resolutions="auto"` needs `max_length`.
+        so `pool_queries` makes no difference; a `grid` is refused.
     **settings
         Fields of `MRAConfig`; they take the place of those of `config`.
 
@@ -54,8 +54,7 @@ class KVCache:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 4 and 5. Deterministic, as `scaled_dot_product_attention`: how a sequence was
-    cut
+    Definition: docs/definitions.md, section 4. Deterministic, as `scaled_dot_product_attention`: how a sequence was cut
     into steps makes no difference. Inputs must have the dtype of the cache; under `torch.autocast("cpu")` they are cast
     to it. The cache lives on the CPU.
 
@@ -96,8 +95,8 @@ class KVCache:
         if dtype not in tensors.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         self._lengths = [0] * batch_size
-        sizes, most = self._of_length(self._config).block_sizes, self._max_length or 0
-        self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, sizes, most)
+        size, most = self._config.block_size, self._max_length or 0
+        self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, size, most)
 
     @property
     def batch_size(self) -> int:
@@ -131,8 +130,8 @@ class KVCache:
 
     @property
     def block_size(self) -> int:
-        """Tokens of the finest blocks."""
-        return self._memory.block_sizes[-1]
+        """Tokens per block."""
+        return self._memory.block_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,12 +261,10 @@ class KVCache:
         numbers.check_bool("enable_gqa", enable_gqa)
         chosen = configure(self._config if config is None else config, settings)
         _order.refuse(Arguments(), chosen, "a KVCache")
-        of_length = self._of_length(chosen)
-        if tuple(of_length.block_sizes) != self._memory.block_sizes:
-            sizes = " and ".join(str(size) for size in self._memory.block_sizes)
+        if chosen.block_size != self.block_size:
             raise ValueError(
                 f"resolutions={chosen.resolutions!r} do not fit the cache, whose averages are of blocks of "
-                f"{sizes} tokens; pass resolutions={self._config.resolutions!r}, or leave them out"
+                f"{self.block_size} tokens; pass resolutions={self._config.resolutions!r}, or leave them out"
             )
         query = self._check_query(query, enable_gqa)
         count, ends = query.shape[2], self._lengths
@@ -280,7 +277,7 @@ class KVCache:
             self._memory.descriptors,
             offsets,
             ends,
-            calls.settings(of_length, query.shape[1], scale, softcap, window, lower_right=False, dropout_p=0.0),
+            calls.settings(chosen, query.shape[1], scale, softcap, window, lower_right=False, dropout_p=0.0),
             head_terms=(
                 self._check_head_terms("alibi_slopes", alibi_slopes, query),
                 self._check_head_terms("sinks", sinks, query),
@@ -292,15 +289,6 @@ class KVCache:
             if lse is not None:
                 lse[item, :, valid:] = -torch.inf
         return out if lse is None else (out, lse)
-
-    def _of_length(self, config: MRAConfig) -> MRAConfig:
-        """Return a config with the resolutions that "auto" stands for: those of the longest sequence."""
-        if config.resolutions == "auto" and self._max_length is None:
-            raise ValueError(
-                "resolutions='auto' needs to know the longest sequence of a KVCache; pass max_length, or resolutions "
-                "such as (32, 1) or (512, 32, 1)"
-            )
-        return config.for_length(self._max_length or 0)
 
     def _check_head_terms(self, name: str, given: Any, query: Tensor) -> Tensor | None:
         checked = head_terms.check(name, given, *query.shape[:2])

@@ -18,7 +18,7 @@ pub use bias_gradient::BiasGradient;
 pub use inputs::{Gradients, Inputs, Saved};
 use problem::{Batch, Blocks, Form};
 pub use problem::{Bias, BiasData, Budget, Coarse, CoarserLevel, Layout, Mask, Mode, Options, Problem, Score, Window};
-pub use pyramid::{PooledInputs, append, append_coarser};
+pub use pyramid::{PooledInputs, append};
 
 use crate::error::{Error, Result};
 use crate::exec::{Chunks, TensorMut};

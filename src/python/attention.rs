@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use super::borrow::{Descriptor, Dtype, Named, Stored, check_disjoint};
 use super::settings::{Boundaries, HeadTerms, Masks, Sequences, Settings};
-use crate::{Element, Error, Gradients, Inputs, Level, PooledInputs, Saved, Scalar, Selection, TensorMut};
+use crate::{Error, Gradients, Inputs, Level, PooledInputs, Saved, Scalar, Selection, TensorMut};
 
 /// Those of the tensors that were passed.
 fn named<'a>(tensors: impl IntoIterator<Item = (&'a str, Option<&'a Descriptor>)>) -> Vec<Named<'a>> {
@@ -206,11 +206,6 @@ pub(super) fn refined_blocks(
     Ok(levels.into_iter().map(arrays).collect())
 }
 
-/// The means of a cache for each level, the coarsest first, by the name of their tensor.
-fn named_levels<'a>(name: &'a str, levels: &'a [Descriptor]) -> impl Iterator<Item = (&'a str, Option<&'a Descriptor>)> {
-    levels.iter().map(move |means| (name, Some(means)))
-}
-
 /// Attention of the last tokens of cached sequences.
 #[pyfunction]
 #[pyo3(signature = (query, key, value, key_means, value_means, head_terms, out, lse, *, settings, offsets, key_lengths, threads))]
@@ -219,8 +214,8 @@ pub(super) fn attend_cache(
     query: Descriptor,
     key: Descriptor,
     value: Descriptor,
-    key_means: Vec<Descriptor>,
-    value_means: Vec<Descriptor>,
+    key_means: Descriptor,
+    value_means: Descriptor,
     head_terms: HeadTerms,
     out: Descriptor,
     lse: Option<Descriptor>,
@@ -230,9 +225,9 @@ pub(super) fn attend_cache(
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let inputs = [("query", Some(&query)), ("key", Some(&key)), ("value", Some(&value))];
-        let means = named_levels("key_means", &key_means).chain(named_levels("value_means", &value_means));
-        let reads = named(inputs.into_iter().chain(means).chain(head_terms.named()));
+        let stored = [("key", &key), ("value", &value), ("key_means", &key_means), ("value_means", &value_means)];
+        let stored = stored.map(|(name, tensor)| (name, Some(tensor)));
+        let reads = named([("query", Some(&query))].into_iter().chain(stored).chain(head_terms.named()));
         let writes = named([("out", Some(&out)), ("lse", lse.as_ref())]);
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::Dense { offsets, key_lengths: Some(key_lengths) };
@@ -243,14 +238,11 @@ pub(super) fn attend_cache(
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
-                let of_level = |(key, value): (&Descriptor, &Descriptor)| -> crate::Result<_> {
-                    Ok(PooledInputs { key: key.tensor("key_means")?, value: Some(value.tensor("value_means")?) })
-                };
-                let pooled = key_means.iter().zip(&value_means).map(of_level).collect::<crate::Result<Vec<_>>>()?;
+                let pooled = PooledInputs { key: key_means.tensor("key_means")?, value: Some(value_means.tensor("value_means")?) };
                 let mut own_lse = Vec::new();
                 let mut out = out.tensor_mut::<E>("out")?;
                 let mut lse = lse_or_own(lse.as_ref(), &mut own_lse, out.shape())?;
-                crate::forward(&problem, &inputs, Some(&pooled), Selection::Unkept, &mut out, &mut lse)
+                crate::forward(&problem, &inputs, Some(&[pooled]), Selection::Unkept, &mut out, &mut lse)
             }
         })
     })
@@ -259,48 +251,40 @@ pub(super) fn attend_cache(
 
 /// Puts new tokens behind those of a cache.
 #[pyfunction]
-#[pyo3(signature = (key, value, stored_key, stored_value, key_means, value_means, *, before, after, block_sizes, threads))]
+#[pyo3(signature = (key, value, stored_key, stored_value, key_means, value_means, *, before, after, block_size, threads))]
 pub(super) fn append(
     py: Python<'_>,
     key: Descriptor,
     value: Descriptor,
     stored_key: Descriptor,
     stored_value: Descriptor,
-    key_means: Vec<Descriptor>,
-    value_means: Vec<Descriptor>,
+    key_means: Descriptor,
+    value_means: Descriptor,
     before: Vec<usize>,
     after: Vec<usize>,
-    block_sizes: Vec<usize>,
+    block_size: usize,
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let stored = [("stored_key", Some(&stored_key)), ("stored_value", Some(&stored_value))];
-        let means = named_levels("key_means", &key_means).chain(named_levels("value_means", &value_means));
-        check_disjoint(&named(stored.into_iter().chain(means)), &[("key", &key), ("value", &value)])?;
+        let outputs = [
+            ("stored_key", &stored_key),
+            ("stored_value", &stored_value),
+            ("key_means", &key_means),
+            ("value_means", &value_means),
+        ];
+        check_disjoint(&outputs, &[("key", &key), ("value", &value)])?;
         let level = Level::current()?;
-        for (names, new, stored, means) in [
-            (["key", "stored_key", "key_means"], &key, &stored_key, &key_means),
-            (["value", "stored_value", "value_means"], &value, &stored_value, &value_means),
-        ] {
-            let (Some(finest), Some(&size)) = (means.last(), block_sizes.last()) else {
-                return Err(Error::new(format!("{}: no level, expected one for each block size", names[2])));
-            };
-            with_element!(key.dtype()?, E => {
-                // SAFETY: the Python layer keeps every tensor alive during the call, and its cache owns what is written.
-                unsafe {
-                    let (new, mut stored) = (new.tensor::<E>(names[0])?, stored.tensor_mut(names[1])?);
-                    let mut finest = finest.tensor_mut(names[2])?;
-                    crate::append(&new, &mut stored, &mut finest, &before, &after, size, threads, level)?;
-                    for (sizes, means) in block_sizes.windows(2).zip(means.windows(2)).rev() {
-                        let finer = means[1].tensor::<<E as Element>::Compute>(names[2])?;
-                        let mut coarser = means[0].tensor_mut(names[2])?;
-                        crate::append_coarser(&finer, &mut coarser, &before, &after, [sizes[0], sizes[1]], threads)?;
-                    }
-                    Ok(())
-                }
-            })?;
-        }
-        Ok(())
+        with_element!(key.dtype()?, E => {
+            // SAFETY: the Python layer keeps every tensor alive during the call, and its cache owns what is written.
+            unsafe {
+                let (new, mut stored) = (key.tensor::<E>("key")?, stored_key.tensor_mut("stored_key")?);
+                let mut means = key_means.tensor_mut("key_means")?;
+                crate::append(&new, &mut stored, &mut means, &before, &after, block_size, threads, level)?;
+                let (new, mut stored) = (value.tensor::<E>("value")?, stored_value.tensor_mut("stored_value")?);
+                let mut means = value_means.tensor_mut("value_means")?;
+                crate::append(&new, &mut stored, &mut means, &before, &after, block_size, threads, level)
+            }
+        })
     })
     .map_err(PyErr::from)
 }

@@ -1,11 +1,10 @@
 //! New tokens behind stored ones, and the means of the blocks that they complete: what a cache of keys or values does.
 
-use super::average;
-use super::coarsen::average as average_of_means;
 use crate::error::{Error, Result};
 use crate::exec::{Buffer, TensorMut, threads};
 use crate::mra::problem::{Blocks, Problem, threads_for};
-use crate::simd::{Element, Level, Scalar};
+use crate::mra::pyramid::average;
+use crate::simd::{Element, Level};
 use crate::tensor::{Rows, Tensor};
 
 /// Copies new tokens `(B, H, n, D)` behind those that are stored, and writes the means of the blocks that become complete.
@@ -70,57 +69,6 @@ pub fn append<E: Element>(
                 let mean = unsafe { means.row_mut(item, head, block) };
                 average(level, &Rows::new(tokens, block_size, channels, channels), &whole, 0, line, mean);
             }
-        },
-    );
-    Ok(())
-}
-
-/// Writes the means of the blocks of a coarser level that become complete, from those of the next finer one, whose blocks are.
-///
-/// `finer` is `(B, H, blocks, D)`, as [`append`] or this function wrote it, and `coarser` the same with blocks of `sizes[0]` tokens where
-/// `finer` has `sizes[1]`. The means have the same bits as those that [`forward`](crate::forward) computes itself.
-///
-/// # Errors
-/// If the sizes do not divide each other, or shapes or lengths do not fit; nothing is written then.
-pub fn append_coarser<T: Scalar>(
-    finer: &Tensor<'_, T>,
-    coarser: &mut TensorMut<'_, T>,
-    before: &[usize],
-    after: &[usize],
-    sizes: [usize; 2],
-    threads: usize,
-) -> Result<()> {
-    let [size, finer_size] = sizes;
-    if finer_size == 0 || !size.is_multiple_of(finer_size) || threads == 0 {
-        return Err(Error::new(format!("sizes: {sizes:?}, expected the second to divide the first, and at least 1 thread")));
-    }
-    let [batch, heads, blocks, channels] = coarser.shape();
-    let [.., finer_blocks, _] = finer.shape();
-    Problem::expect("finer", finer.shape(), [batch, heads, finer_blocks, channels])?;
-    let fits = |(&start, &end): (&usize, &usize)| start <= end && end / size <= blocks && end / finer_size <= finer_blocks;
-    if before.len() != batch || after.len() != batch || !before.iter().zip(after).all(fits) {
-        return Err(Error::new(format!(
-            "before: {before:?} and after: {after:?}, expected {batch} lengths each, of at most {blocks} blocks of {size}"
-        )));
-    }
-    let children = size / finer_size;
-    let complete = |item: usize| before[item] / size..after[item] / size;
-    let tasks: Vec<(usize, usize, usize)> = (0..batch)
-        .flat_map(|item| (0..heads).flat_map(move |head| complete(item).map(move |block| (item, head, block))))
-        .collect();
-    let coarser = &*coarser;
-    let threads = threads_for(threads, tasks.len() * children * channels);
-    threads::for_each(
-        threads,
-        tasks.len(),
-        || (),
-        |(), task| {
-            let (item, head, block) = tasks[task];
-            // SAFETY: each task has its own block.
-            let mean = unsafe { coarser.row_mut(item, head, block) };
-            mean.fill(T::ZERO);
-            let rows = finer.head(item, head);
-            average_of_means(mean, (block * children..(block + 1) * children).map(|child| (finer_size, rows.row(child))));
         },
     );
     Ok(())

@@ -5,7 +5,7 @@ mod coarsen;
 mod given;
 mod levels;
 
-pub use append::{append, append_coarser};
+pub use append::append;
 pub use given::PooledInputs;
 pub(crate) use given::{Means, check};
 pub(crate) use levels::{BlockLevel, LevelMeans};
