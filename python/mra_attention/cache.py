@@ -23,8 +23,8 @@ class KVCache:
 
     A step appends the keys and values of the new tokens, then attends with their queries. It gives what causal
     `scaled_dot_product_attention` gives for these tokens when it is called on the whole sequences, but takes a time of
-    `O(L / b + m b)` per query, with `m` exact blocks of `b` tokens, rather than `O(L)`: the averages of blocks are
-    computed once, when a block is complete.
+    `O(L / b + m b)` per query, with `m` exact blocks of `b` tokens, rather than `O(L)`, and less with larger blocks
+    above: the averages of blocks of every level are computed once, when a block is complete.
 
     Parameters
     ----------
@@ -95,8 +95,8 @@ class KVCache:
         if dtype not in tensors.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         self._lengths = [0] * batch_size
-        size, most = self._config.block_size, self._max_length or 0
-        self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, size, most)
+        sizes, most = self._config.resolutions[:-1], self._max_length or 0
+        self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, sizes, most)
 
     @property
     def batch_size(self) -> int:
@@ -130,8 +130,8 @@ class KVCache:
 
     @property
     def block_size(self) -> int:
-        """Tokens per block."""
-        return self._memory.block_size
+        """Tokens of the finest blocks."""
+        return self._memory.block_sizes[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -261,10 +261,11 @@ class KVCache:
         numbers.check_bool("enable_gqa", enable_gqa)
         chosen = configure(self._config if config is None else config, settings)
         _order.refuse(Arguments(), chosen, "a KVCache")
-        if chosen.block_size != self.block_size:
+        if tuple(chosen.resolutions[:-1]) != self._memory.block_sizes:
+            sizes = " and ".join(str(size) for size in self._memory.block_sizes)
             raise ValueError(
                 f"resolutions={chosen.resolutions!r} do not fit the cache, whose averages are of blocks of "
-                f"{self.block_size} tokens; pass resolutions={self._config.resolutions!r}, or leave them out"
+                f"{sizes} tokens; pass resolutions={self._config.resolutions!r}, or leave them out"
             )
         query = self._check_query(query, enable_gqa)
         count, ends = query.shape[2], self._lengths

@@ -214,8 +214,8 @@ pub(super) fn attend_cache(
     query: Descriptor,
     key: Descriptor,
     value: Descriptor,
-    key_means: Descriptor,
-    value_means: Descriptor,
+    key_means: Vec<Descriptor>,
+    value_means: Vec<Descriptor>,
     head_terms: HeadTerms,
     out: Descriptor,
     lse: Option<Descriptor>,
@@ -225,9 +225,9 @@ pub(super) fn attend_cache(
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let stored = [("key", &key), ("value", &value), ("key_means", &key_means), ("value_means", &value_means)];
-        let stored = stored.map(|(name, tensor)| (name, Some(tensor)));
-        let reads = named([("query", Some(&query))].into_iter().chain(stored).chain(head_terms.named()));
+        let means = means_of(&key_means, &value_means).map(|(name, tensor)| (name, Some(tensor)));
+        let tensors = [("query", Some(&query)), ("key", Some(&key)), ("value", Some(&value))];
+        let reads = named(tensors.into_iter().chain(means).chain(head_terms.named()));
         let writes = named([("out", Some(&out)), ("lse", lse.as_ref())]);
         check_disjoint(&writes, &reads)?;
         let sequences = Sequences::Dense { offsets, key_lengths: Some(key_lengths) };
@@ -238,7 +238,10 @@ pub(super) fn attend_cache(
             // SAFETY: the Python layer keeps every tensor alive during the call and gives fresh outputs.
             unsafe {
                 let inputs = Inputs { query: query.tensor::<E>("query")?, key: key.tensor("key")?, value: value.tensor("value")? };
-                let pooled = PooledInputs { key: key_means.tensor("key_means")?, value: Some(value_means.tensor("value_means")?) };
+                let of_level = |(key, value): (&Descriptor, &Descriptor)| {
+                    Ok(PooledInputs { key: key.tensor("key_means")?, value: Some(value.tensor("value_means")?) })
+                };
+                let pooled: Vec<_> = key_means.iter().zip(&value_means).map(of_level).collect::<crate::Result<_>>()?;
                 let mut own_lse = Vec::new();
                 let mut out = out.tensor_mut::<E>("out")?;
                 let mut lse = lse_or_own(lse.as_ref(), &mut own_lse, out.shape())?;
@@ -249,40 +252,50 @@ pub(super) fn attend_cache(
     .map_err(PyErr::from)
 }
 
+/// The means of keys and of values of every level, with their names.
+fn means_of<'a>(keys: &'a [Descriptor], values: &'a [Descriptor]) -> impl Iterator<Item = Named<'a>> {
+    keys.iter().map(|tensor| ("key_means", tensor)).chain(values.iter().map(|tensor| ("value_means", tensor)))
+}
+
+/// Tensors for writing.
+///
+/// # Safety
+/// - As [`Descriptor::tensor_mut`], for each of them.
+unsafe fn all_mut<'a, T: Scalar + Stored>(name: &str, tensors: &[Descriptor]) -> crate::Result<Vec<TensorMut<'a, T>>> {
+    // SAFETY: the caller's.
+    tensors.iter().map(|tensor| unsafe { tensor.tensor_mut(name) }).collect()
+}
+
 /// Puts new tokens behind those of a cache.
 #[pyfunction]
-#[pyo3(signature = (key, value, stored_key, stored_value, key_means, value_means, *, before, after, block_size, threads))]
+#[pyo3(signature = (key, value, stored_key, stored_value, key_means, value_means, *, before, after, block_sizes, threads))]
 pub(super) fn append(
     py: Python<'_>,
     key: Descriptor,
     value: Descriptor,
     stored_key: Descriptor,
     stored_value: Descriptor,
-    key_means: Descriptor,
-    value_means: Descriptor,
+    key_means: Vec<Descriptor>,
+    value_means: Vec<Descriptor>,
     before: Vec<usize>,
     after: Vec<usize>,
-    block_size: usize,
+    block_sizes: Vec<usize>,
     threads: usize,
 ) -> PyResult<()> {
     py.detach(|| {
-        let outputs = [
-            ("stored_key", &stored_key),
-            ("stored_value", &stored_value),
-            ("key_means", &key_means),
-            ("value_means", &value_means),
-        ];
+        let mut outputs = vec![("stored_key", &stored_key), ("stored_value", &stored_value)];
+        outputs.extend(means_of(&key_means, &value_means));
         check_disjoint(&outputs, &[("key", &key), ("value", &value)])?;
         let level = Level::current()?;
         with_element!(key.dtype()?, E => {
             // SAFETY: the Python layer keeps every tensor alive during the call, and its cache owns what is written.
             unsafe {
                 let (new, mut stored) = (key.tensor::<E>("key")?, stored_key.tensor_mut("stored_key")?);
-                let mut means = key_means.tensor_mut("key_means")?;
-                crate::append(&new, &mut stored, &mut means, &before, &after, block_size, threads, level)?;
+                let mut means = all_mut("key_means", &key_means)?;
+                crate::append(&new, &mut stored, &mut means, &before, &after, &block_sizes, threads, level)?;
                 let (new, mut stored) = (value.tensor::<E>("value")?, stored_value.tensor_mut("stored_value")?);
-                let mut means = value_means.tensor_mut("value_means")?;
-                crate::append(&new, &mut stored, &mut means, &before, &after, block_size, threads, level)
+                let mut means = all_mut("value_means", &value_means)?;
+                crate::append(&new, &mut stored, &mut means, &before, &after, &block_sizes, threads, level)
             }
         })
     })

@@ -11,6 +11,8 @@ use crate::support::{Layout, Number, Rounded, Stored, bits};
 const HEADS: usize = 3;
 const CHANNELS: usize = 13;
 const BLOCK: usize = 8;
+/// The sizes of the blocks of every level.
+const SIZES: [usize; 2] = [2 * BLOCK, BLOCK];
 /// More than a whole number of blocks.
 const CAPACITY: usize = 5 * BLOCK + 3;
 
@@ -21,7 +23,7 @@ fn best() -> Level {
 /// A cache of two sequences, poisoned with NaN.
 struct Cache<E: Number> {
     tokens: Stored<E>,
-    means: Stored<E::Compute>,
+    means: [Stored<E::Compute>; 2],
     lengths: [usize; 2],
 }
 
@@ -29,7 +31,7 @@ impl<E: Number> Cache<E> {
     fn new() -> Self {
         Self {
             tokens: Stored::unset((2, HEADS, CAPACITY, CHANNELS), Layout::Contiguous),
-            means: Stored::unset((2, HEADS, CAPACITY.div_ceil(BLOCK), CHANNELS), Layout::TokensFirst),
+            means: SIZES.map(|size| Stored::unset((2, HEADS, CAPACITY.div_ceil(size), CHANNELS), Layout::TokensFirst)),
             lengths: [0; 2],
         }
     }
@@ -43,8 +45,9 @@ impl<E: Number> Cache<E> {
             new.slice_mut(s![item, .., ..end - length, ..]).assign(&numbers.slice(s![item, .., length..end, ..]));
         }
         let (new, after) = (Stored::<E>::new(new.view(), Layout::TokensFirst), [0, 1].map(|i| self.lengths[i] + counts[i]));
-        let (mut tokens, mut means) = (self.tokens.tensor_mut("stored"), self.means.tensor_mut("means"));
-        append(&new.tensor("new"), &mut tokens, &mut means, &self.lengths, &after, BLOCK, threads, best())?;
+        let mut means: Vec<_> = self.means.iter_mut().map(|means| means.tensor_mut("means")).collect();
+        let mut tokens = self.tokens.tensor_mut("stored");
+        append(&new.tensor("new"), &mut tokens, &mut means, &self.lengths, &after, &SIZES, threads, best())?;
         self.lengths = after;
         Ok(())
     }
@@ -64,15 +67,18 @@ fn in_pieces<E: Number>() {
             pieces.append(&numbers, counts, threads).expect("lengths that fit");
         }
         for (item, length) in lengths.into_iter().enumerate() {
-            let (tokens, means) = (s![item, .., ..length, ..], s![item, .., ..length / BLOCK, ..]);
+            let tokens = s![item, .., ..length, ..];
             assert!(bits(pieces.tokens.read().slice(tokens)) == bits(rounded.slice(tokens)), "{}: tokens", E::NAME);
-            assert!(bits(pieces.means.read().slice(means)) == bits(whole.means.read().slice(means)), "{}: means", E::NAME);
-            let (means, behind) = (pieces.means.read(), s![item, .., length / BLOCK.., ..]);
-            assert!(
-                means.slice(behind).iter().all(|mean| mean.exact().is_nan()),
-                "{}: no mean of a block that is not complete",
-                E::NAME
-            );
+            for (size, (pieces, whole)) in SIZES.into_iter().zip(pieces.means.iter().zip(&whole.means)) {
+                let (complete, behind) = (s![item, .., ..length / size, ..], s![item, .., length / size.., ..]);
+                let (means, whole) = (pieces.read(), whole.read());
+                assert!(bits(means.slice(complete)) == bits(whole.slice(complete)), "{}: means of {size}", E::NAME);
+                assert!(
+                    means.slice(behind).iter().all(|mean| mean.exact().is_nan()),
+                    "{}: no mean of a block of {size} that is not complete",
+                    E::NAME
+                );
+            }
         }
     }
 }
@@ -89,11 +95,13 @@ fn means_are_means() {
     let numbers = Array4::from_shape_fn((2, HEADS, CAPACITY, CHANNELS), |(b, h, l, d)| (b + 2 * h + 3 * l + 5 * d) as f64);
     let mut cache = Cache::<f64>::new();
     cache.append(&numbers, [CAPACITY, 0], 1).expect("lengths that fit");
-    for block in 0..CAPACITY / BLOCK {
-        let tokens = numbers.slice(s![0, .., block * BLOCK..(block + 1) * BLOCK, ..]);
-        // Sums of small integers are exact, and so is a division by a power of two.
-        let expected = tokens.mean_axis(ndarray::Axis(1)).expect("a block of tokens");
-        assert_eq!(cache.means.read().slice(s![0, .., block, ..]), expected);
+    for (size, means) in SIZES.into_iter().zip(&cache.means) {
+        for block in 0..CAPACITY / size {
+            let tokens = numbers.slice(s![0, .., block * size..(block + 1) * size, ..]);
+            // Sums of small integers are exact, and so is a division by a power of two.
+            let expected = tokens.mean_axis(ndarray::Axis(1)).expect("a block of tokens");
+            assert_eq!(means.read().slice(s![0, .., block, ..]), expected);
+        }
     }
 }
 
@@ -105,18 +113,20 @@ fn lengths_that_do_not_fit_are_refused() {
     assert!(refused.starts_with("before: [0, 0] and after: [44, 0], expected 2 lengths"), "{refused}");
     assert!(cache.tokens.read().iter().all(|x| x.is_nan()), "nothing is written");
     let new = Stored::<f32>::new(numbers.view(), Layout::Contiguous);
-    let (mut tokens, mut means) = (cache.tokens.tensor_mut("stored"), cache.means.tensor_mut("means"));
+    let (mut tokens, mut means) = (cache.tokens.tensor_mut("stored"), cache.means[1].tensor_mut("means"));
     for (before, after) in [(&[0, 2][..], &[1, 1][..]), (&[0], &[1]), (&[0, 0], &[1])] {
         assert!(
-            append(&new.tensor("new"), &mut tokens, &mut means, before, after, BLOCK, 1, best()).is_err(),
+            append(&new.tensor("new"), &mut tokens, std::slice::from_mut(&mut means), before, after, &[BLOCK], 1, best()).is_err(),
             "{before:?} {after:?}"
         );
     }
-    for block_size in [0, Problem::MAX_BLOCK + 1, 2 * BLOCK] {
-        let outcome = append(&new.tensor("new"), &mut tokens, &mut means, &[0, 0], &[1, 1], block_size, 1, best());
-        assert!(outcome.is_err(), "block size {block_size}");
+    for sizes in [&[][..], &[0], &[Problem::MAX_BLOCK + 1], &[2 * BLOCK], &[2 * BLOCK, BLOCK], &[BLOCK, 2 * BLOCK]] {
+        let outcome =
+            append(&new.tensor("new"), &mut tokens, std::slice::from_mut(&mut means), &[0, 0], &[1, 1], sizes, 1, best());
+        assert!(outcome.is_err(), "block sizes {sizes:?}");
     }
     let mut apart = Stored::<f32>::unset((2, HEADS, CAPACITY, CHANNELS), Layout::TokensFirst);
-    let outcome = append(&new.tensor("new"), &mut apart.tensor_mut("stored"), &mut means, &[0, 0], &[1, 1], BLOCK, 1, best());
+    let (mut apart, means) = (apart.tensor_mut("stored"), std::slice::from_mut(&mut means));
+    let outcome = append(&new.tensor("new"), &mut apart, means, &[0, 0], &[1, 1], &[BLOCK], 1, best());
     assert!(outcome.expect_err("gaps").to_string().starts_with("stored: stride"), "tokens with other heads between them");
 }

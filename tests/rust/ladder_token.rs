@@ -2,13 +2,13 @@
 
 use half::{bf16, f16};
 use mra_attention::reference::{Gradients as Expect, Refined, Saved, TokenLadder};
-use mra_attention::{Budget, CoarserLevel, Mode, Window};
+use mra_attention::{BiasGradient, Budget, CoarserLevel, Mode, Problem, Window};
 use ndarray::{Array3, Array4, Axis};
 use proptest::prelude::*;
 
 use crate::support::{
-    Bounds, CAUSAL, Case, Data, Layout, Number, Outcome, Padding, Pairs, Rounded, Setup, assert_close, assert_same_blocks,
-    attend, bits, differentiate, flushed, levels, levels_for, rounds_weights, with_problem,
+    Bounds, CAUSAL, Case, Data, Layout, Number, Outcome, Padding, Pairs, Rounded, Setup, Stored, assert_close, assert_same_blocks, attend,
+    bits, differentiate, differentiate_bias, flushed, levels, levels_for, rounds_weights, with_problem,
 };
 
 /// Blocks of 4 in blocks of 8 in blocks of 32.
@@ -68,13 +68,17 @@ impl Expected {
         let bounds = Bounds::of_ladder::<E>(case, data, &ladder, &refined, &saved);
         Self { refined, out, lse, saved_out, saved_lse, gradients, bounds }
     }
+
+    fn plan(&self, problem: &Problem) -> Vec<u8> {
+        problem.plan_from_levels(|level, b, h, t, j| self.refined[level][b].get((h, t, j)).is_some_and(|&x| x))
+    }
 }
 
 /// Padded queries have outputs and gradients of 0, and hold NaN.
 fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, setup: Setup) {
     let context = |what: &str| format!("{what} of {} at {}, {setup:?}, {case:?}", E::NAME, setup.level.name());
     with_problem(case, data, setup, |problem| {
-        let plan = problem.plan_from_levels(|level, b, h, t, j| expected.refined[level][b].get((h, t, j)).is_some_and(|&x| x));
+        let plan = expected.plan(problem);
         let (out, lse, _) = attend::<E>(problem, data, Some(&plan), setup.layout);
         let saved = (&expected.saved_out, &expected.saved_lse);
         let gradients = differentiate::<E>(problem, data, &plan, saved, setup.layout);
@@ -92,9 +96,7 @@ fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, setup: Setup)
         }
         if E::ROUNDOFF < f32::ROUNDOFF {
             let (own_out, own_lse, own_plan) = attend::<E>(problem, data, None, setup.layout);
-            for (level, (own, wanted)) in
-                problem.is_refined(&own_plan).expect("its plan").iter().zip(&expected.refined).enumerate()
-            {
+            for (level, (own, wanted)) in problem.is_refined(&own_plan).expect("its plan").iter().zip(&expected.refined).enumerate() {
                 assert_same_blocks(own, wanted, || context(&format!("the selection of level {level}")));
             }
             assert!(bits(&own_out) == bits(&out) && bits(&own_lse) == bits(&lse), "{}", context("forward that chooses"));
@@ -125,11 +127,7 @@ fn forward_and_backward_are_the_formulas() {
         Case { key_padding: Padding::Left, query_padding: Padding::Right, ..base() },
         Case { coarser: levels_above([f64::INFINITY, 2.0]), ..base() },
         Case { coarser: levels_above([2.0, f64::INFINITY]), ..base() },
-        Case {
-            coarser: levels_above([f64::INFINITY; 2]),
-            budget: Budget { blocks_per_row: vec![f64::INFINITY], ..base().budget },
-            ..base()
-        },
+        Case { coarser: levels_above([f64::INFINITY; 2]), budget: Budget { blocks_per_row: vec![f64::INFINITY], ..base().budget }, ..base() },
         Case { head_dim: 16, value_dim: 16, coarser: levels_above([1.0; 2])[1..].to_vec(), ..base() },
     ];
     for (index, case) in cases.iter().enumerate() {
@@ -168,32 +166,12 @@ fn case() -> impl Strategy<Value = Case> {
                 coarser.insert(0, CoarserLevel { block_size: size, blocks_per_row: vec![rate] });
             }
             let (first_blocks, diagonal_blocks, local_blocks) = forced;
-            let budget =
-                Budget { blocks_per_row: vec![rates[3]], num_blocks: None, first_blocks, diagonal_blocks, local_blocks };
+            let budget = Budget { blocks_per_row: vec![rates[3]], num_blocks: None, first_blocks, diagonal_blocks, local_blocks };
             let (softcap, alibi, sinks, sparse) = terms;
             let mode = if sparse { Mode::Sparse } else { Mode::Full };
             Case {
-                batch,
-                kv_heads,
-                group,
-                query_len,
-                key_len,
-                head_dim,
-                value_dim,
-                block_size,
-                coarser,
-                mode,
-                window,
-                budget,
-                key_padding,
-                pairs,
-                softcap,
-                alibi,
-                sinks,
-                seed,
-                offsets: vec![offset],
-                pool_queries: false,
-                ..Case::default()
+                batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, coarser, mode, window, budget, key_padding,
+                pairs, softcap, alibi, sinks, seed, offsets: vec![offset], pool_queries: false, ..Case::default()
             }
         },
     )
@@ -219,6 +197,27 @@ proptest! {
     }
 }
 
+/// The gradient of a bias of every pair.
+#[test]
+fn the_gradient_of_a_bias_is_the_formula() {
+    for (index, pairs) in [Pairs::Biased, Pairs::Documents].into_iter().enumerate() {
+        let case = Case { pairs, alibi: true, softcap: Some(20.0), mode: [Mode::Full, Mode::Sparse][index], ..base() };
+        let data = case.data::<f64>();
+        let expected = Expected::new::<f64>(&case, &data);
+        for level in levels() {
+            let mut stored = Stored::<f64>::unset(expected.gradients.bias.dim(), Layout::Contiguous);
+            with_problem(&case, &data, Setup { threads: 2, ..Setup::new(level) }, |problem| {
+                let plan = expected.plan(problem);
+                let saved = (&expected.saved_out, &expected.saved_lse);
+                let to = BiasGradient::F64(stored.tensor_mut("grad_bias"));
+                differentiate_bias::<f64>(problem, &data, &plan, saved, Layout::Contiguous, Some(to));
+            });
+            let context = || format!("{pairs:?} at {}", level.name());
+            assert_close(&stored.read(), expected.gradients.bias.view(), expected.bounds.pair, context);
+        }
+    }
+}
+
 /// The same bits for any number of threads.
 #[test]
 fn threads_do_not_matter() {
@@ -226,9 +225,8 @@ fn threads_do_not_matter() {
         let case = Case { mode, dropout, query_len: 700, key_len: 700, ..base() };
         let data = case.data::<f32>();
         for level in levels() {
-            let results: Vec<_> = [1, 2, 3, 5]
-                .map(|threads| Outcome::<f32>::own(&case, &data, Setup { threads, ..Setup::new(level) }).bits())
-                .into();
+            let results: Vec<_> =
+                [1, 2, 3, 5].map(|threads| Outcome::<f32>::own(&case, &data, Setup { threads, ..Setup::new(level) }).bits()).into();
             assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{} {mode:?} {dropout}", level.name());
         }
     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 use mra_attention::{
-    Budget, Inputs, Layout as Geometry, Level, Mode, Options, PooledInputs, Problem, Selection, Window, append, forward,
+    Budget, CoarserLevel, Inputs, Layout as Geometry, Level, Mode, Options, PooledInputs, Problem, Selection, Window, append, forward,
 };
 use ndarray::{Array3, Array4, s};
 
@@ -18,7 +18,8 @@ fn cases() -> Vec<Case> {
     let sizes = [(70, 1, 8, 8), (150, 8, 16, 24), (130, 32, 9, 16), (170, 48, 16, 5), (200, 64, 8, 8), (260, 128, 8, 16)];
     let windows = [CAUSAL, Window { left: Some(45), right: Some(0) }, Window { left: Some(30), right: Some(20) }];
     let all = sizes.into_iter().flat_map(|size| [Mode::Full, Mode::Sparse].map(|mode| (size, mode)));
-    all.enumerate()
+    let two_resolutions = all
+        .enumerate()
         .map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
             let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
             Case {
@@ -31,17 +32,38 @@ fn cases() -> Vec<Case> {
                 seed: index as u64,
                 ..Case::causal(length, block_size, 1)
             }
+        });
+    let levels = |sizes: &[usize], rate: f64| {
+        sizes.iter().map(|&block_size| CoarserLevel { block_size, blocks_per_row: vec![rate] }).collect::<Vec<_>>()
+    };
+    let above = [(4, levels(&[32, 8], 2.0), 3.0), (8, levels(&[64], 1.0), 2.0), (1, levels(&[128, 16, 4], 3.0), 6.0)];
+    let ladders = above.into_iter().enumerate().flat_map(|(index, (block_size, coarser, rate))| {
+        [CAUSAL, Window { left: Some(75), right: Some(0) }].map(|window| Case {
+            coarser: coarser.clone(),
+            budget: budget(rate),
+            window,
+            value_dim: 8 + index,
+            head_dim: 5,
+            group: 2,
+            mode: if index == 1 { Mode::Sparse } else { Mode::Full },
+            ..Case::causal(210 + index, block_size, 1)
         })
-        .collect()
+    });
+    two_resolutions.chain(ladders).collect()
 }
 
-fn means<E: Number>(case: &Case, stored: &Stored<E>, channels: usize, level: Level) -> Stored<E::Compute> {
+/// The means of every level.
+fn means<E: Number>(case: &Case, stored: &Stored<E>, channels: usize, level: Level) -> Vec<Stored<E::Compute>> {
+    let sizes: Vec<usize> = case.coarser.iter().map(|level| level.block_size).chain([case.block_size]).collect();
     let mut copy = Stored::<E>::unset((1, case.kv_heads, case.key_len, channels), Layout::Contiguous);
-    let blocks = case.key_len.div_ceil(case.block_size);
-    let mut means = Stored::<E::Compute>::unset((1, case.kv_heads, blocks, channels), Layout::TokensFirst);
-    let (mut tokens, mut to) = (copy.tensor_mut("stored"), means.tensor_mut("means"));
-    append(&stored.tensor("new"), &mut tokens, &mut to, &[0], &[case.key_len], case.block_size, 1, level)
-        .expect("valid shapes");
+    let unset = |size: &usize| {
+        let shape = (1, case.kv_heads, case.key_len.div_ceil(*size), channels);
+        Stored::<E::Compute>::unset(shape, Layout::TokensFirst)
+    };
+    let mut means: Vec<Stored<E::Compute>> = sizes.iter().map(unset).collect();
+    let mut to: Vec<_> = means.iter_mut().map(|means| means.tensor_mut("means")).collect();
+    let mut tokens = copy.tensor_mut("stored");
+    append(&stored.tensor("new"), &mut tokens, &mut to, &[0], &[case.key_len], &sizes, 1, level).expect("valid shapes");
     means
 }
 
@@ -59,6 +81,7 @@ fn decode<E: Number>(
     let offsets = [rows.start.cast_signed() as i64];
     let options = Options {
         block_size: case.block_size,
+        coarser: case.coarser.clone(),
         scale: case.scale,
         mode: case.mode,
         coarse_shift: case.coarse_shift,
@@ -71,13 +94,17 @@ fn decode<E: Number>(
     let heads = case.heads();
     let problem = Problem::new([1, heads, rows.len(), case.head_dim], case.key_shape(), &options).expect("a valid case");
     let (mean_keys, mean_values) = (means(case, &key, case.head_dim, level), means(case, &value, case.value_dim, level));
-    let pooled = PooledInputs { key: mean_keys.tensor("pooled_key"), value: Some(mean_values.tensor("pooled_value")) };
+    let pooled: Vec<_> = mean_keys
+        .iter()
+        .zip(&mean_values)
+        .map(|(keys, values)| PooledInputs { key: keys.tensor("pooled_key"), value: Some(values.tensor("pooled_value")) })
+        .collect();
     let inputs = Inputs { query: query.tensor("query"), key: key.tensor("key"), value: value.tensor("value") };
     let mut out = Stored::<E>::unset((1, heads, rows.len(), case.value_dim), Layout::Contiguous);
     let mut lse = Stored::<E::Compute>::unset((1, heads, rows.len(), 1), Layout::Contiguous);
     let mut plan = vec![0; problem.plan_bytes()];
     let (mut to_out, mut to_lse) = (out.tensor_mut("out"), lse.tensor_mut("lse"));
-    let pooled = with_means.then_some(std::slice::from_ref(&pooled));
+    let pooled = with_means.then_some(&pooled[..]);
     forward(&problem, &inputs, pooled, Selection::Chosen(&mut plan), &mut to_out, &mut to_lse).expect("a valid case");
     let (mut again, mut lse_again) = (
         Stored::<E>::unset((1, heads, rows.len(), case.value_dim), Layout::Contiguous),

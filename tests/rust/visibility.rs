@@ -2,7 +2,7 @@
 //! what is hidden from it.
 
 use half::bf16;
-use mra_attention::{Budget, Mode, Window};
+use mra_attention::{Budget, CoarserLevel, Mode, Window};
 use ndarray::{Array3, Array4, Axis, s};
 
 use crate::support::{
@@ -26,7 +26,8 @@ fn cases() -> Vec<Case> {
         (CAUSAL, Pairs::Holes),
     ];
     let all = sizes.into_iter().flat_map(|size| [Mode::Full, Mode::Sparse].map(|mode| (size, mode)));
-    all.enumerate()
+    let two_resolutions = all
+        .enumerate()
         .map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
             let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
             let (window, pairs) = hiding[index % hiding.len()];
@@ -41,8 +42,32 @@ fn cases() -> Vec<Case> {
                 seed: index as u64,
                 ..Case::causal(length, block_size, 1)
             }
-        })
-        .collect()
+        });
+    two_resolutions.chain(ladders()).collect()
+}
+
+/// With several levels of blocks.
+fn ladders() -> Vec<Case> {
+    let levels = |sizes: &[usize], rate: f64| {
+        sizes.iter().map(|&block_size| CoarserLevel { block_size, blocks_per_row: vec![rate] }).collect::<Vec<_>>()
+    };
+    let cases = [
+        (CAUSAL, Pairs::All, 4, levels(&[32, 8], 2.0)),
+        (Window { left: Some(77), right: Some(12) }, Pairs::All, 4, levels(&[64, 16], 1.0)),
+        (Window::default(), Pairs::Documents, 2, levels(&[16, 4], 3.0)),
+        (CAUSAL, Pairs::Holes, 8, levels(&[24], 2.0)),
+    ];
+    let case = |(index, (window, pairs, block_size, coarser))| Case {
+        window,
+        pairs,
+        coarser,
+        group: 2,
+        head_dim: 8 + index,
+        value_dim: 9,
+        budget: budget(3.0),
+        ..Case::causal(170, block_size, 1)
+    };
+    cases.into_iter().enumerate().map(case).collect()
 }
 
 /// Whether a query sees a key, in any head.
@@ -133,7 +158,8 @@ fn queries_give_no_gradient_to_what_they_do_not_see() {
 #[test]
 fn queries_without_a_gradient_add_nothing() {
     for case in cases() {
-        for window in [case.window, Window::default()] {
+        // Several levels of averaged queries have tests of their own.
+        for window in [case.window, Window::default()].into_iter().take(if case.coarser.is_empty() { 2 } else { 1 }) {
             let case = Case { window, pairs: if window.right.is_some() { case.pairs } else { Pairs::All }, ..case.clone() };
             let (data, half) = (case.data::<f32>(), case.query_len / case.block_size / 2 * case.block_size);
             let mut silent = data.clone();

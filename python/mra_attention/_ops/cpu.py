@@ -13,7 +13,8 @@ from .._native.descriptors import Descriptor, describe, describe_optional, rows
 from .arguments import Inputs, Settings, of_backward, of_forward, of_select
 from .outputs import empty_grads, empty_lse, empty_out, empty_plan, empty_results, is_packed
 
-Stored: TypeAlias = tuple[Descriptor, Descriptor, Descriptor, Descriptor]
+# Keys, values, and of every level of blocks, the coarsest first, the averages of both.
+Stored: TypeAlias = tuple[Descriptor, Descriptor, tuple[Descriptor, ...], tuple[Descriptor, ...]]
 HeadTerms: TypeAlias = tuple[Descriptor | None, Descriptor | None]
 Masks: TypeAlias = tuple[Descriptor | None, Descriptor | None, Descriptor | None, Descriptor | None]
 
@@ -194,7 +195,7 @@ def append(
     stored: Stored,
     before: Sequence[int],
     after: Sequence[int],
-    block_size: int,
+    block_sizes: Sequence[int],
 ) -> None:
     """Put new keys and values behind stored ones, and the means of blocks that become complete into theirs."""
     key, value = rows(key), rows(value)
@@ -204,6 +205,6 @@ def append(
         *stored,
         before=before,
         after=after,
-        block_size=block_size,
+        block_sizes=block_sizes,
         threads=torch.get_num_threads(),
     )
