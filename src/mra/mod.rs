@@ -60,7 +60,8 @@ pub fn select<E: Element>(problem: &Problem<'_>, query: &Tensor<'_, E>, key: &Te
 /// Computes `out` `(B, H, Lq, Dv)` and `lse` `(B, H, Lq, 1)`, the natural logarithm of the sum of exponentials.
 ///
 /// Logits, sums and lse are in the compute type: float64 for float64, float32 for all others. A query that sees no key
-/// has output 0 and lse `-inf`. Deterministic: the same bits for any number of threads.
+/// has output 0 and lse `-inf`. Deterministic: the same bits for any number of threads. `pooled` are means of blocks that the caller
+/// has, for each level, the coarsest first; only the token form takes them.
 ///
 /// # Errors
 /// If a tensor does not have the shape of the problem, or the plan not its length; nothing is written then. Or if scores do not fit in

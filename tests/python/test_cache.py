@@ -111,6 +111,50 @@ def test_chunks_with_a_window_give_the_bits_of_the_whole(window):
     assert start == length
 
 
+LADDERS: dict[tuple[int, ...], Any] = {(32, 8, 1): (2, 3), (128, 16, 4, 1): (1, 2, 5), (16, 8, 1): (math.inf, 2)}
+
+
+@pytest.mark.parametrize("resolutions", LADDERS, ids=str)
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_several_levels_of_blocks(resolutions, mode):
+    """In steps, after a crop to the middle of blocks of every size, and in another order: the bits of the whole."""
+    length = 390
+    settings = {"resolutions": resolutions, "blocks_per_row": LADDERS[resolutions], "mode": mode}
+    query, key, value = sequences(length)
+    expected = prefill(query, key, value, **settings)
+    cache, start = new_cache(resolutions=resolutions), 0
+    assert cache.block_size == resolutions[-2]
+
+    def step(count: int) -> None:
+        nonlocal start
+        at = slice(start, start + count)
+        cache.append(key[:, :, at], value[:, :, at])
+        assert_same(attend(cache, query[:, :, at], **settings), tuple(x[:, :, at] for x in expected))
+        start += count
+
+    for count in (1, 40, 1, 7, 0, 160, 1, 1, 39):
+        step(count)
+    other = torch.randn(2, 2, 77, 20), torch.randn(2, 2, 77, 12)
+    cache.append(*other)
+    start = 203
+    cache.crop(start)
+    for count in (3, 1, 90):
+        step(count)
+    cache.reorder([1, 0, 1])
+    query, key, value = (x[[1, 0, 1]] for x in (query, key, value))
+    expected = tuple(x[[1, 0, 1]] for x in expected)
+    for count in (1, 1, length - start - 2):
+        step(count)
+    assert start == length
+
+
+def test_levels_other_than_those_of_the_cache_are_refused():
+    cache = new_cache(resolutions=(32, 8, 1))
+    cache.append(*sequences(40)[1:])
+    with pytest.raises(ValueError, match="blocks of 32 and 8 tokens"):
+        attend(cache, torch.randn(2, 4, 1, 20), resolutions=(8, 1))
+
+
 def test_settings_come_from_the_call_or_else_from_the_cache():
     query, key, value = sequences(70)
     config = MRAConfig(resolutions=(BLOCK_SIZE, 1), blocks_per_row=2, mode="sparse", local_blocks=2)

@@ -116,7 +116,8 @@ fn lengths_that_do_not_fit_are_refused() {
     let (mut tokens, mut means) = (cache.tokens.tensor_mut("stored"), cache.means[1].tensor_mut("means"));
     for (before, after) in [(&[0, 2][..], &[1, 1][..]), (&[0], &[1]), (&[0, 0], &[1])] {
         assert!(
-            append(&new.tensor("new"), &mut tokens, std::slice::from_mut(&mut means), before, after, &[BLOCK], 1, best()).is_err(),
+            append(&new.tensor("new"), &mut tokens, std::slice::from_mut(&mut means), before, after, &[BLOCK], 1, best())
+                .is_err(),
             "{before:?} {after:?}"
         );
     }

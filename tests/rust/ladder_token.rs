@@ -7,8 +7,9 @@ use ndarray::{Array3, Array4, Axis};
 use proptest::prelude::*;
 
 use crate::support::{
-    Bounds, CAUSAL, Case, Data, Layout, Number, Outcome, Padding, Pairs, Rounded, Setup, Stored, assert_close, assert_same_blocks, attend,
-    bits, differentiate, differentiate_bias, flushed, levels, levels_for, rounds_weights, with_problem,
+    Bounds, CAUSAL, Case, Data, Layout, Number, Outcome, Padding, Pairs, Rounded, Setup, Stored, assert_close,
+    assert_same_blocks, attend, bits, differentiate, differentiate_bias, flushed, levels, levels_for, rounds_weights,
+    with_problem,
 };
 
 /// Blocks of 4 in blocks of 8 in blocks of 32.
@@ -96,7 +97,9 @@ fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, setup: Setup)
         }
         if E::ROUNDOFF < f32::ROUNDOFF {
             let (own_out, own_lse, own_plan) = attend::<E>(problem, data, None, setup.layout);
-            for (level, (own, wanted)) in problem.is_refined(&own_plan).expect("its plan").iter().zip(&expected.refined).enumerate() {
+            for (level, (own, wanted)) in
+                problem.is_refined(&own_plan).expect("its plan").iter().zip(&expected.refined).enumerate()
+            {
                 assert_same_blocks(own, wanted, || context(&format!("the selection of level {level}")));
             }
             assert!(bits(&own_out) == bits(&out) && bits(&own_lse) == bits(&lse), "{}", context("forward that chooses"));
@@ -127,7 +130,11 @@ fn forward_and_backward_are_the_formulas() {
         Case { key_padding: Padding::Left, query_padding: Padding::Right, ..base() },
         Case { coarser: levels_above([f64::INFINITY, 2.0]), ..base() },
         Case { coarser: levels_above([2.0, f64::INFINITY]), ..base() },
-        Case { coarser: levels_above([f64::INFINITY; 2]), budget: Budget { blocks_per_row: vec![f64::INFINITY], ..base().budget }, ..base() },
+        Case {
+            coarser: levels_above([f64::INFINITY; 2]),
+            budget: Budget { blocks_per_row: vec![f64::INFINITY], ..base().budget },
+            ..base()
+        },
         Case { head_dim: 16, value_dim: 16, coarser: levels_above([1.0; 2])[1..].to_vec(), ..base() },
     ];
     for (index, case) in cases.iter().enumerate() {
@@ -166,12 +173,32 @@ fn case() -> impl Strategy<Value = Case> {
                 coarser.insert(0, CoarserLevel { block_size: size, blocks_per_row: vec![rate] });
             }
             let (first_blocks, diagonal_blocks, local_blocks) = forced;
-            let budget = Budget { blocks_per_row: vec![rates[3]], num_blocks: None, first_blocks, diagonal_blocks, local_blocks };
+            let budget =
+                Budget { blocks_per_row: vec![rates[3]], num_blocks: None, first_blocks, diagonal_blocks, local_blocks };
             let (softcap, alibi, sinks, sparse) = terms;
             let mode = if sparse { Mode::Sparse } else { Mode::Full };
             Case {
-                batch, kv_heads, group, query_len, key_len, head_dim, value_dim, block_size, coarser, mode, window, budget, key_padding,
-                pairs, softcap, alibi, sinks, seed, offsets: vec![offset], pool_queries: false, ..Case::default()
+                batch,
+                kv_heads,
+                group,
+                query_len,
+                key_len,
+                head_dim,
+                value_dim,
+                block_size,
+                coarser,
+                mode,
+                window,
+                budget,
+                key_padding,
+                pairs,
+                softcap,
+                alibi,
+                sinks,
+                seed,
+                offsets: vec![offset],
+                pool_queries: false,
+                ..Case::default()
             }
         },
     )
@@ -225,8 +252,9 @@ fn threads_do_not_matter() {
         let case = Case { mode, dropout, query_len: 700, key_len: 700, ..base() };
         let data = case.data::<f32>();
         for level in levels() {
-            let results: Vec<_> =
-                [1, 2, 3, 5].map(|threads| Outcome::<f32>::own(&case, &data, Setup { threads, ..Setup::new(level) }).bits()).into();
+            let results: Vec<_> = [1, 2, 3, 5]
+                .map(|threads| Outcome::<f32>::own(&case, &data, Setup { threads, ..Setup::new(level) }).bits())
+                .into();
             assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{} {mode:?} {dropout}", level.name());
         }
     }

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 use mra_attention::{
-    Budget, CoarserLevel, Inputs, Layout as Geometry, Level, Mode, Options, PooledInputs, Problem, Selection, Window, append, forward,
+    Budget, CoarserLevel, Inputs, Layout as Geometry, Level, Mode, Options, PooledInputs, Problem, Selection, Window, append,
+    forward,
 };
 use ndarray::{Array3, Array4, s};
 
@@ -18,21 +19,19 @@ fn cases() -> Vec<Case> {
     let sizes = [(70, 1, 8, 8), (150, 8, 16, 24), (130, 32, 9, 16), (170, 48, 16, 5), (200, 64, 8, 8), (260, 128, 8, 16)];
     let windows = [CAUSAL, Window { left: Some(45), right: Some(0) }, Window { left: Some(30), right: Some(20) }];
     let all = sizes.into_iter().flat_map(|size| [Mode::Full, Mode::Sparse].map(|mode| (size, mode)));
-    let two_resolutions = all
-        .enumerate()
-        .map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
-            let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
-            Case {
-                group: 2,
-                head_dim,
-                value_dim,
-                mode,
-                window: windows[index % windows.len()],
-                budget: Budget { local_blocks, first_blocks, ..budget(blocks) },
-                seed: index as u64,
-                ..Case::causal(length, block_size, 1)
-            }
-        });
+    let two_resolutions = all.enumerate().map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
+        let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
+        Case {
+            group: 2,
+            head_dim,
+            value_dim,
+            mode,
+            window: windows[index % windows.len()],
+            budget: Budget { local_blocks, first_blocks, ..budget(blocks) },
+            seed: index as u64,
+            ..Case::causal(length, block_size, 1)
+        }
+    });
     let levels = |sizes: &[usize], rate: f64| {
         sizes.iter().map(|&block_size| CoarserLevel { block_size, blocks_per_row: vec![rate] }).collect::<Vec<_>>()
     };

@@ -26,23 +26,21 @@ fn cases() -> Vec<Case> {
         (CAUSAL, Pairs::Holes),
     ];
     let all = sizes.into_iter().flat_map(|size| [Mode::Full, Mode::Sparse].map(|mode| (size, mode)));
-    let two_resolutions = all
-        .enumerate()
-        .map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
-            let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
-            let (window, pairs) = hiding[index % hiding.len()];
-            Case {
-                group: 2,
-                head_dim,
-                value_dim,
-                mode,
-                window,
-                pairs,
-                budget: Budget { local_blocks, first_blocks, ..budget(blocks) },
-                seed: index as u64,
-                ..Case::causal(length, block_size, 1)
-            }
-        });
+    let two_resolutions = all.enumerate().map(|(index, ((length, block_size, head_dim, value_dim), mode))| {
+        let (blocks, local_blocks, first_blocks) = budgets[index % budgets.len()];
+        let (window, pairs) = hiding[index % hiding.len()];
+        Case {
+            group: 2,
+            head_dim,
+            value_dim,
+            mode,
+            window,
+            pairs,
+            budget: Budget { local_blocks, first_blocks, ..budget(blocks) },
+            seed: index as u64,
+            ..Case::causal(length, block_size, 1)
+        }
+    });
     two_resolutions.chain(ladders()).collect()
 }
 

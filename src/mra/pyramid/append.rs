@@ -115,7 +115,12 @@ impl Grown<'_> {
     }
 
     /// Writes the means of the blocks of a level that become complete, from those of the level below.
-    fn coarsen<T: Scalar>(&self, (means, size): (&TensorMut<'_, T>, usize), (below, size_below): (&TensorMut<'_, T>, usize), threads: usize) {
+    fn coarsen<T: Scalar>(
+        &self,
+        (means, size): (&TensorMut<'_, T>, usize),
+        (below, size_below): (&TensorMut<'_, T>, usize),
+        threads: usize,
+    ) {
         let ([batch, heads, _, channels], most, children) = (means.shape(), self.most(size), size / size_below);
         let tasks = batch * heads * most;
         threads::for_each(

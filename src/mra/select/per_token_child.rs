@@ -76,7 +76,9 @@ impl<T: Scalar> ChildChooser<T> {
             counts.resize(sights.len(), 0);
         }
         for (_, queries) in lists.clone() {
-            queries.iter().for_each(|&query| self.counts[query as usize] += 1);
+            for &query in queries {
+                self.counts[query as usize] += 1;
+            }
         }
         self.most = self.counts.iter().copied().max().unwrap_or(0) as usize;
         self.parents.resize(sights.len() * self.most, 0);
@@ -144,7 +146,9 @@ impl<T: Scalar> ChildChooser<T> {
         let choosing = std::mem::take(&mut self.choosing);
         for queries in choosing.chunks(LANES) {
             let slots = queries.iter().map(|&query| self.counts[query as usize]).max().unwrap_or(0) as usize * self.children;
-            queries.iter().for_each(|&query| self.hide(query as usize, &sights[query as usize], slots));
+            for &query in queries {
+                self.hide(query as usize, &sights[query as usize], slots);
+            }
             let stride = self.find_largest(level, queries, slots);
             for (lane, &query) in queries.iter().enumerate() {
                 let (query, wanted) = (query as usize, self.wanted[lane]);

@@ -230,7 +230,7 @@ impl<'a, E: Element> Pass<'a, E> {
                     let places = first..first + tokens.len();
                     let numbers = &mut own.plan[first * width..][..tokens.len() * width];
                     let (sights, finest) = (&own.sights[places.clone()], &finest[places]);
-                    let tile = Tile { sights, finest, tokens, first };
+                    let tile = Tile { tokens, first, sights, finest };
                     scratch.coarse.compute(&source, &rows, &tile, ranked.as_ref(), numbers, width, &mut scratch.state);
                 }
             }
