@@ -95,7 +95,7 @@ class KVCache:
         if dtype not in tensors.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         self._lengths = [0] * batch_size
-        sizes, most = self._config.resolutions[:-1], self._max_length or 0
+        sizes, most = self._config.block_sizes, self._max_length or 0
         self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, sizes, most)
 
     @property
@@ -261,7 +261,8 @@ class KVCache:
         numbers.check_bool("enable_gqa", enable_gqa)
         chosen = configure(self._config if config is None else config, settings)
         _order.refuse(Arguments(), chosen, "a KVCache")
-        if tuple(chosen.resolutions[:-1]) != self._memory.block_sizes:
+        of_length = self._of_length(chosen)
+        if tuple(of_length.block_sizes) != self._memory.block_sizes:
             sizes = " and ".join(str(size) for size in self._memory.block_sizes)
             raise ValueError(
                 f"resolutions={chosen.resolutions!r} do not fit the cache, whose averages are of blocks of "

@@ -484,7 +484,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "crop short": (lambda c: c.crop([1]), ValueError, "lengths must be 2 integers of at least 0"),
     "batch": (lambda _: KVCache(-1, 2, 20), ValueError, "batch_size must be an integer of at least 0"),
     "dtype": (lambda _: KVCache(1, 2, 20, dtype=torch.int8), TypeError, "dtype must be float32"),
-    "resolutions": (lambda _: KVCache(1, 2, 20, resolutions=(64, 8, 1)), NotImplementedError, "two resolutions"),
+    "resolutions": (
+        lambda c: c.attend(torch.randn(2, 2, 1, 20), resolutions=(64, 8, 1)),
+        ValueError,
+        r"resolutions=\(64, 8, 1\) do not fit the cache",
+    ),
     "max_length": (
         lambda _: KVCache(1, 2, 20, max_length=0),
         ValueError,
