@@ -245,7 +245,7 @@ pub(super) fn attend_cache(
                 let mut own_lse = Vec::new();
                 let mut out = out.tensor_mut::<E>("out")?;
                 let mut lse = lse_or_own(lse.as_ref(), &mut own_lse, out.shape())?;
-                crate::forward(&problem, &inputs, Some(&[pooled]), Selection::Unkept, &mut out, &mut lse)
+                crate::forward(&problem, &inputs, Some(&pooled), Selection::Unkept, &mut out, &mut lse)
             }
         })
     })
