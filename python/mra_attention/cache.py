@@ -39,7 +39,7 @@ class KVCache:
         float32, float64, bfloat16 or float16; `torch.get_default_dtype()` by default.
     config : MRAConfig, optional
         How attention is approximated, if a call of `attend` does not say otherwise. A token always chooses for itself,
-        so `pool_queries` makes no difference; a `grid` is refused.
+        so `pool_queries` makes no difference; a `grid` is refused, "auto" resolutions need a `max_length`.
     **settings
         Fields of `MRAConfig`; they take the place of those of `config`.
 
@@ -95,7 +95,7 @@ class KVCache:
         if dtype not in tensors.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         self._lengths = [0] * batch_size
-        sizes, most = self._config.block_sizes, self._max_length or 0
+        sizes, most = self._of_length(self._config).block_sizes, self._max_length or 0
         self._memory = Memory(batch_size, heads, head_dim, value_dim, dtype, sizes, most)
 
     @property
@@ -279,7 +279,7 @@ class KVCache:
             self._memory.descriptors,
             offsets,
             ends,
-            calls.settings(chosen, query.shape[1], scale, softcap, window, lower_right=False, dropout_p=0.0),
+            calls.settings(of_length, query.shape[1], scale, softcap, window, lower_right=False, dropout_p=0.0),
             head_terms=(
                 self._check_head_terms("alibi_slopes", alibi_slopes, query),
                 self._check_head_terms("sinks", sinks, query),
@@ -291,6 +291,15 @@ class KVCache:
             if lse is not None:
                 lse[item, :, valid:] = -torch.inf
         return out if lse is None else (out, lse)
+
+    def _of_length(self, config: MRAConfig) -> MRAConfig:
+        """Return a config with the resolutions that "auto" stands for: those of the longest sequence."""
+        if config.resolutions == "auto" and self._max_length is None:
+            raise ValueError(
+                "resolutions='auto' needs to know the longest sequence of a KVCache; pass max_length, or resolutions "
+                "such as (32, 1) or (512, 32, 1)"
+            )
+        return config.for_length(self._max_length or 0)
 
     def _check_head_terms(self, name: str, given: Any, query: Tensor) -> Tensor | None:
         checked = head_terms.check(name, given, *query.shape[:2])

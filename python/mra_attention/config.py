@@ -120,7 +120,7 @@ class MRAConfig:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 5 and 8; of "first_order", 3.8; of `score`, 4.1; of `coarse_shift`, 3.6.
+    Definition: docs/definitions.md, sections 2 to 5 and 8; "first_order" is 3.8, `score` 4.1, `coarse_shift` 3.6.
 
     Examples
     --------

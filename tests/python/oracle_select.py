@@ -19,13 +19,15 @@ LOWEST = -sys.float_info.max
 
 def select_block_form(pooled: Tensor, g: Geometry, settings: Settings, candidates: Tensor, ratio: int) -> Tensor:
     """(H, rows, nk) bool from the logits of pooled queries and pooled keys, (H, rows, nk)."""
-    selected = torch.zeros(pooled.shape, dtype=torch.bool)
+    selected, nk = torch.zeros(pooled.shape, dtype=torch.bool), pooled.shape[-1]
     for head, rate in enumerate(settings.rates(pooled.shape[0])):
         number = settings.num_blocks
         if number is None:
             wanted = rate * g.query_blocks
             number = math.floor(wanted + 0.5) if math.isfinite(wanted) else pooled[0].numel()
-        selected[head] = _select_head(pooled[head], g, number, settings, candidates[head], ratio)
+        # Above the finest level padded rows take all only if the budget itself grants all blocks of a row.
+        every = ratio == 1 or math.ceil(min(rate, nk)) >= int((g.count > 0).sum())
+        selected[head] = _select_head(pooled[head], g, number, settings, candidates[head], ratio, every)
     return selected
 
 
@@ -42,7 +44,7 @@ def _is_forced(i: int, j: int, settings: Settings, ratio: int) -> bool:
 
 
 def _select_head(
-    pooled: Tensor, g: Geometry, num_blocks: int, settings: Settings, candidates: Tensor, ratio: int
+    pooled: Tensor, g: Geometry, num_blocks: int, settings: Settings, candidates: Tensor, ratio: int, every: bool
 ) -> Tensor:
     rows, nk = pooled.shape
     score: dict[tuple[int, int], float] = {}
@@ -62,7 +64,7 @@ def _select_head(
         forced |= {(row, j) for j in columns if _is_forced(row + g.first_row, j, settings, ratio)}
     optional = sorted((block for block in score if block not in forced), key=lambda b: (-score[b], b[0] * nk + b[1]))
     chosen = forced | set(optional[: max(0, num_blocks - len(forced))])
-    if len(chosen) == len(score):
+    if every and (len(chosen) if ratio == 1 else min(num_blocks, len(score))) == len(score):
         beyond = [(row, j) for row, _ in beyond for j in of_row[row]]
     selected = torch.zeros(rows, nk, dtype=torch.bool)
     for at in [*chosen, *beyond]:

@@ -374,7 +374,7 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
     assert config.block_size == 32
     assert MRAConfig.from_json(config.to_json()) == config
     assert MRAConfig().for_length(10**6) == MRAConfig()
-    with pytest.raises(ValueError, match="num_blocks=3 is for two resolutions.*'auto'"):
+    with pytest.raises(ValueError, match=r"num_blocks=3 is for two resolutions.*'auto'"):
         MRAConfig(resolutions="auto", num_blocks=3)
 
 
@@ -396,7 +396,7 @@ def test_auto_is_smooth_where_a_level_is_added(causal: bool) -> None:
 
 
 def test_a_cache_with_auto_has_the_levels_of_its_longest_sequence() -> None:
-    with pytest.raises(ValueError, match="resolutions='auto' needs to know the longest.*max_length"):
+    with pytest.raises(ValueError, match=r"resolutions='auto' needs to know the longest.*max_length"):
         KVCache(1, 1, 4, resolutions="auto")
     _, key, value, _, _ = random_inputs((1, 1, 40, 40, 4), dtype=torch.float32)
     query = torch.randn(1, 1, 5, 4)
@@ -422,5 +422,5 @@ def test_levels_are_ranked_by_means_and_first_order_is_for_two_resolutions() -> 
         settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2), **more}
         by_means = scaled_dot_product_attention(query, key, value, **settings)
         assert torch.equal(scaled_dot_product_attention(query, key, value, score="max", **settings), by_means)
-    with pytest.raises(NotImplementedError, match="coarse='first_order'.*more than two resolutions"):
+    with pytest.raises(NotImplementedError, match=r"coarse='first_order'.*more than two resolutions"):
         scaled_dot_product_attention(query, key, value, resolutions=(32, 8, 1), coarse="first_order")
