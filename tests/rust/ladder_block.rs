@@ -225,6 +225,22 @@ proptest! {
     }
 }
 
+/// More rows in a row of the level above than a tile has, more candidates than a batch has, and enough of them that a sample bounds what is
+/// chosen.
+#[test]
+fn many_children() {
+    for (key_padding, mode) in [(Padding::None, Mode::Full), (Padding::Left, Mode::Sparse)] {
+        let case =
+            Case { query_len: 1500, key_len: 1500, block_size: 4, budget: budget(9.0), key_padding, mode, ..Case::default() };
+        let case = LadderCase { case, coarser: vec![(240, vec![3.0])] };
+        let data = case.case.data::<f64>();
+        let expected = Expected::new::<f64>(&case, &data);
+        for level in levels_for::<f64>() {
+            check::<f64>(&case, &data, &expected, Setup { threads: 2, ..Setup::new(level) });
+        }
+    }
+}
+
 /// Out, lse, plan and the gradients, which start from out and lse.
 struct Outcome<E: Number> {
     out: Array4<E>,
