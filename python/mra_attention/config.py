@@ -85,11 +85,12 @@ class MRAConfig:
         more exact blocks per row: 1.25 at 512 tokens, 20 at 8192. The token form has the means in any case. In a call
         that may have the block form, "first_order" is not implemented together with a softcap, or with an `attn_mask`
         that requires a gradient.
-    score : {"mean", "max"}, default "mean"
+    score : {"mean", "max"}, default "max"
         What a token ranks the blocks by from which it chooses. "mean": the logit of the mean of a block's keys. "max":
         an estimate of the largest logit of a key, from 8-bit codes of what the keys differ from their mean, for four
-        candidates by "mean" for each block to choose. The block form always ranks by means, and a step of a `KVCache`
-        makes the codes of its candidates anew.
+        candidates by "mean" for each block to choose. On a pretrained decoder it takes a third more time, and at equal
+        time leaves 0.7 to 0.9 of the error. The block form, and levels of more than two resolutions, rank by means; a
+        step of a `KVCache` makes the codes of its candidates anew.
     coarse_shift : float, default 0.0
         Added to the logit of each block that is not exact. The exponential of a mean is never above the mean of
         exponentials, so these blocks count too little; how much too little depends on the model.
@@ -135,7 +136,7 @@ class MRAConfig:
     num_blocks: int | None = None
     mode: Literal["full", "sparse"] = "full"
     coarse: Literal["mean", "first_order"] = "mean"
-    score: Literal["mean", "max"] = "mean"
+    score: Literal["mean", "max"] = "max"
     coarse_shift: float = 0.0
     first_blocks: int | None = None
     diagonal_blocks: int = 0

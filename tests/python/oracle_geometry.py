@@ -53,6 +53,7 @@ class Settings:
         keywords: dict[str, Any] = {
             "resolutions": (*self.coarser, self.block_size, 1),
             "mode": self.mode,
+            "score": self.score,
             "blocks_per_row": self.blocks_per_row,
             "num_blocks": self.num_blocks,
             "diagonal_blocks": self.diagonal_blocks,
@@ -62,7 +63,6 @@ class Settings:
         }
         others = {
             "coarse": (self.coarse, "mean"),
-            "score": (self.score, "mean"),
             "coarse_shift": (self.coarse_shift, 0.0),
             "first_blocks": (self.first_blocks, None),
             "local_blocks": (self.local_blocks, 1),

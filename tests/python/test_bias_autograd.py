@@ -51,7 +51,7 @@ def test_nothing_is_recorded_without_need() -> None:
 def test_the_operator_allocates_no_gradient_that_nobody_wants() -> None:
     tensors, bias = inputs(), bias_of(1, 2, 19, 27)
     given = Inputs(*detached(tensors), attn_bias=bias.detach())
-    settings = Settings(scale=0.3, block_size=8)
+    settings = Settings(scale=0.3, block_sizes=[8])
     out, lse, plan = OPS.forward(*given, *settings)
     rest = for_backward(given, out, lse, plan)
     unwanted = OPS.backward(out, None, *rest, False, *settings)

@@ -20,7 +20,7 @@ OTHERS: dict[str, Any] = {
     "num_blocks": 5,
     "mode": "sparse",
     "coarse": "first_order",
-    "score": "max",
+    "score": "mean",
     "coarse_shift": 0.5,
     "first_blocks": 2,
     "diagonal_blocks": 3,

@@ -44,7 +44,7 @@ def forward_arguments(shape: str, layout: str, masked: bool, form: str) -> tuple
     tensors = inputs(shape, layout=layout)
     key_mask, query_mask = masks(shape, masked)
     given = Inputs(*tensors, key_mask=key_mask, query_mask=query_mask, attn_bias=pair_bias(shape, masked))
-    settings = Settings(**({"scale": 0.3, "block_size": BLOCK_SIZE, "blocks_per_row": [1.5]} | FORMS[form]))
+    settings = Settings(**({"scale": 0.3, "block_sizes": [BLOCK_SIZE], "blocks_per_row": [1.5]} | FORMS[form]))
     if form.endswith("given-plan"):
         given = given._replace(plan=OPS.select(*for_select(given), *settings))
     return given._replace(seed=torch.tensor([5]) if masked else None), settings._replace(dropout_p=rate(masked))
@@ -151,8 +151,10 @@ def test_a_tensor_of_another_device_is_refused_by_the_operator():
         ("plan", torch.zeros(2, 20)),
         ("cu_seqlens_q", torch.tensor([0, 16])),
         ("scale", float("nan")),
-        ("block_size", 0),
-        ("block_size", 129),
+        ("block_sizes", [0]),
+        ("block_sizes", []),
+        ("block_sizes", [48, 32]),
+        ("block_sizes", [129]),
         ("dropout_p", float("nan")),
         ("dropout_p", -0.5),
         ("dropout_p", 1.5),

@@ -103,6 +103,7 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = N
         resolutions=(32, 1),
         num_blocks=max(1, self.num_block),  # 0 if there are less than 32 positions
         mode=self.approx_mode,
+        score="mean",
         first_blocks=self.initial_prior_first_n_blocks,
         diagonal_blocks=self.initial_prior_diagonal_n_blocks,
     )
