@@ -206,7 +206,7 @@ def test_a_query_alone_against_a_cache_gives_its_row_of_the_whole(
     keywords = call_keywords(query, key, settings) | {"return_lse": True}
     out, lse = scaled_dot_product_attention(query, key, value, **keywords)
     cache = KVCache(1, 2, 20, 20, dtype=dtype, resolutions=(32, 16, 4, 1))
-    asked = {name: keywords[name] for name in ("mode", "blocks_per_row", "enable_gqa", "return_lse")}
+    asked = {name: keywords[name] for name in ("mode", "score", "blocks_per_row", "enable_gqa", "return_lse")}
     asked |= {} if window == (-1, -1) else {"window_size": window}
     for t in range(131):
         cache.append(key[:, :, t : t + 1], value[:, :, t : t + 1])

@@ -152,7 +152,6 @@ def test_a_tensor_of_another_device_is_refused_by_the_operator():
         ("cu_seqlens_q", torch.tensor([0, 16])),
         ("scale", float("nan")),
         ("block_sizes", [0]),
-        ("block_sizes", []),
         ("block_sizes", [48, 32]),
         ("block_sizes", [129]),
         ("dropout_p", float("nan")),

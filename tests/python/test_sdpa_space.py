@@ -215,7 +215,8 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks_per_row": (3.0, {}),
     "num_blocks": (40, {}),
     "mode": ("sparse", {}),
-    "score": ("max", {"pool_queries": False}),
+    "coarse": ("first_order", {}),
+    "score": ("mean", {"pool_queries": False}),
     "coarse_shift": (0.7, {}),
     "first_blocks": (2, {}),
     "diagonal_blocks": (3, {}),
@@ -243,7 +244,7 @@ CAUSAL_UNUSUAL = {
     ),
 }
 # A causal call is in the token form anyway.
-MAKES_NO_DIFFERENCE = {"pool_queries"}
+MAKES_NO_DIFFERENCE = {"pool_queries", "coarse"}
 NOT_CAUSAL = {"query_order", "key_order", "grid"}
 
 

@@ -54,7 +54,7 @@ def test_later_settings_take_the_place_of_earlier_ones():
         ({"block_per_row": 4}, TypeError, r"config\.mra: 'block_per_row' is no argument and no setting"),
         ({"layers": {"0": {"modes": "full"}}}, TypeError, r"config\.mra\['layers'\]\['0'\]: 'modes' is no"),
         ({"sliding": {"mode": "dense"}}, ValueError, r"config\.mra\['sliding'\]: mode must be 'full' or 'sparse'"),
-        ({"resolutions": [256, 16, 1]}, NotImplementedError, r"config\.mra: resolutions=.*more than two"),
+        ({"resolutions": [256, 16, 1], "num_blocks": 3}, ValueError, r"config\.mra: num_blocks=3 is for two"),
         ({"layers": {"4": {}}}, ValueError, r"has settings of layers \['4'\], but there are 4"),
         ({"layers": [{}]}, TypeError, r"must map numbers of layers to settings, got \[\{\}\]"),
         ({"layers": {"first": {}}}, TypeError, "must map numbers of layers to settings"),

@@ -410,7 +410,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "plan-first": ({"plan": FIT, "first_blocks": 1}, ValueError, ["first_blocks=1 does not fit plan"]),
     "plan-diagonal": ({"plan": FIT, "diagonal_blocks": 3}, ValueError, ["diagonal_blocks=3 does not fit plan"]),
     "plan-local": ({"plan": FIT, "local_blocks": 2}, ValueError, ["local_blocks=2 does not fit plan"]),
-    "plan-score": ({"plan": FIT, "score": "max"}, ValueError, ["score='max' does not fit plan"]),
+    "plan-score": ({"plan": FIT, "score": "mean"}, ValueError, ["score='mean' does not fit plan"]),
     "plan-pool": ({"plan": FIT, "pool_queries": False}, ValueError, ["pool_queries=False does not fit plan"]),
     "plan-causal": (
         {"plan": FIT, "is_causal": True},
