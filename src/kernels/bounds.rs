@@ -231,7 +231,9 @@ mod tests {
             let mut actual = vec![Vec::new(); columns];
             for (row, numbers) in numbers.chunks_exact(columns).enumerate() {
                 T::run(level, Reached { row: numbers, bounds: &bounds, columns: &mut reached });
-                reached.iter().for_each(|&column| actual[column as usize].push(row));
+                for &column in &reached {
+                    actual[column as usize].push(row);
+                }
             }
             for column in (0..columns).filter(|&column| wanted[column] > 0) {
                 let number = |row: usize| numbers[row * columns + column];

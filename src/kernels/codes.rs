@@ -162,6 +162,12 @@ fn largest_size<T: Scalar, S: Simd<T>>(simd: S, row: &[T], factor: T) -> T {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::float_cmp,
+    reason = "small numbers, and units that are exact"
+)]
 mod tests {
     use proptest::prelude::RngExt;
     use proptest::test_runner::{RngAlgorithm, TestRng};

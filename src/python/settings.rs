@@ -7,6 +7,7 @@ use crate::{Budget, Coarse, CoarserLevel, Error, Layout, Level, Mode, Options, P
 
 /// Everything that says how attention is computed, as the Python package has it.
 #[derive(FromPyObject)]
+#[allow(clippy::struct_excessive_bools, reason = "the fields of the named tuple that Python passes")]
 pub(super) struct Settings {
     scale: f64,
     /// Of every level, the coarsest first.

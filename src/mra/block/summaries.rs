@@ -166,7 +166,9 @@ impl<T: Scalar> Summaries<T> {
         add_mean_bias(problem, segment, head % problem.heads, rows.clone(), blocks.clone(), offsets, columns);
         if problem.coarse_shift != 0.0 {
             let shift = T::from_f64(problem.coarse_shift);
-            offsets.iter_mut().for_each(|offset| *offset += shift);
+            for offset in offsets.iter_mut() {
+                *offset += shift;
+            }
         }
         exclude_selected(batch, plan, head, rows, blocks, offsets, columns);
     }

@@ -73,18 +73,13 @@ impl Problem<'_> {
     /// Bytes of the plan of this level for a batch item.
     fn level_bytes(&self, above: Option<&Above>) -> usize {
         let size = self.block_size;
-        let block = match above {
-            Some(above) => self.heads * self.room_for_children(above),
-            None => {
-                let (rows, row_bytes) = match self.packed {
-                    // A sequence has at most two blocks more than its share, and its rows one byte more.
-                    Some(count) => (self.query_len / size + 2 * count, self.key_len / (8 * size) + 2),
-                    // One row more: padded queries in front of the first valid one are cut backwards.
-                    None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size).div_ceil(8)),
-                };
-                self.heads * rows * row_bytes
-            }
+        let (rows, row_bytes) = match self.packed {
+            // A sequence has at most two blocks more than its share, and its rows one byte more.
+            Some(count) => (self.query_len / size + 2 * count, self.key_len / (8 * size) + 2),
+            // One row more: padded queries in front of the first valid one are cut backwards.
+            None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size).div_ceil(8)),
         };
+        let block = self.heads * above.map_or(rows * row_bytes, |above| self.room_for_children(above));
         let token = 4 * self.heads * self.query_len * self.width_of(self.key_len.div_ceil(size));
         match (self.form_is_open, &self.bias) {
             (false, _) => token,
