@@ -11,7 +11,7 @@ from typing import Any
 
 FINEST = 32
 RATIO = 8
-MOST_BLOCKS = 256
+MOST_BLOCKS = 128
 REFINED = MOST_BLOCKS // RATIO
 
 
