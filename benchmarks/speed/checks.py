@@ -15,7 +15,8 @@ ROWS_CHECKED = 4
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ||actual - expected|| / ||expected|| in float64."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def check_forward(query: Tensor, key: Tensor, value: Tensor, keywords: Mapping[str, object], tolerance: float) -> None:

@@ -1,0 +1,1 @@
+"""Long sequences: time and memory against the length, and ladders beside two levels."""

@@ -1,0 +1,121 @@
+"""The benchmark of quality: baselines, errors at equal time, the sweep of entropies, and a small run of all of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FLOAT64_TOLERANCE
+
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+np = pytest.importorskip("numpy")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch):
+    """Import a module of the benchmark by its name."""
+    monkeypatch.syspath_prepend(REPOSITORY)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(f"benchmarks.quality.{name}")
+
+    return load
+
+
+def test_baselines_with_everything_are_softmax_attention(module):
+    baselines = module("baselines")
+    query, key, value = torch.randn(3, 1, 2, 20, 8, dtype=torch.float64).unbind()
+    exact = F.scaled_dot_product_attention(query, key, value, scale=0.5)
+    low_rank = baselines.nystrom(query, key, value, 0.5, 20)
+    assert (low_rank - exact).abs().max() < 1e-6, "the middle is inverted"
+    assert (baselines.window(query, key, value, 0.5, 39) - exact).abs().max() < FLOAT64_TOLERANCE
+    alone = baselines.window(query, key, value, 0.5, 1)
+    assert (alone - value).abs().max() < FLOAT64_TOLERANCE
+
+
+def test_low_rank_is_right_where_queries_and_keys_are_few(module):
+    query, key = (torch.randn(1, 1, 4, 8, dtype=torch.float64).repeat_interleave(16, dim=2) for _ in range(2))
+    value = torch.randn(1, 1, 64, 8, dtype=torch.float64)
+    exact = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    found = module("baselines").nystrom(query, key, value, 1.0, 4)
+    assert (found - exact).abs().max() < 1e-6
+
+
+def test_error_at_a_time(module):
+    curves = module("curves")
+    points = [curves.Point("", False, "a", keys, float(keys), 1 / keys) for keys in (4, 1, 2)]
+    assert curves.at_time(points, 0.5) is None
+    assert curves.at_time(points, 1.0) == pytest.approx(1.0)
+    assert curves.at_time(points, 1.5) == pytest.approx(2**-0.5)
+    assert curves.at_time(points, 9.0) == pytest.approx(0.25)
+
+
+def test_tables(module):
+    curves, entropy, report = module("curves"), module("entropy"), module("report")
+    points = [curves.Point("x", False, "means", keys, keys / 1000, 1 / keys) for keys in (64, 128)]
+    points += [curves.Point("x", False, "sparse", keys, keys / 500, 2 / keys) for keys in (64, 128)]
+    table = report.equal_time_table(points).splitlines()
+    assert table[2] == "| means | 0.0156 (1.00x) | 0.0078 (1.00x) |"
+    assert table[3] == "| sparse |  | 0.0312 (4.00x) |"
+    assert report.points_table(points).splitlines()[-1] == "| sparse | 128.00, 0.0312 | 256.00, 0.0156 |"
+    heads = [entropy.Head(name, 1.0, h, h / 10) for name in entropy.METHODS for h in (0.5, 2.25, 2.75)]
+    lines = report.entropy_table(heads).splitlines()
+    assert lines[0] == "| entropy of the rows, nats | 0 to 1 | 2 to 3 |"
+    assert lines[2] == "| MRA, means | 0.050 | 0.250 |"
+
+
+def test_entropy_and_error_of_heads(module):
+    data, entropy = module("data"), module("entropy")
+    query = torch.zeros(1, 2, 512, 8)
+    heads = data.Heads("uniform", [(query, query, torch.randn(1, 2, 512, 8))], 1.0, causal=False)
+    found = entropy.sweep(heads)
+    assert len(found) == 2 * len(entropy.FACTORS) * len(entropy.METHODS)
+    for head in found:
+        assert head.entropy == pytest.approx(float(np.log(512)))
+        if head.method.startswith(("MRA", "low rank")):
+            assert head.error < 1e-5, f"{head.method}: all tokens are alike"
+        else:
+            assert head.error > 0.3, head.method
+    curve = entropy.curve([entropy.Head("", 1.0, h, h) for h in (1.0, 9.0)], np.array([1.0, 5.0, 9.0]))
+    assert curve == pytest.approx([1.0, 5.0, 9.0])
+
+
+def test_what_is_wrong_is_not_measured(module, monkeypatch):
+    curves, data = module("curves"), module("data")
+    heads = data.synthetic(1024)
+    curves.check(heads)
+    heads.scale *= 2  # what is exact at the old scale is wrong now
+    heads.expected = lambda layer: data.synthetic(1024).expected(layer)
+    with pytest.raises(AssertionError, match="every block exact: error"):
+        curves.check(heads)
+
+
+def test_a_small_run(module, monkeypatch, tmp_path, capsys):
+    main, entropy = module("__main__"), module("entropy")
+    for settings in (main.ENCODER, main.DECODER):
+        assert set(settings) > {"means", "sparse"}
+    monkeypatch.setattr(main, "ENCODER_KEYS", (64, 128))
+    monkeypatch.setattr(main, "DECODER_KEYS", (256, 512))
+    monkeypatch.setattr(entropy, "FACTORS", (0.25, 4.0))
+    arguments = ["--length", "1024", "--real", "0", "--rounds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.quality", *arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which the call sets, and the end of the test undoes
+    assert main.main() == 0
+    printed = capsys.readouterr().out
+    assert "## Errors at equal time: MiniLM, 512 tokens, full" in printed
+    assert "## Errors at equal time: synthetic decoder, 1024 tokens, causal" in printed
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:2] == ["error-to-entropy.png", "error-to-time.png"]
+    record = json.loads((tmp_path / names[2]).read_text())
+    errors = {(p["data"], p["setting"], p["keys"]): p["error"] for p in record["settings"]}
+    assert errors["MiniLM", "first order", 128] < errors["MiniLM", "means", 128] < errors["MiniLM", "sparse", 128]
+    assert errors["MiniLM", "means", 128] == pytest.approx(0.26, abs=0.01), "as the README says"
