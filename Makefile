@@ -37,8 +37,11 @@ test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the
 	VIRTUAL_ENV=$(abspath .venv-oldest) $(BIN)/maturin develop --release --locked
 	$(call PYTEST,.venv-oldest)
 
-bench: $(STAMPS)/module ## Check and time everything beside torch's attention, and record it (about 5 minutes)
+# One after the other: what is timed wants the machine for itself.
+bench: $(STAMPS)/module ## Check, time and record: speed, long sequences, quality (about 25 minutes; 10 more with Gemma)
 	$(BIN)/python -m benchmarks.speed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.long
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.quality
 
 bench-models: $(STAMPS)/module ## What a budget costs two pretrained models, and saves in time (about 15 minutes)
 	$(BIN)/python -m pip install --group models

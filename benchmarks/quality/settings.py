@@ -42,7 +42,6 @@ DECODER: dict[str, FromKeys] = {
     "blocks of 16": _blocks(16),
     "4 local blocks": _blocks(32, local_blocks=4),
     "ladder (512, 32, 1)": _ladder((512, 32, 1), 8),
-    "ladder, largest key": _ladder((512, 32, 1), 8, score="max"),
 }
 """Of causal heads."""
 

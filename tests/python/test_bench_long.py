@@ -45,7 +45,7 @@ def test_heads_are_what_they_are_called(module):
     local = (late * near).sum(-1).mean(-1)
     assert local[0] > 2 * local[3]
     sought = (late[..., 1:] > 0.5).any(-1).float().mean(-1)
-    assert sought[2] > sought[3] + 0.05, "some queries of the third head look for one key"
+    assert sought[2] > 5 * sought[3], "some queries of the third head look for one key"
 
 
 def test_rope_turns_pairs_by_the_distance(module):
