@@ -17,11 +17,11 @@ SEGMENT = 512
 RETURNS = 4
 """Segments of each topic, on average."""
 
-NEEDLES = 64
-"""Pairs of a key and the queries that look for it."""
+NEEDLES, NEEDLE_TOKENS = 64, 4
+"""Places that some queries look for, and the tokens of each: a name, a number."""
 
 SHARPNESS = 2.0
-"""The standard deviation of the logits of content."""
+"""The standard deviation of the logits of content, about."""
 
 
 def heads(length: int, head_dim: int = 64, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,8 +30,8 @@ def heads(length: int, head_dim: int = 64, *, seed: int = 0) -> tuple[Tensor, Te
     All heads see content: topics that hold for some hundreds of tokens and come back, and what is each token's own,
     turned by RoPE with base 1e4 in the local heads and 1e6 in the others, as in Gemma 3. In the local heads query and
     key share a constant, which RoPE makes a peak around the token. All but the first head have a sink: the first token,
-    with a logit that takes about half of the weight, and a small value. For the needles a few keys anywhere have a
-    large logit for an eighth of the queries.
+    with a logit that takes about half of the weight, and a small value. In the head of needles a few keys somewhere
+    have a large logit for an eighth of the queries, and stand among tokens that these look at, too.
     """
     generator = torch.Generator().manual_seed(seed)
     made = [_head(kind, length, head_dim, generator) for kind in HEADS]
@@ -41,27 +41,26 @@ def heads(length: int, head_dim: int = 64, *, seed: int = 0) -> tuple[Tensor, Te
 
 def _head(kind: str, length: int, head_dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     topic = _topics(length, generator)
-    key, value, other = (_content(topic, head_dim, generator) for _ in range(3))
-    query = SHARPNESS * (0.5 * key.topic + 0.75**0.5 * other.tokens)
-    key, value = key.tokens, value.tokens
+    needles = _needles(length, generator)
+    wanted = topic.clone()  # tokens of one topic look at each other, and those that seek something at its surroundings
+    if kind == "needles":
+        wanted[needles.seekers] = topic[needles.places[needles.sought]]
+    table, value_table = (torch.randn(int(topic.max()) + 1, head_dim, generator=generator) for _ in range(2))
+    own, value_own, other = (torch.randn(length, head_dim, generator=generator) for _ in range(3))
+    query = SHARPNESS * (0.5 * table[wanted] + 0.75**0.5 * other)
+    key, value = (0.5**0.5 * (x[topic] + y) for x, y in ((table, own), (value_table, value_own)))
     if kind.startswith("local"):
         constant = torch.zeros(head_dim)
-        constant[: head_dim // 2] = math.sqrt(8 / math.sqrt(head_dim))  # a logit of 4 at the token itself
+        peak = math.log(length) + 1  # the logit at the token itself: most of the weight is near it
+        constant[: head_dim // 2] = math.sqrt(peak * math.sqrt(head_dim) / (head_dim // 2))
         query, key = query / 2 + constant, key + constant
     base = 1e4 if kind.startswith("local") else 1e6
     query, key = rotate(query, base), rotate(key, base)
     if kind == "needles":
-        _hide_needles(query, key, generator)
+        _hide(needles, query, key, generator)
     if kind != "local":
-        _add_sink(query, key, value)
+        _add_sink(query, key, value, math.log(length) + (4 if kind.startswith("local") else 2))
     return query, key, value
-
-
-class Content(NamedTuple):
-    """Topics, and tokens of which half of the variance is that of their topics; both (L, D), of variance 1."""
-
-    topic: Tensor
-    tokens: Tensor
 
 
 def _topics(length: int, generator: torch.Generator) -> Tensor:
@@ -71,10 +70,18 @@ def _topics(length: int, generator: torch.Generator) -> Tensor:
     return torch.randint(topics, (length,), generator=generator)[segment]
 
 
-def _content(topic: Tensor, head_dim: int, generator: torch.Generator) -> Content:
-    of_topic = torch.randn(len(topic), head_dim, generator=generator)[topic]
-    own = torch.randn(len(topic), head_dim, generator=generator)
-    return Content(of_topic, math.sqrt(0.5) * (of_topic + own))
+class Needles(NamedTuple):
+    """Where they begin, the queries that seek one, and which one each of these seeks."""
+
+    places: Tensor
+    seekers: Tensor
+    sought: Tensor
+
+
+def _needles(length: int, generator: torch.Generator) -> Needles:
+    places = torch.randint(length - NEEDLE_TOKENS, (NEEDLES,), generator=generator)
+    seekers = torch.randint(length, (length // 8,), generator=generator)
+    return Needles(places, seekers, torch.randint(NEEDLES, (len(seekers),), generator=generator))
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
@@ -87,21 +94,21 @@ def rotate(x: Tensor, base: float) -> Tensor:
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(1)
 
 
-def _hide_needles(query: Tensor, key: Tensor, generator: torch.Generator) -> None:
+def _hide(needles: Needles, query: Tensor, key: Tensor, generator: torch.Generator) -> None:
+    """Give the first half of the channels, which RoPE turns most, to what some queries seek."""
     length, head_dim = query.shape
-    directions = torch.nn.functional.normalize(torch.randn(NEEDLES, head_dim, generator=generator), dim=-1)
-    size = math.sqrt((math.log(length) + 4) * math.sqrt(head_dim))
-    places = torch.randint(length, (NEEDLES,), generator=generator)
-    seekers = torch.randint(length, (length // 8,), generator=generator)
-    sought = torch.randint(NEEDLES, (len(seekers),), generator=generator)
-    key[places] += size * directions
-    query[seekers] += size * directions[sought]
+    half = head_dim // 2
+    query[:, :half] = key[:, :half] = 0.0
+    directions = torch.nn.functional.normalize(torch.randn(NEEDLES, half, generator=generator), dim=-1)
+    directions *= math.sqrt((math.log(length) + 2) * math.sqrt(head_dim))
+    for token in range(NEEDLE_TOKENS):
+        key[needles.places + token, :half] = directions
+    query[needles.seekers, :half] = directions[needles.sought]
 
 
-def _add_sink(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _add_sink(query: Tensor, key: Tensor, value: Tensor, logit: float) -> None:
     """Give the last two channels, which RoPE turns least, to the first token."""
-    length, head_dim = query.shape
-    size = math.sqrt((math.log(length) + SHARPNESS**2 / 2) * math.sqrt(head_dim))
+    size = math.sqrt(logit * math.sqrt(query.shape[1]))
     key[1:, -2:] = 0.0
     query[:, -2:] = torch.tensor([size, 0.0])
     key[0] = 0.0

@@ -165,7 +165,7 @@ def comparison(
 ) -> list[Point]:
     """Return time and error of ladders and of two levels: times on the first layer, errors over all of them."""
     length = layers[0][0].shape[2]
-    settings = compared(length)
+    settings = compared(length, causal=causal)
     options = {"is_causal": causal, "scale": scale, "enable_gqa": layers[0][0].shape[1] != layers[0][1].shape[1]}
     rows = exact.sample(length)
     errors: dict[str, float] = dict.fromkeys(settings, 0.0)
@@ -187,10 +187,10 @@ def _comparison_times(
         return lambda *args: mra(*args, **options, **keywords)
 
     calls = {name: step(attention(keywords), leaves, grad_out) for name, keywords in settings.items()}
-    both = interleaved(calls, seconds=seconds, least=3)
+    both = interleaved(calls, seconds=seconds, least=2)
     alone = {name: lambda keywords=keywords: attention(keywords)(*layer) for name, keywords in settings.items()}
     with torch.no_grad():
-        forward = interleaved(alone, seconds=seconds, least=3)
+        forward = interleaved(alone, seconds=seconds, least=2)
     return forward, both
 
 

@@ -40,12 +40,12 @@ def test_heads_are_what_they_are_called(module):
     late = weights[0, :, length // 2 :]
     sinks = late[..., 0].mean(-1)
     assert sinks[0] < 0.01
-    assert ((sinks[1:] > 0.2) & (sinks[1:] < 0.9)).all()
+    assert ((sinks[1:] > 0.05) & (sinks[1:] < 0.9)).all()
     near = torch.ones(length, length).tril().triu(-63).bool()[length // 2 :]
     local = (late * near).sum(-1).mean(-1)
-    assert local[0] > 2 * local[3]
-    sought = (late[..., 1:] > 0.5).any(-1).float().mean(-1)
-    assert sought[2] > 5 * sought[3], "some queries of the third head look for one key"
+    assert (local[:2] > 2 * local[2:]).all()
+    far = (late[..., 1 : length // 4] > 0.1).any(-1).float().mean(-1)
+    assert far[2] > 5 * far[3], "some queries of the third head look for few keys"
 
 
 def test_rope_turns_pairs_by_the_distance(module):
