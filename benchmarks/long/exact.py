@@ -19,23 +19,40 @@ def sample(length: int) -> Tensor:
 
 def exact_rows(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float, *, causal: bool) -> Tensor:
     """Return the exact output (H, rows, Dv) in float64 for query (1, H, L, D), key and value (1, Hk, L, D)."""
+    return exact_and_entropy(query, key, value, rows, scale, causal=causal)[0]
+
+
+def exact_and_entropy(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the exact output, and the mean entropy (H,) of the weights of these rows, in nats."""
     group = query.shape[1] // key.shape[1]
     places = torch.arange(key.shape[2])
     out: list[Tensor] = []
+    entropies: list[Tensor] = []
     for head in range(query.shape[1]):
         k, v = (x[0, head // group].double() for x in (key, value))
         pieces: list[Tensor] = []
+        entropy = torch.zeros((), dtype=torch.float64)
         for some in rows.split(ROWS_AT_ONCE):
             logits = scale * query[0, head, some].double() @ k.T
             if causal:
                 logits.masked_fill_(places > some[:, None], -torch.inf)
-            pieces.append(logits.softmax(-1) @ v)
+            weights = logits.softmax(-1)
+            pieces.append(weights @ v)
+            entropy += torch.special.entr(weights).sum()
         out.append(torch.cat(pieces))
-    return torch.stack(out)
+        entropies.append(entropy / len(rows))
+    return torch.stack(out), torch.stack(entropies)
 
 
 def error(out: Tensor, rows: Tensor, exact: Tensor) -> float:
-    """Return the mean over heads of ||out - exact|| / ||exact|| over these rows of out (1, H, L, Dv).
+    """Return the mean over heads of `errors`."""
+    return errors(out, rows, exact).mean().item()
+
+
+def errors(out: Tensor, rows: Tensor, exact: Tensor) -> Tensor:
+    """Return ||out - exact|| / ||exact|| of each head (H,), over these rows of out (1, H, L, Dv).
 
     Raises
     ------
@@ -45,5 +62,4 @@ def error(out: Tensor, rows: Tensor, exact: Tensor) -> float:
     found = out[0, :, rows].double()
     if not found.isfinite().all():
         raise AssertionError(f"an output of {tuple(out.shape)} is not finite")
-    away = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-    return away.mean().item()
+    return (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)

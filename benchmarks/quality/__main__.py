@@ -49,6 +49,7 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the packages have everything
     sections: dict[str, str] = {}
     points: list[curves.Point] = []
+    swept: dict[str, Sequence[entropy.Head]] = {}
     for load in tqdm(sources(arguments), unit="heads"):
         heads = load()
         torch.set_num_threads(1)  # the time of the thread that calls is all there is
@@ -57,14 +58,15 @@ def main() -> int:
         where = f"{heads.name}, {heads.length} tokens, {'causal' if heads.causal else 'full'}"
         sections[f"Errors at equal time: {where}"] = report.equal_time_table(found)
         sections[f"Every budget: {where}"] = report.points_table(found)
-    swept = entropy.sweep(data.minilm())
-    title = f"MiniLM, logits times 1/16 to 16, {entropy.KEYS} of 512 keys"
-    sections[f"Error by entropy: {title}"] = report.entropy_table(swept)
+        if heads.real:
+            title = f"{where}, {entropy.CAUSAL_KEYS if heads.causal else entropy.KEYS} keys"
+            swept[title] = entropy.sweep(heads)
+            sections[f"Error by entropy, logits times 1/16 to 16: {title}"] = report.entropy_table(swept[title])
     text = report.document(sections)
     print(text)
-    folder = report.write_record(text, {"settings": points, "entropy": swept}, arguments.out)
+    folder = report.write_record(text, {"settings": points, **swept}, arguments.out)
     plots.draw_settings(folder / "error-to-time.png", points)
-    plots.draw_entropy(folder / "error-to-entropy.png", swept, title)
+    plots.draw_entropy(folder / "error-to-entropy.png", swept)
     print(f"Recorded in {folder}")
     return 0
 

@@ -32,6 +32,8 @@ class Heads:
     layers: list[Layer]
     scale: float
     causal: bool
+    real: bool = True
+    """Whether a model made them."""
     _exact: dict[tuple[int, float], Tensor] = field(default_factory=dict)
 
     @property
@@ -80,7 +82,7 @@ def minilm() -> Heads:
 
 def synthetic(length: int) -> Heads:
     """Return heads like those of a decoder: 4 of 64 channels."""
-    return Heads("synthetic decoder", [heads(length)], 64**-0.5, causal=True)
+    return Heads("synthetic decoder", [heads(length)], 64**-0.5, causal=True, real=False)
 
 
 def gemma(cache: Path, length: int) -> Heads:

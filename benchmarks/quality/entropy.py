@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from mra_attention import scaled_dot_product_attention as mra
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..long import exact
 from .baselines import nystrom, window
 from .data import Attention, Heads
 
@@ -20,8 +21,8 @@ FACTORS = tuple(2.0**power for power in range(-4, 5))
 SHARPNESS = 5.0
 """Of the kernel of the curves, exp(-5 (H - H')^2), as in the paper."""
 
-KEYS = 128
-"""Keys of a query whose products an approximation may compute, of 512."""
+KEYS, CAUSAL_KEYS = 128, 512
+"""Keys of a query whose products an approximation may compute: of 512, and of up to 8192 where heads are causal."""
 
 
 @dataclass
@@ -35,39 +36,44 @@ class Head:
     error: float
 
 
-def _ours(**keywords: object) -> Attention:
-    return lambda query, key, value, scale: mra(query, key, value, scale=scale, **keywords)
+def _ours(blocks_per_row: float, **keywords: object) -> Attention:
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return mra(query, key, value, scale=scale, enable_gqa=grouped, blocks_per_row=blocks_per_row, **keywords)
+
+    return attend
 
 
-METHODS: dict[str, Attention] = {
-    "MRA, means": _ours(blocks_per_row=KEYS / 32),
-    "MRA, first order": _ours(blocks_per_row=KEYS / 32, coarse="first_order"),
-    "sparse: best blocks alone": _ours(blocks_per_row=KEYS / 32, mode="sparse"),
-    "low rank: Nystrom, 32 landmarks": partial(nystrom, landmarks=KEYS // 4),
-    "low rank: Nystrom, 64 landmarks": partial(nystrom, landmarks=KEYS // 2),
-    "window": partial(window, width=KEYS),
+METHODS: dict[bool, dict[str, Attention]] = {
+    False: {
+        "MRA, means": _ours(KEYS / 32),
+        "MRA, first order": _ours(KEYS / 32, coarse="first_order"),
+        "sparse: best blocks alone": _ours(KEYS / 32, mode="sparse"),
+        "low rank: Nystrom, 32 landmarks": partial(nystrom, landmarks=KEYS // 4),
+        "low rank: Nystrom, 64 landmarks": partial(nystrom, landmarks=KEYS // 2),
+        "window": partial(window, width=KEYS),
+    },
+    True: {
+        "MRA, means": _ours(CAUSAL_KEYS / 32, is_causal=True),
+        "MRA, largest key": _ours(CAUSAL_KEYS / 32, is_causal=True, score="max"),
+        "sparse: best blocks alone": _ours(CAUSAL_KEYS / 32, is_causal=True, mode="sparse"),
+        "window": _ours(math.inf, is_causal=True, window_size=(CAUSAL_KEYS - 1, 0)),
+    },
 }
-"""With 64 landmarks Nystrom has as many products as a window or exact blocks of 128 keys."""
+"""By whether heads are causal, which landmarks cannot be. 64 of them have the products of 128 exact keys."""
 
 
 def sweep(heads: Heads) -> list[Head]:
-    """Return entropy and error of every head at every factor with every method; the heads are not causal."""
+    """Return entropy and error of every head at every factor with every method."""
     found: list[Head] = []
     for factor in tqdm(FACTORS, desc="entropy", unit="factor", leave=False):
         scale = factor * heads.scale
         for layer in heads.layers:
-            entropies, expected = _exact(*layer, scale)
-            for name, method in METHODS.items():
-                away = (method(*layer, scale).double() - expected).flatten(2).norm(dim=2)[0]
-                errors = (away / expected.flatten(2).norm(dim=2)[0]).tolist()
-                found += [Head(name, factor, h, e) for h, e in zip(entropies, errors, strict=True)]
+            expected, entropies = exact.exact_and_entropy(*layer, heads.rows, scale, causal=heads.causal)
+            for name, method in METHODS[heads.causal].items():
+                errors = exact.errors(method(*layer, scale), heads.rows, expected).tolist()
+                found += [Head(name, factor, h, e) for h, e in zip(entropies.tolist(), errors, strict=True)]
     return found
-
-
-def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[list[float], Tensor]:
-    """Return the mean entropy of the rows of each head, and the output (1, H, L, Dv), in float64."""
-    weights = (scale * query.double() @ key.double().mT).softmax(-1)
-    return torch.special.entr(weights).sum(-1).mean(-1)[0].tolist(), weights @ value.double()
 
 
 def curve(heads: Sequence[Head], entropies: NDArray[np.float64]) -> NDArray[np.float64]:

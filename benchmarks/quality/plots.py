@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from ..speed.report import machine
 from .curves import Point
-from .entropy import METHODS, Head, curve
+from .entropy import Head, curve
 
 
 def draw_settings(path: Path, points: Sequence[Point]) -> None:
@@ -35,17 +35,19 @@ def draw_settings(path: Path, points: Sequence[Point]) -> None:
     pyplot.close(figure)
 
 
-def draw_entropy(path: Path, heads: Sequence[Head], title: str) -> None:
-    """Draw error against entropy: each head as a dot, and the curve of each method."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    entropies = np.linspace(min(head.entropy for head in heads), max(head.entropy for head in heads), 100)
-    for name in METHODS:
-        chosen = [head for head in heads if head.method == name]
-        line = axes.plot(entropies, curve(chosen, entropies), label=name)[0]
-        axes.scatter([h.entropy for h in chosen], [h.error for h in chosen], s=4, alpha=0.25, color=line.get_color())
-    axes.set(title=title, xlabel="entropy of the rows, nats", ylabel="relative error of the output", ylim=(0, 1.3))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def draw_entropy(path: Path, swept: Mapping[str, Sequence[Head]]) -> None:
+    """Draw error against entropy, one panel for each title: each head as a dot, and the curve of each method."""
+    figure, panels = pyplot.subplots(1, len(swept), figsize=(7 * len(swept), 5), layout="constrained", squeeze=False)
+    for axes, (title, heads) in zip(panels[0], swept.items(), strict=True):
+        every = [head.entropy for head in heads]
+        entropies = np.linspace(min(every), max(every), 100)
+        for name in dict.fromkeys(head.method for head in heads):
+            chosen = [head for head in heads if head.method == name]
+            color = axes.plot(entropies, curve(chosen, entropies), label=name)[0].get_color()
+            axes.scatter([h.entropy for h in chosen], [h.error for h in chosen], s=4, alpha=0.25, color=color)
+        axes.set(title=title, xlabel="entropy of the rows, nats", ylabel="relative error of the output", ylim=(0, 1.3))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.suptitle(machine(), fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..speed.report import folder, machine
 from .curves import Point, at_time
-from .entropy import METHODS, Head
+from .entropy import Head
 from .settings import REFERENCE, TABLE_KEYS
 
 
@@ -53,7 +53,7 @@ def entropy_table(heads: Sequence[Head]) -> str:
         _row("entropy of the rows, nats", *(f"{group} to {group + 1}" for group in groups)),
         "|---" + "|---:" * len(groups) + "|",
     ]
-    for name in METHODS:
+    for name in dict.fromkeys(head.method for head in heads):
         means: list[str] = []
         for group in groups:
             errors = [head.error for head in heads if head.method == name and math.floor(head.entropy) == group]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +68,7 @@ def test_tables(module):
     assert table[2] == "| means | 0.0156 (1.00x) | 0.0078 (1.00x) |"
     assert table[3] == "| sparse |  | 0.0312 (4.00x) |"
     assert report.points_table(points).splitlines()[-1] == "| sparse | 128.00, 0.0312 | 256.00, 0.0156 |"
-    heads = [entropy.Head(name, 1.0, h, h / 10) for name in entropy.METHODS for h in (0.5, 2.25, 2.75)]
+    heads = [entropy.Head(name, 1.0, h, h / 10) for name in entropy.METHODS[False] for h in (0.5, 2.25, 2.75)]
     lines = report.entropy_table(heads).splitlines()
     assert lines[0] == "| entropy of the rows, nats | 0 to 1 | 2 to 3 |"
     assert lines[2] == "| MRA, means | 0.050 | 0.250 |"
@@ -76,11 +77,17 @@ def test_tables(module):
 def test_entropy_and_error_of_heads(module):
     data, entropy = module("data"), module("entropy")
     query = torch.zeros(1, 2, 512, 8)
-    heads = data.Heads("uniform", [(query, query, torch.randn(1, 2, 512, 8))], 1.0, causal=False)
-    found = entropy.sweep(heads)
-    assert len(found) == 2 * len(entropy.FACTORS) * len(entropy.METHODS)
+    layers = [(query, query, torch.randn(1, 2, 512, 8))]
+    found = entropy.sweep(data.Heads("uniform", layers, 1.0, causal=False))
+    assert len(found) == 2 * len(entropy.FACTORS) * len(entropy.METHODS[False])
+    causal = entropy.sweep(data.Heads("uniform", layers, 1.0, causal=True))
+    assert len(causal) == 2 * len(entropy.FACTORS) * len(entropy.METHODS[True])
+    mean = sum(math.log(n) for n in range(1, 513)) / 512
+    for head in causal:
+        assert head.entropy == pytest.approx(mean)
+        assert head.error < 1e-5, f"{head.method}: 512 keys are all"
     for head in found:
-        assert head.entropy == pytest.approx(float(np.log(512)))
+        assert head.entropy == pytest.approx(math.log(512))
         if head.method.startswith(("MRA", "low rank")):
             assert head.error < 1e-5, f"{head.method}: all tokens are alike"
         else:
