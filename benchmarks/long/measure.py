@@ -93,7 +93,7 @@ def times(longest: int, seconds: float, *, causal: bool) -> list[Time]:
         if length <= SDPA_LONGEST:
             calls[SDPA, length] = step(_sdpa(causal), tensors, grad_out)
     named = {f"{name} {length}": call for (name, length), call in calls.items()}
-    found = interleaved(named, seconds=seconds, least=3, burst=BURST)
+    found = interleaved(named, seconds=seconds, least=2, burst=BURST)
     measured = {key: found[f"{key[0]} {key[1]}"] for key in calls}
     return _time_rows(measured, lengths(longest), causal=causal)
 
