@@ -22,8 +22,8 @@ def chosen_resolutions(length: int) -> tuple[int, ...]:
 
 
 def two_levels(length: int, budget: float) -> dict[str, Any]:
-    """Return the settings of the paper's MRA-2."""
-    return {"resolutions": (32, 1), "blocks_per_row": budget}
+    """Return the settings of the paper's MRA-2, whose choice by means is also that of ladders."""
+    return {"resolutions": (32, 1), "blocks_per_row": budget, "score": "mean"}
 
 
 def auto(length: int, budget: float) -> dict[str, Any]:
@@ -71,5 +71,7 @@ def compared(length: int, *, causal: bool) -> dict[str, Mapping[str, Any]]:
     for refined in (REFINED, 2 * REFINED, 4 * REFINED):
         for budget in (8, 16, 24):
             found[f"(512, 32, 1), {refined} and {budget}"] = ladder((512, 32, 1), refined, budget)
+    if causal:
+        found |= {f"two levels by largest key, {n}": two_levels(length, n) | {"score": "max"} for n in budgets}
     # The token form has the first block exact by default; without causality it holds the sink, too.
     return found if causal else {name: keywords | {"first_blocks": 1} for name, keywords in found.items()}

@@ -54,9 +54,9 @@ METHODS: dict[bool, dict[str, Attention]] = {
         "window": partial(window, width=KEYS),
     },
     True: {
-        "MRA, means": _ours(CAUSAL_KEYS / 32, is_causal=True),
+        "MRA, means": _ours(CAUSAL_KEYS / 32, is_causal=True, score="mean"),
         "MRA, largest key": _ours(CAUSAL_KEYS / 32, is_causal=True, score="max"),
-        "sparse: best blocks alone": _ours(CAUSAL_KEYS / 32, is_causal=True, mode="sparse"),
+        "sparse: best blocks alone": _ours(CAUSAL_KEYS / 32, is_causal=True, score="mean", mode="sparse"),
         "window": _ours(math.inf, is_causal=True, window_size=(CAUSAL_KEYS - 1, 0)),
     },
 }

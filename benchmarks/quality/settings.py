@@ -10,7 +10,7 @@ FromKeys = Callable[[int], dict[str, Any]]
 
 
 def _blocks(size: int, **keywords: Any) -> FromKeys:
-    return lambda keys: {"resolutions": (size, 1), "blocks_per_row": keys / size, **keywords}
+    return lambda keys: {"resolutions": (size, 1), "blocks_per_row": keys / size, "score": "mean", **keywords}
 
 
 def _ladder(resolutions: tuple[int, ...], refined: float, **keywords: Any) -> FromKeys:
