@@ -6,7 +6,7 @@ means and the same number of exact blocks. "MACs" are multiply-adds per channel 
 sequence with 8 exact blocks, beyond the 128 of the scores by means, the 128 of the mean values and the 512 of exact
 blocks. Those of 8-bit codes count a quarter: AVX-512 VNNI computes four in the time of one.
 
-    python -m benchmarks.quality.token /tmp/gemma_qkv.npz
+    python -m benchmarks.quality.token gemma_qkv.npz
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def decoding(seconds: float) -> Row:
         if cache.length == length:
             cache.crop(length - block_size)
         cache.append(key, value)
-        return cache.attend(query, blocks_per_row=8)
+        return cache.attend(query, blocks_per_row=8, score="mean")
 
     def peer() -> Tensor:  # SDPA finds the new token already in its place
         return F.scaled_dot_product_attention(query, keys, values)

@@ -2,7 +2,7 @@
 
 A level is added above the coarsest one where that would have more than `MOST_BLOCKS` blocks, and every level above the
 finest refines `REFINED` blocks per row. At the length where a level is added its blocks are no more than `REFINED`: all
-are refined, as if it were not there. So neither the error nor the time has a step there.
+are refined, as if it were not there. So the error has no step there but that of `score="max"`, which ladders have not.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -199,15 +199,13 @@ def planned_orders(plan: Any, query_order: Any, key_order: Any) -> tuple[MRAConf
     return plan.config, *plan.orders
 
 
-def use_plan(
-    plan: Any, config: MRAConfig, given: Collection[str], inputs: Inputs, settings: Settings
-) -> tuple[Inputs, Settings]:
-    """Check that a plan was made for these inputs; return them with it, and the settings with those of the plan.
+def planned_config(plan: Plan, config: MRAConfig, given: Collection[str]) -> MRAConfig:
+    """Return the config of a call with a plan.
 
     What is selected is a matter of the plan. So every setting that is given must be the one of the plan, and those that
-    are not given are taken from it; only what does not concern the selection is free: `mode`, `coarse`, `coarse_shift`.
+    are not given are taken from it. What does not concern the selection is free: `coarse`, `coarse_shift`, and `mode`,
+    which is that of the call in any case.
     """
-    check_plan(plan)
     for name in given:
         value, planned = getattr(config, name), getattr(plan.config, name)
         if name not in _FREE and value != planned:
@@ -215,6 +213,11 @@ def use_plan(
                 f"{name}={value!r} does not fit plan, which was made with {name}={planned!r} and already fixes the "
                 "selection; leave it out, or pass it to mra_attention.plan"
             )
+    return replace(plan.config, **{name: getattr(config, name) for name in _FREE if name in given or name == "mode"})
+
+
+def use_plan(plan: Plan, inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
+    """Check that a plan was made for these inputs; return them with it, and the settings with those of the plan."""
     made_for = (*plan.query_shape[:3], plan.key_shape[2])
     used_for = (*inputs.query.shape[:3], inputs.key.shape[2])
     if made_for != used_for:

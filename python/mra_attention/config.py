@@ -63,15 +63,15 @@ class MRAConfig:
         the next one that they consist of, so that neither time nor memory grows with the square of the length.
         "auto" chooses them by the length L of the longer of queries and keys: blocks of 32, and above them, as long as
         the largest blocks are more than 128 in L, larger ones of 8 times the size, of which 16 per row are refined.
-        `blocks_per_row` is then the budget of the finest level.
+        `blocks_per_row` is then the budget of the finest level. L is that of the tensors: padding, all packed sequences
+        together, and the `max_length` of a cache count, so a sequence by itself may get fewer levels.
     blocks_per_row : float, sequence or Tensor, default 4.0
         The budget: one number, or one for each head of the query. With more than two resolutions a sequence is taken as
         one budget for each refined level, each of them a number or one for each head; one number is that of all
-        levels. In the block form, the exact blocks for each query
-        block, on average over the query blocks of a head that have a valid token:
-        `floor(blocks_per_row * query_blocks + 0.5)` blocks of the head are exact. In the token form,
-        `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token. `math.inf` makes every block exact.
-        At levels above the finest one blocks are refined where these words say exact.
+        levels. In the block form, the exact blocks for each query block, on average over the query blocks of a head
+        that have a valid token: `floor(blocks_per_row * query_blocks + 0.5)` blocks of the head are exact. In the token
+        form, `floor(blocks_per_row + 0.5)` blocks, at least 1, are exact for each token. `math.inf` makes every block
+        exact. At levels above the finest one blocks are refined where these words say exact.
     num_blocks : int, optional
         The budget as the number of exact blocks of a head, in place of `blocks_per_row`; in the token form each token
         gets its share, `num_blocks / query_blocks`. Either budget is raised to the blocks that are always exact, and
@@ -83,14 +83,14 @@ class MRAConfig:
         softmax of the mean query within it, expanded to first order around that query. On a pretrained sentence encoder
         the latter halves the error of the output at equal budgets. It takes the time of `2.5 * key_blocks / block_size`
         more exact blocks per row: 1.25 at 512 tokens, 20 at 8192. The token form has the means in any case. In a call
-        that may have the block form, "first_order" is not implemented together with a softcap, or with an `attn_mask`
-        that requires a gradient.
+        that may have the block form, "first_order" is not implemented together with more than two resolutions, a
+        softcap, or an `attn_mask` that requires a gradient: NotImplementedError.
     score : {"mean", "max"}, default "max"
         What a token ranks the blocks by from which it chooses. "mean": the logit of the mean of a block's keys. "max":
         an estimate of the largest logit of a key, from 8-bit codes of what the keys differ from their mean, for four
-        candidates by "mean" for each block to choose. On a pretrained decoder it takes a third more time, and at equal
-        time leaves 0.7 to 0.9 of the error. The block form, and levels of more than two resolutions, rank by means; a
-        step of a `KVCache` makes the codes of its candidates anew.
+        candidates by "mean" for each block to choose. On a pretrained decoder, at the time of 8, 16 and 32 blocks by
+        "mean", it leaves 0.98, 0.87 and 0.78 of their error. The block form, and levels of more than two resolutions,
+        rank by means; a step of a `KVCache` makes the codes of its candidates anew.
     coarse_shift : float, default 0.0
         Added to the logit of each block that is not exact. The exponential of a mean is never above the mean of
         exponentials, so these blocks count too little; how much too little depends on the model.
@@ -186,7 +186,7 @@ class MRAConfig:
 
     def budgets(self) -> list[list[float]]:
         """Return the budget of every refined level, the coarsest first: one number, or one for each head."""
-        levels = len(self.resolutions) - 1
+        levels = len(self.block_sizes)
         given: Any = self.blocks_per_row
         of_levels: list[Any] = [*given] if levels > 1 and isinstance(given, tuple) else [given] * levels
         return [[*rates] if isinstance(rates, tuple) else [rates] for rates in of_levels]

@@ -160,8 +160,9 @@ def scaled_dot_product_attention(
         Floating point `(H,)`: one more logit for every query of a head, which counts in the denominator only, as in
         GPT-OSS. It has a gradient, and no say in the selection.
     plan : Plan, optional
-        A selection made by `mra_attention.plan` with the same masks, used in place of a new one. Settings other than
-        `mode` are then those of the plan; one that is given and differs is refused.
+        A selection made by `mra_attention.plan` with the same masks, used in place of a new one. Settings are then
+        those of the plan, but for `mode`; one that is given and differs is refused, but for `coarse` and
+        `coarse_shift`.
     return_lse : bool, default False
         Whether to return the logarithm of the softmax denominators as well.
     config : MRAConfig, optional
@@ -185,12 +186,12 @@ def scaled_dot_product_attention(
     ValueError
         If an argument has a value that is not accepted, or shapes do not fit together.
     NotImplementedError
-        For what is to come: more than two resolutions, devices other than the CPU; with dropout below `torch.vmap`;
-        and when the call is differentiated in forward mode or twice.
+        For what is to come: devices other than the CPU; with dropout below `torch.vmap`; when the call is
+        differentiated in forward mode or twice; and with `coarse="first_order"` where `MRAConfig` says so.
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 4, 6 and 8 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
+    Definition: docs/definitions.md, sections 2 to 6 and 8 (MRA-2 and MRA-2-s of "Multi Resolution Analysis (MRA) for
     Approximate Self-Attention", arXiv 2207.10284, algorithms 1 and 2).
 
     A query without a visible key gets the output 0, the lse -inf and the gradient 0, with sinks too. What is stored at
@@ -292,7 +293,7 @@ def plan(
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 4 (arXiv 2207.10284, algorithm 1). Deterministic: the same selection
+    Definition: docs/definitions.md, sections 2 to 5 (arXiv 2207.10284, algorithm 1). Deterministic: the same selection
     on every run, for any number of threads; of equal scores the lower block index is taken. Nothing is differentiated.
 
     Examples
@@ -327,7 +328,7 @@ def plan(
     bias = None if inputs.attn_bias is None else inputs.attn_bias.detach()
     return Plan(
         data=select(inputs, ready),
-        config=configure(config, settings).for_length(max(query_length, key_length)),
+        config=configure(config, settings),
         query_shape=(batch, heads, query_length, head_dim),
         key_shape=(batch, key_heads, key_length, head_dim),
         settings=ready,

@@ -65,12 +65,11 @@ def _levels(query: Tensor, key: Tensor, settings: Settings) -> list[list[Geometr
 
 
 def _levels_of_item(shape: tuple[int, int, int, int], settings: Settings, item: int) -> list[Geometry]:
-    coarsest, *others = settings.levels()
-    found = [geometry(shape, coarsest, item)]
-    # The form is that of the coarsest level.
-    of_tokens = found[0].form == "token"
-    others = [replace(level, pool_queries=False) if of_tokens else level for level in others]
-    return found + [geometry(shape, level, item) for level in others]
+    found = [geometry(shape, level, item) for level in settings.levels()]
+    # The form is one for all levels.
+    if any(level.form == "token" for level in found) and any(level.form == "block" for level in found):
+        found = [geometry(shape, replace(level, pool_queries=False), item) for level in settings.levels()]
+    return found
 
 
 def _geometries(query: Tensor, key: Tensor, settings: Settings) -> list[Geometry]:

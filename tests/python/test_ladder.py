@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import mra_attention
 import oracle
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
 from mra_attention import KVCache, MRAConfig, plan, scaled_dot_product_attention, varlen_attention
 from oracle import Result, Settings
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
 
@@ -423,6 +425,84 @@ def test_levels_are_ranked_by_means_and_first_order_is_for_two_resolutions() -> 
     for more in ({"is_causal": True}, {"pool_queries": False}):
         settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2), **more}
         by_means = scaled_dot_product_attention(query, key, value, **settings)
-        assert torch.equal(scaled_dot_product_attention(query, key, value, score="max", **settings), by_means)
+        assert torch.equal(scaled_dot_product_attention(query, key, value, score="mean", **settings), by_means)
     with pytest.raises(NotImplementedError, match=r"coarse='first_order'.*more than two resolutions"):
         scaled_dot_product_attention(query, key, value, resolutions=(32, 8, 1), coarse="first_order")
+
+
+def test_budgets_as_a_tensor_are_those_of_the_levels() -> None:
+    settings: dict[str, Any] = {"resolutions": (32, 8, 1)}
+    assert MRAConfig(blocks_per_row=torch.tensor([1.0, 2.0]), **settings) == MRAConfig(
+        blocks_per_row=(1, 2), **settings
+    )
+    per_head = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert MRAConfig(blocks_per_row=per_head, **settings).blocks_per_row == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    with pytest.raises(ValueError, match="one for each of the 2 levels"):
+        MRAConfig(blocks_per_row=torch.ones(4), **settings)
+
+
+def test_budgets_of_other_heads_are_refused_with_auto() -> None:
+    with pytest.raises(ValueError, match="blocks_per_row must be one number, or one for each of the 4 heads"):
+        mra_attention.nn.MultiheadAttention(16, 4, resolutions="auto", blocks_per_row=(1, 2, 3))
+
+
+def test_a_plan_brings_its_settings_with_it() -> None:
+    """What is given must be that of the plan; what is not given is taken from it, however it was spelled."""
+    query, key, value, *_ = random_inputs((1, 2, 90, 90, 8), dtype=torch.float32)
+    rates = ((1.0, 2.0), (2.0, 3.0))
+    made = plan(query, key, resolutions=(32, 8, 1), blocks_per_row=rates, coarse_shift=0.5)
+    expected = scaled_dot_product_attention(
+        query, key, value, resolutions=(32, 8, 1), blocks_per_row=rates, coarse_shift=0.5
+    )
+    for given in ({}, {"blocks_per_row": rates}, {"coarse_shift": 0.5}, {"resolutions": (32, 8, 1)}):
+        assert torch.equal(scaled_dot_product_attention(query, key, value, plan=made, **given), expected)
+    assert not torch.equal(scaled_dot_product_attention(query, key, value, plan=made, coarse_shift=0.0), expected)
+    with pytest.raises(NotImplementedError, match=r"coarse='first_order'.*more than two resolutions"):
+        scaled_dot_product_attention(query, key, value, plan=made, coarse="first_order")
+    auto = plan(query, key, resolutions="auto", blocks_per_row=2)
+    assert torch.equal(
+        scaled_dot_product_attention(query, key, value, plan=auto, blocks_per_row=2),
+        scaled_dot_product_attention(query, key, value, resolutions="auto", blocks_per_row=2),
+    )
+    first = plan(query, key, coarse="first_order", blocks_per_row=1)
+    assert torch.equal(
+        scaled_dot_product_attention(query, key, value, plan=first),
+        scaled_dot_product_attention(query, key, value, coarse="first_order", blocks_per_row=1),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_are_those_of_the_blocks_of_the_plan(causal: bool) -> None:
+    query, key, value, *_ = random_inputs((1, 2, 40, 40, 8), dtype=torch.float32)
+    settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2), "is_causal": causal}
+    coarse, fine = (plan(query, key, **settings).block_masks(level)[0] for level in range(2))
+    columns, rows = torch.arange(5) // 4, torch.arange(fine.shape[1]) // (1 if causal else 4)
+    candidates = coarse[:, rows][:, :, columns]
+    tokens = torch.full((5,), 8)
+    of_rows = torch.ones(40, dtype=torch.int64) if causal else tokens
+    exact = int((fine * of_rows[:, None] * tokens).sum())
+    blocks = coarse.numel() + int(candidates.sum())
+    pooled = coarse.numel() - int(coarse.sum()) + int(candidates.sum()) - int(fine.sum())
+    with FlopCounterMode(display=False) as counter:
+        scaled_dot_product_attention(query, key, value, **settings)
+    assert counter.get_total_flops() == 2 * ((exact + blocks) * 8 + (exact + pooled) * 8)
+
+
+@pytest.mark.parametrize("bias", ["wide", "wide within small blocks of padding"])
+def test_all_levels_have_one_form(bias: str) -> None:
+    """Where the bias of the blocks of any level is too wide for a mean, also if it is that of padded queries alone."""
+    query, key, value, grad_out, grad_lse = random_inputs((2, 2, 64, 64, 5))
+    numbers = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    if bias == "wide":
+        numbers[1, :, 3, 5] = -2000.0
+    else:
+        numbers[1, :, 45, 3] = -2000.0
+    valid = torch.ones(2, 64, dtype=torch.bool)
+    valid[1, 40:] = False
+    settings = Settings(
+        coarser=(64,),
+        block_size=8,
+        blocks_per_row=(1.0, 2.0),
+        bias=numbers.masked_fill(~valid[:, None, None], -math.inf),
+    )
+    assert_matches_oracle(query, key, value, settings, grad_out, grad_lse)

@@ -84,7 +84,7 @@ def test_without_a_choice_the_settings_make_no_difference(form):
     query, key, value, *_ = random_inputs((1, 2, 100, 100, 12), dtype=torch.float32)
     more: dict[str, Any] = {"blocks_per_row": math.inf, **form}
     usual = scaled_dot_product_attention(query, key, value, **more)
-    assert torch.equal(usual, scaled_dot_product_attention(query, key, value, score="max", coarse_shift=2.0, **more))
+    assert torch.equal(usual, scaled_dot_product_attention(query, key, value, score="mean", coarse_shift=2.0, **more))
     few: dict[str, Any] = {"resolutions": (8, 1), **form}
     chosen = plan(query, key, **few)
     usual = scaled_dot_product_attention(query, key, value, plan=chosen, mode="sparse", **form)
@@ -96,7 +96,7 @@ def test_the_block_form_ranks_by_means():
     query, key, value, *_ = random_inputs((1, 2, 200, 200, 12), dtype=torch.float32)
     few: dict[str, Any] = {"resolutions": (8, 1), "blocks_per_row": 3}
     usual = scaled_dot_product_attention(query, key, value, **few)
-    assert torch.equal(usual, scaled_dot_product_attention(query, key, value, score="max", **few))
+    assert torch.equal(usual, scaled_dot_product_attention(query, key, value, score="mean", **few))
 
 
 def test_a_shift_is_a_factor_of_what_a_coarse_block_counts():

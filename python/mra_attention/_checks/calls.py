@@ -10,7 +10,7 @@ from torch.nn.attention.bias import CausalBias
 
 from .. import _order
 from .._ops import Inputs, Settings
-from .._plan import use_plan
+from .._plan import check_plan, planned_config, use_plan
 from ..config import SETTINGS, MRAConfig, configure
 from . import block_mask, causal_bias, head_terms, masks, numbers, shapes, tensors
 from .arguments import Arguments
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     """Check the arguments of a call with dense query, key and, unless it only selects, value."""
     attn_mask, query_padding_mask = arguments.attn_mask, arguments.query_padding_mask
-    config = configure(arguments.config, arguments.settings)
+    config = _config(arguments)
     dropout_p = numbers.dropout(arguments.dropout_p)
     causal = causal_bias.is_requested(arguments.is_causal, attn_mask)
     window = visible_window(arguments.window_size, causal)
@@ -60,10 +60,22 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
     config = config.for_length(max(call.query.shape[2], call.key.shape[2]))
     ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
     if arguments.plan is not None:
-        given = arguments.settings if arguments.config is None else SETTINGS
-        call, ready = use_plan(arguments.plan, config, given, call, ready)
+        call, ready = use_plan(arguments.plan, call, ready)
     orders = None if order is None else _order.check(order, arguments, call, lead)
     return Prepared(call, ready, lead, orders)
+
+
+def _config(arguments: Arguments) -> MRAConfig:
+    """Return the config of a call; with a plan, that of the plan where it is not given."""
+    plan = arguments.plan
+    if plan is None:
+        return configure(arguments.config, arguments.settings)
+    check_plan(plan)
+    if arguments.config is not None:
+        return planned_config(plan, configure(arguments.config, arguments.settings), SETTINGS)
+    # Budgets are read by the resolutions that they are for.
+    given = {"resolutions": plan.config.resolutions} | dict(arguments.settings)
+    return planned_config(plan, configure(None, given), arguments.settings)
 
 
 def in_order(prepared: Prepared) -> Inputs:

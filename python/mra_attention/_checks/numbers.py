@@ -120,6 +120,8 @@ def budget(blocks_per_row: Any, levels: int) -> Rates | tuple[Rates, ...]:
         return blocks_per_row
     if levels == 1:
         return _budget_of_level("blocks_per_row", blocks_per_row)
+    if isinstance(blocks_per_row, Tensor) and blocks_per_row.dim() in (1, 2):
+        blocks_per_row = cast("Any", blocks_per_row.tolist())  # pyright: ignore[reportUnknownMemberType]
     if not isinstance(blocks_per_row, (tuple, list)):
         return _budget_of_level("blocks_per_row", blocks_per_row)
     of_levels = tuple(cast("Sequence[Any]", blocks_per_row))

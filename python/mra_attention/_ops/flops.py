@@ -93,16 +93,21 @@ def _planned(inputs: Inputs, settings: Settings, plan: Tensor) -> _Work:
             expanded += item.size - int(item.sum())
     refined: list[float] = [sum(int(item.sum()) for item in items) for items in levels]
     candidates: list[float] = [sum(item.size for item in levels[0])]
-    for items, below in itertools.pairwise(levels):
-        candidates.append(sum(_children(item, of_item.shape) for item, of_item in zip(items, below, strict=True)))
+    sizes = itertools.pairwise(settings.block_sizes)
+    for (size, finer), (items, below) in zip(sizes, itertools.pairwise(levels), strict=True):
+        pairs = zip(items, below, strict=True)
+        candidates.append(sum(_children(item, of_item.shape, size // finer) for item, of_item in pairs))
     return _work_of(exact, refined, candidates, expanded)
 
 
-def _children(refined: npt.NDArray[np.bool_], shape: tuple[int, ...]) -> int:
-    """Return how many blocks of a level of this shape, (H, rows, columns), lie in refined blocks of the level above."""
-    for axis in (1, 2):
-        times = -(-shape[axis] // max(refined.shape[axis], 1))
-        refined = np.repeat(refined, max(times, 1), axis)
+def _children(refined: npt.NDArray[np.bool_], shape: tuple[int, ...], times: int) -> int:
+    """Return how many blocks of a level of this shape, (H, rows, columns), lie in refined blocks of the level above.
+
+    A block of that level has `times` of this one side by side; in the token form both have the same rows.
+    """
+    if refined.shape[1] != shape[1]:
+        refined = np.repeat(refined, times, 1)
+    refined = np.repeat(refined, times, 2)
     return int(refined[:, : shape[1], : shape[2]].sum())
 
 

@@ -127,7 +127,6 @@ impl<'a> Problem<'a> {
             return Err(Error::new(format!("bias: shape {:?}, expected {expected:?}", bias.shape)));
         }
         let places = places(batch, query_len, key_len, options)?;
-        let mut coarser: Vec<Self> = Vec::with_capacity(options.coarser.len());
         let base = Self {
             batch,
             heads,
@@ -162,13 +161,14 @@ impl<'a> Problem<'a> {
                 && options.coarser.iter().all(|level| level.blocks_per_row.iter().all(|rate| rate.is_infinite())),
             plan_place: LevelPlace::default(),
         };
-        for (index, level) in options.coarser.iter().enumerate() {
-            let budget = Budget { blocks_per_row: level.blocks_per_row.clone(), ..options.budget.clone() };
-            coarser.push(base.at_level(index, level.block_size, budget, &places, options, coarser.last()));
+        let mut problem = base.with_levels(&places, options, None);
+        let by_tokens = |index: usize| problem.levels().any(|level| level.segments[index].form == Form::Token);
+        let forms: Vec<Form> =
+            (0..places.len()).map(|index| if by_tokens(index) { Form::Token } else { Form::Block }).collect();
+        let agree = |level: &Self| level.segments.iter().zip(&forms).all(|(segment, &form)| segment.form == form);
+        if !problem.levels().all(agree) {
+            problem = base.with_levels(&places, options, Some(&forms));
         }
-        let mut problem =
-            base.at_level(coarser.len(), options.block_size, options.budget.clone(), &places, options, coarser.last());
-        problem.coarser = coarser;
         problem.place_plans();
         if problem.expands() && problem.segments.iter().any(|segment| segment.form == Form::Block) {
             if problem.softcap.is_some() {
@@ -181,26 +181,25 @@ impl<'a> Problem<'a> {
         Ok(problem)
     }
 
-    /// The problem of one level, counted from the coarsest one; `above` is the one before.
-    fn at_level(
-        &self,
-        index: usize,
-        size: usize,
-        budget: Budget,
-        places: &[Place],
-        options: &Options<'a>,
-        above: Option<&Self>,
-    ) -> Self {
-        // The form is the same at every level; small blocks may be free of what hides pairs of large ones.
-        let forms = above.map(|above| above.segments.iter().map(|segment| segment.form).collect::<Vec<_>>());
-        Self {
-            block_size: size,
-            ratio: size / options.block_size,
-            budget,
-            segments: segments(places, options, size, forms.as_deref()),
-            dropout: self.dropout.map(|dropout| dropout.at_level(index)),
-            ..self.clone()
+    /// The same with all levels. A sequence has one form: without `forms` each level has the token form where the one above has it, though
+    /// small blocks may be free of what hides pairs of large ones.
+    fn with_levels(&self, places: &[Place], options: &Options<'a>, forms: Option<&[Form]>) -> Self {
+        let coarser = options.coarser.iter().map(|level| (level.block_size, &level.blocks_per_row));
+        let mut levels: Vec<Self> = Vec::with_capacity(options.coarser.len() + 1);
+        for (index, (size, rates)) in coarser.chain([(options.block_size, &options.budget.blocks_per_row)]).enumerate() {
+            let of_above = |above: &Self| above.segments.iter().map(|segment| segment.form).collect::<Vec<_>>();
+            let above = levels.last().map(of_above);
+            levels.push(Self {
+                block_size: size,
+                ratio: size / options.block_size,
+                budget: Budget { blocks_per_row: rates.clone(), ..options.budget.clone() },
+                segments: segments(places, options, size, forms.or(above.as_deref())),
+                dropout: self.dropout.map(|dropout| dropout.at_level(index)),
+                ..self.clone()
+            });
         }
+        let finest = levels.pop().expect("the finest level");
+        Self { coarser: levels, ..finest }
     }
 
     /// All levels, the coarsest first; the last one is the problem itself.
