@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from ..speed.report import folder, machine
+from .. import sections
+from ..sections import document as document
+from ..sections import table_row
+from ..speed.report import folder
 from .measure import GROWTH, SDPA, Point, Step, Time
 from .settings import BUDGET
 
@@ -26,7 +26,7 @@ LADDER_LENGTH = 32768
 def times_table(rows: Sequence[Time]) -> str:
     """Return the times as Markdown, and below them which aims are reached."""
     lines = [
-        _row(
+        table_row(
             "setting",
             "tokens",
             "forward + backward, ms",
@@ -41,7 +41,7 @@ def times_table(rows: Sequence[Time]) -> str:
         extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.0f}"
         growth = "" if row.growth is None else f"{row.growth:.1f}x"
         speedup = "" if row.speedup is None else f"{row.speedup:.{1 if row.speedup < 100 else 0}f}x"
-        lines.append(_row(row.setting, str(row.length), seconds, growth, speedup, extra))
+        lines.append(table_row(row.setting, str(row.length), seconds, growth, speedup, extra))
     return "\n".join([*lines, "", *_times_aims(rows)])
 
 
@@ -66,12 +66,12 @@ def _times_aims(rows: Sequence[Time]) -> Iterable[str]:
 def steps_table(rows: Sequence[Step]) -> str:
     """Return the steps of decoding as Markdown, and below them which aims are reached."""
     lines = [
-        _row("setting", "tokens", "a step, us", f"over that of a {GROWTH}th of the length"),
+        table_row("setting", "tokens", "a step, us", f"over that of a {GROWTH}th of the length"),
         "|---|---:|---:|---:|",
     ]
     for row in rows:
         growth = "" if row.growth is None else f"{row.growth:.2f}x"
-        lines.append(_row(row.setting, str(row.length), f"{1e6 * row.seconds:.0f}", growth))
+        lines.append(table_row(row.setting, str(row.length), f"{1e6 * row.seconds:.0f}", growth))
     aims = [
         f"- {row.setting}, {row.length} tokens: a step at most {STEP_GROWTH:g}x one at {row.length // GROWTH}: "
         f"{_verdict(row.growth <= STEP_GROWTH)}"
@@ -84,12 +84,12 @@ def steps_table(rows: Sequence[Step]) -> str:
 def comparison_table(points: Sequence[Point]) -> str:
     """Return times and errors as Markdown, and below them what ladder takes the place of each two levels."""
     lines = [
-        _row("setting, exact blocks", "forward, ms", "forward + backward, ms", "relative error"),
+        table_row("setting, exact blocks", "forward, ms", "forward + backward, ms", "relative error"),
         "|---|---:|---:|---:|",
     ]
     for point in points:
         numbers = (f"{1e3 * point.forward:.1f}", f"{1e3 * point.both:.1f}", f"{point.error:.4f}")
-        lines.append(_row(point.setting, *numbers))
+        lines.append(table_row(point.setting, *numbers))
     return "\n".join([*lines, "", *(_replacement(point, points) for point in points if _is_two_levels(point))])
 
 
@@ -117,25 +117,9 @@ def budgets() -> str:
     return f"{BUDGET[False]} exact blocks of a row, {BUDGET[True]} of a token where causal"
 
 
-def document(sections: Mapping[str, str]) -> str:
-    """Return the report: the machine, then each table below its heading."""
-    parts = [machine(), *(f"## {heading}\n\n{table}" for heading, table in sections.items())]
-    return "\n\n".join(parts) + "\n"
-
-
 def write_record(text: str, rows: Mapping[str, Sequence[Time | Step | Point]], path: Path | None = None) -> Path:
     """Write `<cpu>/long-<date>.md` and `.json`, or into another folder, and return the folder."""
-    path = folder() if path is None else path
-    path.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    (path / f"long-{date}.md").write_text(text)
-    values = {"machine": machine(), **{name: [asdict(row) for row in table] for name, table in rows.items()}}
-    (path / f"long-{date}.json").write_text(json.dumps(values, indent=1) + "\n")
-    return path
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    return sections.write("long", text, rows, folder() if path is None else path)
 
 
 def _verdict(holds: bool) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from ..speed.report import folder, machine
+from .. import sections
+from ..sections import document as document
+from ..sections import table_row
+from ..speed.report import folder
 from . import gemma, minilm
 
 LOSS_AIM = (16, 8192, 0.03)
@@ -21,7 +21,7 @@ SPEED_AIMS = {8192: 2.5, 16384: 5.0}
 def gemma_table(rows: Sequence[gemma.Row]) -> str:
     """Return the results as Markdown, and below them which aims are reached."""
     lines = [
-        _row(
+        table_row(
             "tokens", "attention", "prefill, s", "of it attention, s", "speed", "loss, nats per token", "more than sdpa"
         ),
         "|---:|---|---:|---:|---:|---:|---:|",
@@ -31,7 +31,7 @@ def gemma_table(rows: Sequence[gemma.Row]) -> str:
         compared = ("", f"{row.loss:.4f}", "")
         if row.blocks is not None:
             compared = (f"{row.speedup:.2f}x", f"{row.loss:.4f}", f"{row.loss_more:+.4f}")
-        lines.append(_row(str(row.length), gemma.label(row.blocks), *times, *compared))
+        lines.append(table_row(str(row.length), gemma.label(row.blocks), *times, *compared))
     return "\n".join([*lines, "", *_aims(rows)])
 
 
@@ -52,32 +52,17 @@ def _aims(rows: Iterable[gemma.Row]) -> Iterable[str]:
 def minilm_table(rows: Sequence[minilm.Row]) -> str:
     """Return the results as Markdown."""
     lines = [
-        _row("of 16 blocks in a row, exact", *(str(row.blocks) for row in rows)),
+        table_row("of 16 blocks in a row, exact", *(str(row.blocks) for row in rows)),
         "|---" + "|---:" * len(rows) + "|",
     ]
-    lines.append(_row("cosine, mean", *(f"{row.mean:.4f}" for row in rows)))
-    lines.append(_row("cosine, least", *(f"{row.least:.4f}" for row in rows)))
+    lines.append(table_row("cosine, mean", *(f"{row.mean:.4f}" for row in rows)))
+    lines.append(table_row("cosine, least", *(f"{row.least:.4f}" for row in rows)))
     return "\n".join(lines)
-
-
-def document(sections: Mapping[str, str]) -> str:
-    """Return the report: the machine, then each table below its heading."""
-    parts = [machine(), *(f"## {heading}\n\n{table}" for heading, table in sections.items())]
-    return "\n\n".join(parts) + "\n"
 
 
 def write_record(text: str, rows: Mapping[str, Sequence[gemma.Row | minilm.Row]]) -> Path:
     """Write `<cpu>/models-<date>.md` and `.json`, and return the folder."""
-    path = folder()
-    date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    (path / f"models-{date}.md").write_text(text)
-    values = {"machine": machine(), **{model: [asdict(row) for row in table] for model, table in rows.items()}}
-    (path / f"models-{date}.json").write_text(json.dumps(values, indent=1) + "\n")
-    return path
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    return sections.write("models", text, rows, folder())
 
 
 def _verdict(holds: bool) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import equal_time
 from .methods import CHOICES, TERMS, choose, cut, error
 
 DATA = Path(__file__).parents[2] / "tests" / "data" / "minilm_qkv.npz"
@@ -40,32 +39,14 @@ def print_methods(size: int) -> None:
             print(f"  {choice:30s}" + "   ".join(errors))
 
 
-def print_equal_time(rounds: int) -> None:
-    """Print times and errors of the package, and the errors at equal time."""
-    points = equal_time.measure(layers(), rounds)
-    print("\nblocks per row of 16   " + "   ".join(f"{term + ': ms, error':>22s}" for term in equal_time.TERMS))
-    for budget, *row in zip(equal_time.BUDGETS, *points.values(), strict=True):
-        print(f"{budget:20g}   " + "   ".join(f"{point.seconds * 1e3:14.2f}, {point.error:.3f}" for point in row))
-    for budget in (2.0, 4.0, 8.0):
-        paper, other = (points[term][equal_time.BUDGETS.index(budget)] for term in equal_time.TERMS)
-        ratio = equal_time.at_time(points["first_order"], paper.seconds) / paper.error
-        print(
-            f"{budget:g} blocks: first_order has {other.error / paper.error:.2f} of the error in "
-            f"{other.seconds / paper.seconds:.2f} of the time, and {ratio:.2f} of the error in the same time"
-        )
-
-
 def main() -> int:
-    """Print errors of the prototypes, then times and errors of the package."""
+    """Print errors of the prototypes; `python -m benchmarks.quality` has those of the package at equal time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.prototypes", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[32], help="block sizes of the prototypes")
-    parser.add_argument("--rounds", type=int, default=25, help="timed calls of each budget; 0 leaves the times out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for size in arguments.sizes:
         print_methods(size)
-    if arguments.rounds:
-        print_equal_time(arguments.rounds)
     return 0
 
 
