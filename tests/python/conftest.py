@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 # Read when torch is imported. Compiled graphs on disk name our operators but not their schemas: old ones would be run.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
@@ -48,3 +52,14 @@ def seed() -> int:
     value = 0
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of the benchmarks, which are not installed, by its name in their folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(f"benchmarks.{name}")
+
+    return load

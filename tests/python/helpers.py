@@ -315,3 +315,17 @@ def keep_factors(
     kept = [oracle_dropout.keep_factors(seed, p, keys, tuple(x.shape), level) for level, x in enumerate(levels)]
     blocks = tuple(of_level for _, of_level in kept)
     return kept[0][0], blocks if isinstance(selected, tuple) else blocks[0]
+
+
+def assert_threads_change_nothing(inputs: Sequence[Tensor], settings: Settings) -> None:
+    """The same bits for 1, 2 and 5 threads; `inputs` are those of `random_inputs`."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run_package(*inputs[:3], settings, *inputs[3:]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, a, e in zip(result._fields, result, results[0], strict=True):
+            assert torch.equal(a, e), name

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,14 +20,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch):
-    """Import a module of the benchmarks by its name."""
-    monkeypatch.syspath_prepend(REPOSITORY)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.{name}")
-
-    return load
+def module(benchmark: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    """Import a module of this benchmark by its name."""
+    return benchmark
 
 
 def test_heads_are_what_they_are_called(module):

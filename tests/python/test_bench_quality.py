@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,14 +22,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch):
-    """Import a module of the benchmark by its name."""
-    monkeypatch.syspath_prepend(REPOSITORY)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.quality.{name}")
-
-    return load
+def module(benchmark: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    """Import a module of this benchmark by its name."""
+    return lambda name: benchmark(f"quality.{name}")
 
 
 def test_baselines_with_everything_are_softmax_attention(module):

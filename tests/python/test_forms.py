@@ -13,6 +13,7 @@ from forms import FORMS, TOKEN_FORMS, by_form, settings_of
 from helpers import (
     assert_matches_oracle,
     assert_results_close,
+    assert_threads_change_nothing,
     block_mask,
     call_keywords,
     plan_keywords,
@@ -112,16 +113,7 @@ def test_any_number_of_threads_gives_the_same_bits(form: str) -> None:
     shape = (2, 3, 300, 310, 16)  # enough work for several threads, and heads that do not divide among them
     inputs = random_inputs(shape, dtype=torch.float32)
     settings = settings_of(form, shape, torch.float32, block_size=16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run_package(*inputs[:3], settings, *inputs[3:]))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, a, e in zip(result._fields, result, results[0], strict=True):
-            assert torch.equal(a, e), name
+    assert_threads_change_nothing(inputs, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -17,6 +17,7 @@ from helpers import (
     assert_results_close,
     assert_results_within_budget,
     assert_same_bits,
+    assert_threads_change_nothing,
     block_mask,
     call_keywords,
     dense_budget,
@@ -127,16 +128,7 @@ def test_any_number_of_threads_gives_the_same_bits(form: str, ladder: str) -> No
     shape = (2, 3, 300, 310, 16)
     inputs = random_inputs(shape, dtype=torch.float32)
     settings = ladder_of(form, shape, ladder, torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run_package(*inputs[:3], settings, *inputs[3:]))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, a, e in zip(result._fields, result, results[0], strict=True):
-            assert torch.equal(a, e), name
+    assert_threads_change_nothing(inputs, settings)
 
 
 # A finite bias is added to NaN, as in torch's attention: such a number may hide finite numbers only.
