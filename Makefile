@@ -34,7 +34,7 @@ test-oldest-torch: $(STAMPS)/environment ## Tests of the Python package with the
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --upgrade "pip>=25.1"
 	.venv-oldest/bin/python -m pip install "torch==2.5.*" numpy --group test --group demo
-	VIRTUAL_ENV=$(abspath .venv-oldest) $(BIN)/maturin develop --release --locked
+	VIRTUAL_ENV=$(abspath .venv-oldest) $(BIN)/maturin develop --release --locked --extras analysis
 	$(call PYTEST,.venv-oldest)
 
 # One after the other: what is timed wants the machine for itself.
@@ -85,5 +85,5 @@ $(STAMPS)/environment: pyproject.toml
 # The native module, built in place: the package is imported from python/.
 $(STAMPS)/module: $(STAMPS)/environment $(SOURCES)
 	@echo "Building the native module: about two minutes, the first time"
-	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras analysis
 	@touch $@
