@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 
 from . import nulls as null_models
-from ._arrays import Floats, choice
+from ._arguments import choice
+from ._arrays import Floats
 from ._extra import require
 from .attention_call import AttentionCall
 from .attention_map import AttentionMap
@@ -87,8 +88,8 @@ def analyze(
 
     Notes
     -----
-    Deterministic: the same bits for the same sources, in the same order, and the same seed. Nothing is drawn from
-    the default generators of torch and NumPy.
+    Deterministic: the same bits for the same sources, in the same order, the same seed, and as many threads. Nothing is
+    drawn from the default generators of torch and NumPy.
 
     References
     ----------
@@ -169,15 +170,14 @@ def _rows(
             if rows is None:
                 continue
             yield head, OBSERVED, rows
+            slope = null_models.alibi_slope(head, heads)
             for model in models:
-                if model == "random":
-                    of_model = None if random is None else random.rows(item, head)
-                    if of_model is not None:
-                        yield head, model, of_model
-                else:
+                if model != "random":
                     rng = np.random.default_rng((*seeds, item, head))
-                    slope = null_models.alibi_slope(head, heads)
                     yield head, model, rows._replace(weights=_null(model, rows, rng, slope))
+            drawn_rows = None if random is None else random.rows(item, head)
+            if drawn_rows is not None:
+                yield head, "random", drawn_rows
 
 
 def _null(model: str, rows: HeadRows, rng: np.random.Generator, slope: float) -> Floats:

@@ -53,15 +53,3 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
 def normalized(array: Floats) -> Floats:
     """Divide by the sum along the last axis; NaN where that is 0."""
     return ratio(array, array.sum(-1, keepdims=True))
-
-
-def choice(name: str, given: object, accepted: tuple[object, ...]) -> None:
-    """Check an argument that is one of a few values.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
-    if given not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {given!r}")

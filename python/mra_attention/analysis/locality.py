@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ._arrays import Floats, choice, normalized, ratio, steps, weights
+from ._arguments import choice
+from ._arrays import Floats, normalized, ratio, steps, weights
 from .entropies import entropy
 
 __all__ = ["local_share", "window_entropy"]

@@ -84,6 +84,14 @@ class HeadSamples:
         """Of the signals."""
         return wavelets.wavelet_coefficients(self.signals, **self.options("wavelet_coefficients"))
 
+    @cached_property
+    def entropies(self) -> Samples:
+        """Of the signals and of their spectrum."""
+        return {
+            "positional_entropy": entropies.positional_entropy(self.signals),
+            "spectral_entropy": entropies.spectral_entropy(self.spectrum.power),
+        }
+
     def by_scale(self, name: str, values: Floats) -> Samples:
         """Name `(S, scales)` by metric and scale."""
         return {f"{name}_{scale}": values[:, i] for i, scale in enumerate(self.coefficients.names)}
@@ -115,10 +123,7 @@ def _band_shares(x: HeadSamples) -> Samples:
 
 
 def _entropies(x: HeadSamples) -> Samples:
-    return {
-        "positional_entropy": entropies.positional_entropy(x.signals),
-        "spectral_entropy": entropies.spectral_entropy(x.spectrum.power),
-    }
+    return x.entropies
 
 
 def _correlation(samples: Samples) -> dict[str, float]:

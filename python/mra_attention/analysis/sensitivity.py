@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ._arrays import Floats, Ints, choice, floats, ratio, steps
+from ._arguments import choice
+from ._arrays import Floats, Ints, floats, ratio, steps
 from .wavelets import WaveletCoefficients, wavelet_coefficients, wavelet_energy
 
 __all__ = ["scale_sensitivity"]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ._arrays import Floats, choice, floats, ratio, steps
+from ._arguments import choice
+from ._arrays import Floats, floats, ratio, steps
 
 __all__ = ["Spectrum", "band_shares", "frequency_selectivity", "power_spectral_density"]
 
