@@ -212,6 +212,8 @@ def test_refusals():
         rows(call, 0, 0, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"query_rows of layer 'layer' must be 21 ascending numbers"):
         rows(replace(call, query_rows=torch.arange(20)), 0, 0)
+    with pytest.raises(ValueError, match="must be 21 ascending numbers"):
+        rows(replace(call, query_rows=torch.arange(21).flip(0)), 0, 0)
     with pytest.raises(ValueError, match="below query_length=20"):
         rows(replace(call, query_rows=torch.arange(21), query_length=20), 0, 0)
     with pytest.raises(ValueError, match="has 21 queries and query_length=30; say which they are by query_rows"):

@@ -173,6 +173,9 @@ def test_scale_sensitivity_by_hand():
     steps = np.repeat([1.0, 5.0, 2.0, 7.0, 3.0], 2)
     expected = 1 - (1 * 1 + 2 * 5 + 3 * 2) / math.sqrt((1 + 4 + 9) * (1 + 25 + 4))
     close(m.scale_sensitivity(steps, 0.6, compare="resample", level=1, **haar), expected)
+    for tiny in (1e-200, 1e-300):
+        far = np.array(signal[:2]) * tiny
+        close(m.scale_sensitivity([*far, 1.0, 1.0], 0.5, **haar), m.scale_sensitivity([0.5, 0, 1e9, 1e9], 0.5, **haar))
     assert np.isnan(m.scale_sensitivity(delta(60), 0.5)), "no attention to the first half"
 
 

@@ -130,6 +130,8 @@ def test_padding_changes_nothing():
                 rtol=1e-9,
                 atol=1e-12,
             )
+            for pairs in (mask & mask.mT, torch.where(mask, 0.0, -math.inf).expand(1, 2, *[LENGTH + 9] * 2)):
+                assert same(analyze([replace(actual, attn_mask=pairs)], **given), one)
             assert not math.isnan(value(analyze([actual], nulls=["random"], progress=False), "low_share", 0, "random"))
 
 

@@ -60,10 +60,16 @@ def scale_sensitivity(
     if kept < 1:
         raise ValueError(f"alpha must be above 0, at most 1, and leave one of {length} samples; got {alpha}")
     places = np.arange(kept) if sampling == "prefix" else np.arange(kept) * length // kept
-    short = wavelet_coefficients(a[..., places], **transform)
+    short = wavelet_coefficients(_scaled(a[..., places]), **transform)
     of_whole: dict[str, Any] = transform | {"level": len(short.scales) - 1}
-    whole = wavelet_coefficients(a, **of_whole)
+    whole = wavelet_coefficients(_scaled(a), **of_whole)
     return 1.0 - _cosine(*_comparable(whole, short, compare))
+
+
+def _scaled(x: Floats) -> Floats:
+    """Return signals with a largest magnitude of 1: the energy of 1e-200, far from a query, would underflow."""
+    largest = np.abs(x).max(-1, keepdims=True)
+    return x / np.where(largest > 0.0, largest, 1.0)
 
 
 def _comparable(whole: WaveletCoefficients, short: WaveletCoefficients, compare: str) -> tuple[Floats, Floats]:
