@@ -52,7 +52,7 @@ class Pairs:
     def sink(self, batch: int, head: int) -> float | None:
         """Return the sink of a head."""
         sinks = self._inputs.sinks
-        return None if sinks is None else float(sinks[batch, head])
+        return None if sinks is None else float(sinks[batch, head].detach())
 
     def valid_keys(self, batch: int, head: int, chunk: int) -> Tensor | None:
         """Return bool `(Lk,)`: the keys that the mask shows to some query; None if there is no mask."""
