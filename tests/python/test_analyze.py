@@ -107,6 +107,17 @@ def test_rows_that_are_looked_at():
     assert entropy(reduction="last") == pytest.approx(m.positional_entropy(rows[-1]), rel=1e-12)
     mean_row = m.positional_entropy(rows[8:].mean(0))
     assert entropy(reduction="mean", first_row=8) == pytest.approx(mean_row, rel=1e-12)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    mask[[5, -1]] = False
+    blind = replace(call, attn_mask=mask)
+    given = {"metrics": ["entropies"], **FEW}
+    of_last = value(analyze([blind], reduction="last", **given), "positional_entropy")
+    assert of_last == pytest.approx(m.positional_entropy(rows[-2]), rel=1e-12), "the last row that sees a key"
+    of_mean = value(analyze([blind], reduction="mean", **given), "positional_entropy")
+    seeing = np.delete(rows, [5, LENGTH - 1], 0)
+    assert of_mean == pytest.approx(m.positional_entropy(seeing.mean(0)), rel=1e-12)
+    with pytest.raises(ValueError, match="each head a query from first_row=0 on that sees a key"):
+        analyze([replace(call, attn_mask=~torch.ones(LENGTH, LENGTH, dtype=torch.bool))], **FEW)
     kept = m.take_queries(call, torch.tensor(chosen))
     assert same(analyze([kept], **FEW), analyze([call], **(FEW | {"first_row": 10, "max_rows": 4})))
 
@@ -156,6 +167,18 @@ def test_same_bits_for_the_same_seed():
     assert same(first, again)
     changes = {x: value(first, "low_share", 0, x) != value(other, "low_share", 0, x) for x in ["value", *first.nulls()]}
     assert changes == {"value": False, "uniform": False, "random": True, "shuffled": True, "alibi": False}
+
+
+def test_heads_sequences_and_sources_are_drawn_apart():
+    one = call_of(heads=1)
+    alike = replace(one, query=one.query.expand(2, 2, -1, -1), key=one.key.expand(2, 2, -1, -1))
+    alike = replace(alike, value=one.value.expand(2, 2, -1, -1))
+    given = {"metrics": ["band_shares"], "nulls": ["random", "shuffled"], "progress": False}
+    tables = [analyze(calls, **given) for calls in ([one], [one, one], [alike])]
+    for model in ("random", "shuffled"):
+        shares = {value(table, "low_share", 0, model) for table in tables} | {value(tables[2], "low_share", 1, model)}
+        assert len(shares) == 4, model
+    assert value(tables[2], "low_share", 0) == value(tables[2], "low_share", 1)
 
 
 def test_options_reach_the_functions():
