@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -202,7 +201,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Let compiled code run as the Python it was made of; nothing is compiled before Dynamo is imported."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        return _torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+    """Let compiled code run as the Python that it was made of."""
+    set_stance: Any = getattr(torch.compiler, "set_stance", None)  # torch 2.5 has none
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")

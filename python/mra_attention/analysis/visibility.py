@@ -38,6 +38,9 @@ def recognise(mask: Tensor, query_length: int, key_length: int) -> Visibility:
     padding = None if bool(valid.all()) else valid[:, None, None, :]
     if torch.equal(pairs, valid[:, None].expand_as(pairs)):
         return Visibility(padding)
+    # What a band hides from all queries, as the keys behind the last one, is no padding.
+    if (found := next(_bands(pairs, torch.ones_like(valid)), None)) is not None:
+        return found
     found = next(_bands(pairs, valid), None)
     return Visibility(mask) if found is None else found._replace(attn_mask=padding)
 
