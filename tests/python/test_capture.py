@@ -94,6 +94,7 @@ def test_multi_head_attention_with_and_without_weights():
             arguments = case | {"need_weights": need_weights}
             torch.manual_seed(0)
             expected = attention(query, key, key, **arguments)
+            next_number = torch.rand(())
             results: list[Any] = []
             torch.manual_seed(0)
             (call,) = capture(
@@ -102,6 +103,7 @@ def test_multi_head_attention_with_and_without_weights():
                 enable_grad=True,
             )
             with named(arguments):
+                assert torch.equal(torch.rand(()), next_number)
                 for result, e in zip(results[0], expected, strict=True):
                     assert torch.equal(result, e) if isinstance(e, Tensor) else result is e
                 assert results[0][0].requires_grad

@@ -78,11 +78,11 @@ def _bands(pairs: Tensor, valid: Tensor) -> Iterator[Visibility]:
         left, right = int((places - first)[sees].max()), int((last - places)[sees].max())
         is_causal = right == 0
         # Without causality, positions are those of the keys only where there are as many queries.
-        if left < 0 or right < 0 or not (is_causal or queries == keys):
+        if not (is_causal or queries == keys):
             continue
         for window in [(a, b) for b in ((0,) if is_causal else (-1, right)) for a in (-1, left)]:
             low = torch.zeros_like(places) if window[0] < 0 else (places - window[0]).clamp(0, keys)
             high = torch.full_like(places, keys) if window[1] < 0 else (places + window[1] + 1).clamp(0, keys)
-            # No visible pair is outside, so equal numbers are equal pairs.
+            # No visible pair is outside, so equal numbers are equal pairs. Bands beside the diagonal have others.
             if torch.equal(before[:, high] - before[:, low], seen):
                 yield Visibility(None, is_causal, (-1, -1) if window == (-1, 0) else window, alignment)
