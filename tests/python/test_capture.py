@@ -113,6 +113,11 @@ def test_multi_head_attention_with_and_without_weights():
                 shown = ~hidden["attn_mask"] & ~padding()[:, None, None]
                 assert (call.attn_mask is None) == (not case)
                 assert not case or torch.equal(call.attn_mask == 0, shown)
+    # With weights, torch takes the mask and not the hint.
+    (call,) = captured(
+        lambda: attention(query, key, key, need_weights=True, attn_mask=hidden["attn_mask"], is_causal=True)
+    )
+    assert torch.equal(call.attn_mask[0, 0] == 0, ~hidden["attn_mask"])
 
 
 KINDS = {

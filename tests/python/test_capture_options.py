@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import doctest
 import json
 import re
 import threading
@@ -18,6 +19,7 @@ from helpers import named
 from models import LENGTH, encoder, qkv, tokens, vision_model
 from mra_attention._observers import _thread
 from mra_attention.analysis import AttentionCall, Capture, capture
+from test_models_doc import run
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
@@ -235,3 +237,18 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         with pytest.raises(ImportError, match=rf"{message}: pip install 'mra-attention\[analysis\]'"):
             capture(encoder(), tokens(), **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (section,) = (section for section in text.split("\n## ") if section.startswith("Capture"))
+    monkeypatch.chdir(tmp_path)
+    run(section, {})
+
+
+@pytest.mark.parametrize("described", [capture, Capture])
+def test_docstrings(described: Any):
+    (test,) = doctest.DocTestFinder(recurse=False).find(described, described.__name__, globs={})
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted > 0
+    assert result.failed == 0
