@@ -60,10 +60,15 @@ def scale_sensitivity(
     if kept < 1:
         raise ValueError(f"alpha must be above 0, at most 1, and leave one of {length} samples; got {alpha}")
     places = np.arange(kept) if sampling == "prefix" else np.arange(kept) * length // kept
-    short = wavelet_coefficients(a[..., places], **transform)
+    # Of a head that looks elsewhere these samples may be so small that squares of energies would vanish.
+    short = wavelet_coefficients(_of_size_one(a[..., places]), **transform)
     of_whole: dict[str, Any] = transform | {"level": len(short.scales) - 1}
     whole = wavelet_coefficients(a, **of_whole)
     return 1.0 - _cosine(*_comparable(whole, short, compare))
+
+
+def _of_size_one(x: Floats) -> Floats:
+    return ratio(x, np.abs(x).max(-1, keepdims=True))
 
 
 def _comparable(whole: WaveletCoefficients, short: WaveletCoefficients, compare: str) -> tuple[Floats, Floats]:
