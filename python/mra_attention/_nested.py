@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _order
+from . import _observers, _order
 from ._checks import calls, packed
 from ._checks.arguments import Arguments
 from ._ops import Inputs, Settings, forward
@@ -91,6 +91,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the output, jagged as query, and with `return_lse` the log-sum-exp, without the last dimension."""
     inputs, ready = prepare(query, key, value, arguments)
+    _observers.tell((query, key, value), arguments)
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())
     out, lse, _ = forward(inputs, ready)

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from . import _order
+from . import _observers, _order
 from ._cache_memory import Memory
 from ._checks import calls, head_terms, numbers, tensors
 from ._checks.arguments import Arguments
@@ -257,6 +257,7 @@ class KVCache:
         TypeError, ValueError, RuntimeError
             As for the class.
         """
+        _observers.refuse("KVCache.attend")
         numbers.check_bool("return_lse", return_lse)
         numbers.check_bool("enable_gqa", enable_gqa)
         chosen = configure(self._config if config is None else config, settings)

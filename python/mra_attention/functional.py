@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import _nested
+from . import _nested, _observers
 from ._checks import calls, numbers, tensors
 from ._checks.arguments import Arguments
 from ._ops import forward, forward_out, select
@@ -233,6 +233,7 @@ def scaled_dot_product_attention(
     if tensors.any_nested(query, key, value):
         return _nested.attention(query, key, value, arguments, return_lse)
     prepared = calls.prepare((query, key, value), arguments)
+    _observers.tell((query, key, value), arguments)
     inputs, ready = calls.in_order(prepared), prepared.settings
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())

@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from . import _observers
 from ._checks import calls, numbers, packed
 from ._checks.arguments import Arguments
 from ._ops import forward, forward_out
@@ -150,6 +151,7 @@ def varlen_attention(
         settings=settings,
     )
     inputs, ready = packed.prepare((query, key, value), (cu_seqlens_q, cu_seqlens_k), arguments)
+    _observers.tell((query, key, value), arguments, (cu_seqlens_q, cu_seqlens_k))
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())
     if not return_lse:

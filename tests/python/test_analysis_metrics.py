@@ -162,6 +162,7 @@ def test_scale_sensitivity_by_hand():
     close(m.scale_sensitivity(signal, 1.0, **haar), 0.0)
     # The first two samples are 1 0, of energies 1/2 and 1/2 beside 5/2 and 1/2.
     close(m.scale_sensitivity(signal, 0.5, **haar), 1 - 1.5 / math.sqrt(6.5 * 0.5))
+    close(m.scale_sensitivity([1e-120, 0.0, 1.0, 1.0], 0.5, **haar), 1 - 1 / math.sqrt(2))
     # Every second sample is 1 1, of energies 2 and 0.
     close(m.scale_sensitivity(signal, 0.5, sampling="stride", **haar), 1 - 2.5 / math.sqrt(6.5))
     close(m.scale_sensitivity(signal, 0.5, compare="truncate", **haar), 0.0)

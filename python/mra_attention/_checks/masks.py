@@ -34,7 +34,7 @@ def key_mask_or_bias(
             f"{text(full)}, got the shape {text(shape)}{_hint(shape, lead, key_length)}"
         )
     if mask.dtype is not torch.bool or not all(_is_same_along(mask, dimension) for dimension in (-2, -3)):
-        return None, _four_dimensions(mask, lead, query_length, key_length)
+        return None, four_dimensions(mask, lead, query_length, key_length)
     for _ in range(min(len(shape) - 1, 2)):
         if mask.shape[-2] == 0:
             return None, None  # no query or no head, so there is nothing to mask
@@ -82,7 +82,7 @@ def _hint(shape: Shape, lead: Shape, key_length: int) -> str:
     return ""
 
 
-def _four_dimensions(mask: Tensor, lead: Shape, query_length: int, key_length: int) -> Tensor:
+def four_dimensions(mask: Tensor, lead: Shape, query_length: int, key_length: int) -> Tensor:
     """Bring a mask or bias that broadcasts to `(*lead, Lq, Lk)` to four dimensions that broadcast to `(B, H, Lq, Lk)`.
 
     What is repeated is not copied, but with several batch dimensions of which only some are.

@@ -3,6 +3,8 @@
 from ._analyze import analyze
 from .attention_call import AttentionCall
 from .attention_map import AttentionMap
+from .captured import Capture
+from .capturing import capture
 from .entropies import entropy, entropy_correlation, positional_entropy, spectral_entropy
 from .locality import local_share, window_entropy
 from .maps import Rows, attention_map, logits, rows, take_queries
@@ -22,6 +24,7 @@ from .wavelets import (
 __all__ = [
     "AttentionCall",
     "AttentionMap",
+    "Capture",
     "EntropicUncertainty",
     "Record",
     "Rows",
@@ -33,6 +36,7 @@ __all__ = [
     "analyze",
     "attention_map",
     "band_shares",
+    "capture",
     "entropic_uncertainty",
     "entropy",
     "entropy_correlation",

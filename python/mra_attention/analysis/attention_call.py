@@ -26,6 +26,9 @@ class AttentionCall:
         bool or bias that broadcasts to `(B, H, Lq, Lk)`, as for `mra_attention.scaled_dot_product_attention`.
     is_causal, window_size, causal_alignment, scale, softcap, sinks, alibi_slopes
         As for `mra_attention.scaled_dot_product_attention`.
+    query_padding_mask : Tensor, optional
+        bool `(B, Lq)`, True where the query is valid, as for `mra_attention.scaled_dot_product_attention`; not sampled
+        with `query_rows`.
     query_rows : Tensor, optional
         int64 `(R,)`, ascending: which of the `query_length` queries were kept; None for all.
     query_length : int, optional
@@ -46,6 +49,7 @@ class AttentionCall:
     alibi_slopes: Tensor | None = None
     query_rows: Tensor | None = None
     query_length: int | None = None
+    query_padding_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.query_length is None:
@@ -65,5 +69,5 @@ class AttentionCall:
                 "capture it without sampling queries"
             )
         names = ("attn_mask", "is_causal", "window_size", "causal_alignment", "scale", "softcap", "sinks")
-        given = {name: getattr(self, name) for name in (*names, "alibi_slopes")}
+        given = {name: getattr(self, name) for name in (*names, "alibi_slopes", "query_padding_mask")}
         return given | {"enable_gqa": self.query.shape[-3] != self.key.shape[-3]}

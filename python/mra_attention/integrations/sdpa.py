@@ -9,18 +9,18 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
-from torch.overrides import TorchFunctionMode
 
 from .._checks import numbers
 from ..config import MRAConfig, MRASettings, Unpack, configure, with_settings
 from ..functional import scaled_dot_product_attention
 from ..nn.multi_head import multi_head_attention_forward
-from .backward import BACKWARD, without_dispatch
+from .backward import without_dispatch
+from .calls import WHY_FUSED, AttentionMode, Call
 from .layers import COMPILED, LayerNames
 from .report import FallbackWarning, Recorder, Report
 
@@ -31,27 +31,7 @@ __all__ = ["replace_sdpa"]
 # 256 1.8 to 1.9, at 512 3.2 to 4.2. Below 256 there is too little to gain for an approximation.
 MIN_LENGTH = 256
 
-# From torch._C: the name in torch.nn.functional may have been replaced by another library.
-# The operators are called by exported programs.
 _torch: Any = torch
-_ATTENTION: tuple[Any, ...] = (
-    _torch._C._nn.scaled_dot_product_attention,
-    _torch.ops.aten.scaled_dot_product_attention,
-    _torch.ops.aten.scaled_dot_product_attention.default,
-)
-_MULTI_HEAD: Any = torch.nn.functional.multi_head_attention_forward
-# Compiled and exported programs have these where the model was traced without a mode, and Dynamo does not let a mode
-# turn them off as it is turned off otherwise.
-_FUSED: tuple[Any, ...] = (
-    _torch._transformer_encoder_layer_fwd,
-    _torch.ops.aten._transformer_encoder_layer_fwd.default,
-    _torch._native_multi_head_attention,
-    _torch.ops.aten._native_multi_head_attention.default,
-)
-_WHY_FUSED = (
-    "compiled or exported as one operator of torch; convert the model with mra_attention.nn.convert, or call "
-    "torch.backends.mha.set_fastpath_enabled(False), before it is"
-)
 _LATE = (
     inspect.isclass,
     inspect.iscoroutinefunction,
@@ -154,20 +134,20 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
         if modes:
             modes[-1].is_covered = False
 
-    def attention(self, call: _Call) -> Any:
+    def attention(self, call: Call) -> Any:
         """Compute a call of scaled_dot_product_attention."""
         return self._compute(call, "scaled_dot_product_attention", _attention, _length(call.key))
 
-    def multi_head(self, call: _Call) -> Any:
+    def multi_head(self, call: Call) -> Any:
         """Compute a call of multi_head_attention_forward, inside of which torch's attention could not be seen."""
         length = call.key.shape[0]
         return self._compute(call, "multi_head_attention_forward", multi_head_attention_forward, length)
 
-    def fused(self, call: _Call) -> Any:
+    def fused(self, call: Call) -> Any:
         """Leave a layer that torch computes as one operator to torch."""
         shape = _shape(call.query)
-        self._record(call.function.__name__.removesuffix(".default"), shape, shape, _WHY_FUSED)
-        return call.function(*call.args, **call.kwargs)
+        self._record(call.function.__name__.removesuffix(".default"), shape, shape, WHY_FUSED)
+        return call.run()
 
     def __call__(self, func: _Function) -> _Function:
         """Decorate a function."""
@@ -178,7 +158,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
             )
         return super().__call__(func)
 
-    def _compute(self, call: _Call, function: str, ours: Callable[..., Any], length: float) -> Any:
+    def _compute(self, call: Call, function: str, ours: Callable[..., Any], length: float) -> Any:
         """Compute a call with this package's attention, or with torch's where that is not to be."""
         reason = self._reason_beforehand(call, length)
         if reason is None:
@@ -190,9 +170,9 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
                 self._record(function, _shape(call.query), _shape(call.key), None)
                 return out
         self._record(function, _shape(call.query), _shape(call.key), reason)
-        return call.function(*call.args, **call.kwargs)
+        return call.run()
 
-    def _reason_beforehand(self, call: _Call, length: float) -> str | None:
+    def _reason_beforehand(self, call: Call, length: float) -> str | None:
         if length < self._min_length:
             return self._too_short
         if not call.key.is_nested:
@@ -229,52 +209,25 @@ def _attention(query: Tensor, key: Tensor, *args: Any, config: MRAConfig, **kwar
     return attention(query, key, *args, config=config, **kwargs)
 
 
-class _Call(NamedTuple):
-    """A call as the mode got it."""
-
-    function: Callable[..., Any]
-    types: Sequence[type]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def query(self) -> Tensor:
-        return self.args[0] if self.args else self.kwargs["query"]
-
-    @property
-    def key(self) -> Tensor:
-        return self.args[1] if len(self.args) > 1 else self.kwargs["key"]
-
-
-class _Mode(TorchFunctionMode):
-    """Sees every call of torch's functions in its thread; one for each time that a context is entered."""
+class _Mode(AttentionMode):
+    """One for each time that a context is entered."""
 
     def __init__(self, context: replace_sdpa) -> None:
         super().__init__()
         self.context = context
-        self.is_covered = False
-        """Whether there is a context inside this one, which then decides."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.is_covered:
-            return func(*args, **kwargs)
-        if func in _ATTENTION:
-            return self.context.attention(_Call(func, types, args, kwargs))
-        if func is _MULTI_HEAD:
-            return self.context.multi_head(_Call(func, types, args, kwargs))
-        if func in _FUSED:
-            return self.context.fused(_Call(func, types, args, kwargs))
-        if func in BACKWARD and all(kind is Tensor for kind in types):
-            with self:
-                return without_dispatch(func)(*args, **kwargs)
-        return func(*args, **kwargs)
+    def attention(self, call: Call) -> Any:
+        return self.context.attention(call)
+
+    def multi_head(self, call: Call) -> Any:
+        return self.context.multi_head(call)
+
+    def fused(self, call: Call) -> Any:
+        return self.context.fused(call)
+
+    def backward(self, call: Call) -> Any:
+        with self:
+            return without_dispatch(call.function)(*call.args, **call.kwargs)
 
 
 class _Thread(threading.local):
@@ -285,6 +238,11 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def is_on() -> bool:
+    """Return whether this thread is inside a context."""
+    return bool(_thread.modes)
 
 
 @_torch.compiler.assume_constant_result
