@@ -14,7 +14,9 @@ def check_call(call: AttentionCall) -> None:
     for name in ("query", "key", "value"):
         tensor = getattr(call, name)
         if tensor.dim() != 4:
-            raise ValueError(f"call.{name} must have the 4 dimensions (B, H, L, D), got the shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"call.{name} must have the 4 dimensions (B, H, L, D), got the shape {tuple(tensor.shape)}"
+            )
     mask = call.attn_mask
     if isinstance(mask, CausalBias) or not (mask is None or isinstance(mask, Tensor)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise NotImplementedError(
