@@ -88,6 +88,8 @@ def assert_bounds_hold(inputs: tuple[Tensor, Tensor, Tensor], settings: Settings
     assert not bound.output[~sees].any()
     for item in range(q.shape[0]):
         log_exact, log_found, valid = matrices(q, k, selected, settings, item)
+        if not valid.any():
+            continue
         largest = torch.maximum(log_exact, log_found).flatten(1).amax(1)[:, None, None]
         largest = torch.where(largest > -math.inf, largest, 0.0)
         off = ((log_found - largest).exp() - (log_exact - largest).exp()).square().sum((1, 2)).sqrt()
@@ -97,7 +99,7 @@ def assert_bounds_hold(inputs: tuple[Tensor, Tensor, Tensor], settings: Settings
             of_matrix = getattr(bound, name)[item]
             assert (off[seen] / norm[seen] <= of_matrix[seen] * (1 + 4 * slack) + 8 * slack).all(), name
         errors, sizes = ((x[item][:, valid].square().sum((1, 2)).sqrt()) for x in (out - exact, exact))
-        assert (errors <= bound.relative[item] * sizes * (1 + slack) + 8 * slack * size * len(valid) + slack).all()
+        assert (errors <= bound.relative[item] * sizes * (1 + slack) + 8 * slack * size * len(valid)).all()
     assert (bound.sharp <= bound.paper).all()
     assert (bound.paper <= bound.uniform * (1 + 1e-12)).all()
     return bound
@@ -138,12 +140,11 @@ def test_every_form_keeps_its_bounds(ranges: str) -> None:
     shape = (2, 2, 45, 45, 4)
     q, k, v, *_ = random_inputs(shape, key_heads=1)
     for form in SUPPORTED:
-        for coarser in ((), (16,)):
-            settings = settings_of(form, shape, coarser=coarser, blocks_per_row=1.0)
-            if settings.softcap and ranges == "norms":
-                continue
-            with named((form, coarser)):
-                assert_bounds_hold((q, k, v), settings, ranges)
+        settings = settings_of(form, shape, coarser=(16,), blocks_per_row=1.0)
+        if settings.softcap and ranges == "norms":
+            continue
+        with named(form):
+            assert_bounds_hold((q, k, v), settings, ranges)
 
 
 def test_masses_lie_between_their_bounds_and_the_chord_is_below_hoeffding_and_the_largest() -> None:

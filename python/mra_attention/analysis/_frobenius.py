@@ -51,7 +51,7 @@ def log_errors(found: Planned, queries: Tensor, head: list[LevelMasses]) -> LogE
         mean = of_rows(ranges.mean, level)
         width = of_rows(ranges.high, level, "amax") - of_rows(ranges.low, level, "amin")
         ratio = (used_logits(found, level, ranges) - mean).exp()  # 1 but for a shift, a softcap, the sparse mode
-        pairs = (in_row[:, None] * level.count).log()
+        pairs = (in_row[:, None] * level.keys).log()
         parts.append(tuple(x[coarse] for x in (pairs, mean, width, 2.0 * (1.0 - ratio).abs().log())))
     pairs, mean, width, off = (torch.cat(x) for x in zip(*parts, strict=True))
     if mean.numel() == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._student import student_quantile
 
-_RATIOS = 400
+_RATIOS = 200
 
 
 class Spread(NamedTuple):
@@ -44,7 +44,7 @@ def stratified(errors: Tensor, sizes: Tensor, population: int) -> Spread:
     pairs = errors.shape[-2]
     weight = strata(population, pairs).double()
     total_error, total = ((weight * x.mean(-1)).sum(-1) for x in (errors, sizes))
-    ratio = total_error / total
+    ratio = torch.where(total_error > 0, total_error / total, 0.0)
     residuals = errors - ratio[..., None, None] * sizes
     parts = weight * (weight - 2.0) * (residuals[..., 0] - residuals[..., 1]).square() / 4
     # Divided by their sum first: squares of small variances would be 0.

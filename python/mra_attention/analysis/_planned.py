@@ -36,7 +36,7 @@ class Level(NamedTuple):
     size: int
     block_of: Tensor
     """int64 `(Lk,)`: the block of every valid key, -1 for others."""
-    count: Tensor
+    keys: Tensor
     """float64 `(nk,)`: valid keys."""
     row_of: Tensor
     """int64 `(Lq,)`: the row of every query."""
@@ -49,7 +49,7 @@ class Level(NamedTuple):
 class Item(NamedTuple):
     """One batch item in float64, with zeros where nothing is to be read."""
 
-    index: int
+    number: int
 
     query: Tensor
     key: Tensor
@@ -93,11 +93,11 @@ def bias_of(found: Planned, item: Item, head: int) -> Tensor | None:
     bias, mask, slopes = None, found.inputs.attn_bias, found.inputs.alibi_slopes
     lengths = item.tokens.answers.shape[0], item.tokens.keys.shape[0]
     if mask is not None and mask.is_floating_point():
-        given = of_head(mask, item.index, head)
+        given = of_head(mask, item.number, head)
         bias = torch.where(given.isfinite(), given, 0.0).expand(lengths)
     if slopes is not None:
         ahead = torch.arange(lengths[1]) - (torch.arange(lengths[0])[:, None] + item.offset)
-        by_distance = -slopes[item.index, head] * ahead.abs()
+        by_distance = -slopes[item.number, head] * ahead.abs()
         bias = by_distance if bias is None else bias + by_distance
     return bias
 
@@ -118,7 +118,7 @@ def visible_pairs(found: Planned, item: Item, head: int, keys: Tensor | None = N
     if settings.window_right >= 0:
         seen &= ahead <= settings.window_right
     if mask is not None:
-        pairs = of_head(mask, item.index, head)
+        pairs = of_head(mask, item.number, head)
         allowed = pairs if pairs.dtype is torch.bool else pairs > -math.inf
         seen &= allowed if allowed.shape[-1] == 1 else allowed[..., columns]
     return seen

@@ -30,8 +30,8 @@ class Ranges(NamedTuple):
 def block_means(x: Tensor, level: Level) -> Tensor:
     """Return the means of the valid tokens of every block, `(nk, channels)`."""
     valid = level.block_of >= 0
-    sums = x.new_zeros(level.count.shape[0], x.shape[1]).index_add_(0, level.block_of[valid], x[valid])
-    return sums / level.count.clamp(min=1.0)[:, None]
+    sums = x.new_zeros(level.keys.shape[0], x.shape[1]).index_add_(0, level.block_of[valid], x[valid])
+    return sums / level.keys.clamp(min=1.0)[:, None]
 
 
 def norms(x: Tensor) -> Tensor:
@@ -77,19 +77,19 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _by_keys(logits: Tensor, bias: Tensor | None, level: Level) -> tuple[Tensor, ...]:
-    of_bias = logits.new_zeros(logits.shape[0], level.count.shape[0])
+    of_bias = logits.new_zeros(logits.shape[0], level.keys.shape[0])
     if bias is not None:
-        of_bias = _in_blocks(bias, level, "sum") / level.count.clamp(min=1.0)
+        of_bias = _in_blocks(bias, level, "sum") / level.keys.clamp(min=1.0)
     low, high = (_in_blocks(logits, level, kind) for kind in ("amin", "amax"))
     # Within its range, whatever rounding makes of it.
-    mean = (_in_blocks(logits, level, "sum") / level.count.clamp(min=1.0)).clamp(low, high)
+    mean = (_in_blocks(logits, level, "sum") / level.keys.clamp(min=1.0)).clamp(low, high)
     return of_bias, mean, low, high
 
 
 def _in_blocks(x: Tensor, level: Level, kind: str) -> Tensor:
     """Return the sum, the largest or the least of every block of keys, `(Lq, nk)`."""
     valid = level.block_of >= 0
-    target = x.new_zeros(x.shape[0], level.count.shape[0])
+    target = x.new_zeros(x.shape[0], level.keys.shape[0])
     index = level.block_of[valid].expand(x.shape[0], -1)
     return target.scatter_reduce_(1, index, x[:, valid], kind, include_self=kind == "sum")
 
@@ -101,7 +101,7 @@ def _by_norms(query: Tensor, key: Tensor, level: Level, scale: float, bias: Tens
     away = abs(scale) * norms(query)[:, None] * radii(key, means, level)
     if bias is None:
         return Ranges(product, torch.zeros_like(product), product, product - away, product + away)
-    of_bias = _in_blocks(bias, level, "sum") / level.count.clamp(min=1.0)
+    of_bias = _in_blocks(bias, level, "sum") / level.keys.clamp(min=1.0)
     low, high = (
         product + sign * away + _in_blocks(bias, level, kind) for sign, kind in ((-1.0, "amin"), (1.0, "amax"))
     )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_STEPS = 4096
+_STEPS = 1024
 
 
 def student_quantile(confidence: float, degrees: Tensor) -> Tensor:

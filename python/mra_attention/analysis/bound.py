@@ -96,16 +96,17 @@ def error_bound(call: AttentionCall, plan: Plan, *, ranges: Literal["keys", "nor
         item = item_of(found, index)
         for head in range(heads):
             of_heads[:, index, head], of_queries[:, index, head] = _of_head(found, item, head, by_norms)
-    of_query = [calls.finish(x, found.prepared) for x in of_queries]
-    return ErrorBound(*of_heads[:3], *of_query, of_heads[3])
+    paper, sharp, uniform, relative = of_heads
+    lse_low, lse_high, output = (calls.finish(x, found.prepared) for x in of_queries)
+    return ErrorBound(paper, sharp, uniform, lse_low, lse_high, output, relative)
 
 
 def _of_head(found: Planned, item: Item, head: int, by_norms: bool) -> tuple[Tensor, Tensor]:
     """Return the numbers of a head, in the order of the fields, and those of its queries, `(3, Lq)`."""
     levels = [masses(found, item, head, level, by_norms) for level in item.levels]
     low, high, used = (torch.cat(x, -1) for x in zip(*(of_level.bounds[:3] for of_level in levels), strict=True))
-    exact = found.sparse_lse[item.index, head]
-    sink = -math.inf if found.inputs.sinks is None else float(found.inputs.sinks[item.index, head])
+    exact = found.sparse_lse[item.number, head]
+    sink = -math.inf if found.inputs.sinks is None else float(found.inputs.sinks[item.number, head])
     sinks = torch.full_like(exact, sink)
     seen = torch.cat((exact[:, None], low), -1).amax(-1) > -math.inf
     fixed = torch.where(seen, torch.logaddexp(exact, sinks), -math.inf)
@@ -141,8 +142,9 @@ def _outputs(
     value = item.value[head // (item.query.shape[0] // item.value.shape[0])]
     means = [block_means(value, of_level.level) for of_level in levels]
     all_means = torch.cat(means)
-    alone = found.sparse_out[item.index, head]
-    exact, rest, low, high, used = _scaled(*fixed, *logs)
+    alone = found.sparse_out[item.number, head]
+    nothing = torch.full_like(logs[0], -math.inf)
+    exact, rest, _, _, used = _scaled(*fixed, nothing, nothing, logs[2])
     out = (exact * alone + used @ all_means) / (rest + used.sum(-1, keepdim=True)).clamp(min=_TINY)
     # Weights that are within a factor exp(width) of equal ones move at most tanh(width / 4) of their sum.
     within = torch.cat(
@@ -155,9 +157,10 @@ def _outputs(
     away = torch.cdist(out, all_means, compute_mode="donot_use_mm_for_euclid_dist")
     # What rounding may hide of a distance counts where far too much was taken for a block.
     away = away + _ROUNDING * (norms(out)[:, None] + norms(all_means))
+    _, rest, low, high, used = _scaled(*fixed, *logs)
     by_difference = largest_error((torch.zeros_like(rest), rest), (low, high, used), within, away)
     # Where far too much was taken for a block, the terms of the second sum cancel, and those of the third do not.
-    exact, rest, low, high, used = _scaled(*fixed, *logs[:2], torch.full_like(logs[2], -math.inf))
+    exact, rest, low, high, used = _scaled(*fixed, *logs[:2], nothing)
     of_rest = exact * norms(alone - out)[:, None] + (rest - exact).clamp(min=0.0) * norms(out)[:, None]
     return out, by_difference.minimum(largest_error((of_rest, rest), (low, high, used), within, away))
 

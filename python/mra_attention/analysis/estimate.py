@@ -76,9 +76,9 @@ def error_estimate(
         The probability with which an interval is to cover the error, between 0 and 1.
     method : {"stratified", "betting"}, default "stratified"
         "stratified": two queries of each stretch of neighbours; the interval is Student's on the scale of logarithms.
-        It covers as it says where errors are spread over the queries, and less often where few queries have most of the
-        error, since a sample may have none of these. "betting": queries by chance; the interval covers at least as often
-        as it says whatever the errors, because they are bounded by the largest value; it says little below some
+        It covers as it says where errors are spread over the queries, and less often where few queries have most of
+        the error, since a sample may have none of these. "betting": queries by chance; the interval covers at least as
+        often as it says whatever the errors, because they are bounded by the largest value. It says little below some
         thousand rows.
     seed : int, default 0
         Of the choice of queries.
@@ -158,9 +158,10 @@ def error_estimates(
     records: list[ErrorRecord] = []
     for call in calls:
         found = _estimate(call, config, settings, None, sampling, generator)
-        for item, head in torch.cartesian_prod(*(torch.arange(size) for size in found.estimate.shape)).tolist():
-            of_head = (float(x[item, head]) for x in (found.estimate, found.low, found.high))
-            records.append(ErrorRecord(call.layer, item, head, *of_head, int(found.rows[item])))
+        for item, count in enumerate(found.rows):
+            for head in range(found.estimate.shape[1]):
+                estimate, low, high = (float(x[item, head]) for x in (found.estimate, found.low, found.high))
+                records.append(ErrorRecord(call.layer, item, head, estimate, low, high, int(count)))
     return records
 
 
@@ -190,7 +191,7 @@ def _estimate(
     generator: torch.Generator,
 ) -> ErrorEstimate:
     check_call(call)
-    approximate = _approximate(call, config, settings, out)
+    approximate = _approximate(call, config, settings, out).detach()
     items = [_of_item(call, approximate, item, sampling, generator) for item in range(call.query.shape[0])]
     if not items:
         none = torch.zeros(0, call.query.shape[1], dtype=torch.float64)
@@ -202,9 +203,8 @@ def _estimate(
 
 def _approximate(call: AttentionCall, config: MRAConfig | None, settings: MRASettings, out: Tensor | None) -> Tensor:
     if out is None:
-        return functional.scaled_dot_product_attention(
-            call.query, call.key, call.value, **call.arguments(), config=configure(config, settings)
-        )
+        attention: Any = functional.scaled_dot_product_attention  # which overload, pyright cannot tell from a dict
+        return attention(call.query, call.key, call.value, **call.arguments(), config=configure(config, settings))
     if config is not None or settings:
         given = "config" if config is not None else ", ".join(settings)
         raise ValueError(f"out is given, so {given} would have no effect; pass one of the two")
@@ -213,7 +213,7 @@ def _approximate(call: AttentionCall, config: MRAConfig | None, settings: MRASet
     expected = (*call.query.shape[:-1], call.value.shape[-1])
     if out.shape != expected:
         raise ValueError(f"out must have the shape {tuple(expected)}, got {tuple(out.shape)}")
-    return out.detach()
+    return out
 
 
 def _of_item(
@@ -254,7 +254,8 @@ def _valid_queries(call: AttentionCall, item: int) -> Tensor:
     mask = mask[item if mask.shape[0] > 1 else 0]
     allowed = mask if mask.dtype is torch.bool else mask > -math.inf
     valid = valid_tokens(length, call.key.shape[-2], None, allowed).queries
-    return (valid if kept is None else valid[kept]).nonzero()[:, 0]
+    chosen = valid if kept is None else valid[kept]
+    return torch.arange(chosen.shape[0])[chosen]
 
 
 def _by_strata(errors: Tensor, sizes: Tensor, count: int, confidence: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

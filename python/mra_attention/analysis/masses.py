@@ -102,15 +102,16 @@ def masses(found: Planned, item: Item, head: int, level: Level, by_norms: bool) 
     """Return the bounds of a head at a level, and the ranges that they come from."""
     ranges = ranges_of(found, item, head, level, by_norms)
     coarse = coarse_of_queries(found, item, head, level)
-    log_count = level.count.log()
+    log_count = level.keys.log()
     # Convexity of exp: the mean of exponentials is not below the exponential of the mean (Jensen).
     low = ranges.mean + log_count
     high = low + log_chord(ranges.mean, ranges.low, ranges.high)
     used = log_count + torch.zeros_like(low)
     if level.coarse.shape[1] > 0:
         used = used + used_logits(found, level, ranges)[level.row_of]
-    hidden = [x.masked_fill(~coarse, -torch.inf) for x in (low, high, used)]
-    return LevelMasses(level, ranges, MassBounds(*hidden, (ranges.high - ranges.low).masked_fill(~coarse, 0.0)))
+    low, high, used = (x.masked_fill(~coarse, -torch.inf) for x in (low, high, used))
+    width = (ranges.high - ranges.low).masked_fill(~coarse, 0.0)
+    return LevelMasses(level, ranges, MassBounds(low, high, used, width))
 
 
 def used_logits(found: Planned, level: Level, ranges: Ranges) -> Tensor:
@@ -127,7 +128,7 @@ def coarse_of_queries(found: Planned, item: Item, head: int, level: Level) -> Te
         return torch.zeros(level.row_of.shape[0], level.coarse.shape[2], dtype=torch.bool)
     # A block that is not refined is seen by a query as a whole or not at all, so one of its keys says which.
     keys = torch.arange(level.block_of.shape[0])
-    some = torch.zeros_like(level.count, dtype=torch.int64)
+    some = torch.zeros_like(level.keys, dtype=torch.int64)
     valid = level.block_of >= 0
     some = some.scatter(0, level.block_of[valid], keys[valid])
     return level.coarse[head][level.row_of] & visible_pairs(found, item, head, some)
