@@ -17,7 +17,6 @@ from .attention_call import AttentionCall
 from .masses import LevelMasses, checked_ranges, masses
 
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
-_TINY = math.ulp(0.0)
 _STEPS = 100
 """Dinkelbach's method ends after a few steps; this is for ties that rounding keeps open."""
 
@@ -111,7 +110,8 @@ def _of_head(found: Planned, item: Item, head: int, by_norms: bool) -> tuple[Ten
     seen = torch.cat((exact[:, None], low), -1).amax(-1) > -math.inf
     fixed = torch.where(seen, torch.logaddexp(exact, sinks), -math.inf)
     lse, lse_low, lse_high = (torch.cat((fixed[:, None], x), -1).logsumexp(-1) for x in (used, low, high))
-    out, output = _outputs(found, item, head, levels, (exact, fixed), (low, high, used))
+    out, output = _outputs(found, item, head, levels, (exact, fixed), (low, high, used), lse)
+    out = torch.where(seen[:, None], out, 0.0)
     of_queries = torch.stack((lse_low - lse, lse_high - lse, output)).masked_fill(~seen, 0.0)
 
     valid = item.tokens.queries & seen
@@ -132,6 +132,7 @@ def _outputs(
     levels: list[LevelMasses],
     fixed: tuple[Tensor, Tensor],
     logs: tuple[Tensor, Tensor, Tensor],
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, `(Lq, Dv)`, and the bound of its error, `(Lq,)`.
 
@@ -143,9 +144,8 @@ def _outputs(
     means = [block_means(value, of_level.level) for of_level in levels]
     all_means = torch.cat(means)
     alone = found.sparse_out[item.number, head]
-    nothing = torch.full_like(logs[0], -math.inf)
-    exact, rest, _, _, used = _scaled(*fixed, nothing, nothing, logs[2])
-    out = (exact * alone + used @ all_means) / (rest + used.sum(-1, keepdim=True)).clamp(min=_TINY)
+    lse = lse.masked_fill(lse == -math.inf, 0.0)  # the sparse mode may take nothing
+    out = (fixed[0] - lse).exp()[:, None] * alone + (logs[2] - lse[:, None]).exp() @ all_means
     # Weights that are within a factor exp(width) of equal ones move at most tanh(width / 4) of their sum.
     within = torch.cat(
         [
@@ -157,19 +157,22 @@ def _outputs(
     away = torch.cdist(out, all_means, compute_mode="donot_use_mm_for_euclid_dist")
     # What rounding may hide of a distance counts where far too much was taken for a block.
     away = away + _ROUNDING * (norms(out)[:, None] + norms(all_means))
-    _, rest, low, high, used = _scaled(*fixed, *logs)
+    exact, rest, low, high, used = _scaled(*fixed, *logs)
     by_difference = largest_error((torch.zeros_like(rest), rest), (low, high, used), within, away)
     # Where far too much was taken for a block, the terms of the second sum cancel, and those of the third do not.
-    exact, rest, low, high, used = _scaled(*fixed, *logs[:2], nothing)
     of_rest = exact * norms(alone - out)[:, None] + (rest - exact).clamp(min=0.0) * norms(out)[:, None]
-    return out, by_difference.minimum(largest_error((of_rest, rest), (low, high, used), within, away))
+    masses = low, high, torch.zeros_like(used)
+    return out, by_difference.minimum(largest_error((of_rest, rest), masses, within, away))
 
 
 def _scaled(exact: Tensor, rest: Tensor, low: Tensor, high: Tensor, used: Tensor) -> tuple[Tensor, ...]:
-    """Return masses from their logarithms, those of a query divided by the largest; the first two as columns."""
-    largest = torch.cat((rest[:, None], high, used), -1).amax(-1, keepdim=True)
-    largest = largest.masked_fill(largest == -math.inf, 0.0)
-    return tuple((x - largest).exp() for x in (exact[:, None], rest[:, None], low, high, used))
+    """Return masses from their logarithms, divided by the least total of their query; the first two as columns.
+
+    A mass that is larger by a factor of exp(600) is as good as infinite: the bound has its limit.
+    """
+    total = torch.cat((rest[:, None], low), -1).logsumexp(-1, keepdim=True)
+    total = total.masked_fill(total == -math.inf, 0.0)
+    return tuple((x - total).clamp(max=600.0).exp() for x in (exact[:, None], rest[:, None], low, high, used))
 
 
 def largest_error(
