@@ -210,7 +210,17 @@ def test_the_bound_of_the_output_is_reached() -> None:
     masses = torch.cartesian_prod(torch.linspace(1, 3, 81), torch.linspace(2, 2.5, 21)).double()
     ratio = (masses * within + (masses - used).abs() * away).sum(-1) / (1 + masses.sum(-1))
     found = largest_error(rest, (low, high, used), within, away)
-    torch.testing.assert_close(found, ratio.max()[None], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found, ratio.max()[None], rtol=1e-11, atol=0.0)
+
+
+def test_a_huge_mass_of_little_error_hides_no_small_one_of_more() -> None:
+    from mra_attention.analysis.bound import largest_error
+
+    rest = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    high = torch.tensor([[1e250, 1e50]], dtype=torch.float64)
+    away = torch.tensor([[0.3, 5.0]], dtype=torch.float64)
+    found = largest_error(rest, (torch.zeros_like(high), high, torch.zeros_like(high)), torch.zeros_like(away), away)
+    torch.testing.assert_close(found, torch.tensor([5.0], dtype=torch.float64), rtol=1e-11, atol=0.0)
 
 
 def test_orders_come_back_to_the_caller() -> None:

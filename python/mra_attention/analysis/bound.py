@@ -17,6 +17,7 @@ from .attention_call import AttentionCall
 from .masses import LevelMasses, checked_ranges, masses
 
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
+_NO_GAIN = 1e-12
 _STEPS = 100
 """Dinkelbach's method ends after a few steps; this is for ties that rounding keeps open."""
 
@@ -193,5 +194,6 @@ def largest_error(
         if not (ratio > found).any():
             break
         found = torch.maximum(found, ratio)
-        chosen = at_high - found * high > at_low - found * low
-    return found[:, 0]
+        # What gains no more than rounding is left out: beside a huge mass of that kind nothing else would count.
+        chosen = at_high - at_low - found * (high - low) > _NO_GAIN * (at_high + found * high)
+    return found[:, 0] * (1.0 + 2.0 * _NO_GAIN)
