@@ -38,6 +38,22 @@ struct Above {
     block_size: usize,
     ratio: usize,
     budget: Budget,
+    /// Token form: the most blocks that its plan names for a token.
+    of_token: usize,
+    above: Option<Box<Above>>,
+}
+
+impl Above {
+    /// Block form: the most blocks of a head that are refined, where blocks of a size make `shape` rows and columns. All of them are children
+    /// of refined ones, so a budget without a bound takes no more room than these need.
+    fn capacity(&self, shape: &impl Fn(usize) -> (usize, usize)) -> usize {
+        let (rows, columns) = shape(self.block_size);
+        let handed_down = self.above.as_ref().map_or(usize::MAX, |above| {
+            let children = above.block_size / self.block_size;
+            above.capacity(shape).saturating_mul(children * children)
+        });
+        self.budget.capacity(rows, columns, self.ratio).min(handed_down)
+    }
 }
 
 impl Problem<'_> {
@@ -50,11 +66,17 @@ impl Problem<'_> {
     pub(crate) fn place_plans(&mut self) {
         let mut places: Vec<LevelPlace> = Vec::new();
         let mut start = HEADER;
-        let mut above = None;
+        let mut above: Option<Above> = None;
         for level in self.levels() {
-            let place = LevelPlace { start, item_bytes: 0, above };
-            start += level.level_bytes(place.above.as_ref());
-            above = Some(Above { block_size: level.block_size, ratio: level.ratio, budget: level.budget.clone() });
+            let place = LevelPlace { start, item_bytes: 0, above: above.clone() };
+            start += level.level_bytes(above.as_ref());
+            above = Some(Above {
+                block_size: level.block_size,
+                ratio: level.ratio,
+                budget: level.budget.clone(),
+                of_token: level.most_of_token(above.as_ref()),
+                above: above.map(Box::new),
+            });
             places.push(place);
         }
         for (index, place) in places.into_iter().enumerate() {
@@ -80,7 +102,7 @@ impl Problem<'_> {
             None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size).div_ceil(8)),
         };
         let block = self.heads * above.map_or(rows * row_bytes, |above| self.room_for_children(above));
-        let token = 4 * self.heads * self.query_len * self.width_of(self.key_len.div_ceil(size));
+        let token = 4 * self.heads * self.query_len * self.width_of(self.key_len.div_ceil(size), above);
         match (self.form_is_open, &self.bias) {
             (false, _) => token,
             (true, None) => block,
@@ -90,12 +112,11 @@ impl Problem<'_> {
 
     /// Bytes for the children of the blocks of a head that the level above refines, over all sequences of a batch item.
     fn room_for_children(&self, above: &Above) -> usize {
-        let size = above.block_size;
-        let (rows, columns) = match self.packed {
+        let shape = |size: usize| match self.packed {
             Some(count) => (self.query_len / size + 2 * count, self.key_len / size + 2 * count),
             None => (self.query_len.div_ceil(size) + 1, self.key_len.div_ceil(size)),
         };
-        above.budget.capacity(rows, columns, above.ratio) * self.children_bytes(above)
+        above.capacity(&shape) * self.children_bytes(above)
     }
 
     /// Bytes for the children of a block of the level above.
@@ -105,8 +126,17 @@ impl Problem<'_> {
     }
 
     /// Room for the blocks that a token chooses among so many; 0 if every block is exact.
-    fn width_of(&self, key_blocks: usize) -> usize {
-        if self.is_everything() { 0 } else { self.budget.token_width(key_blocks, self.ratio) }
+    fn width_of(&self, key_blocks: usize, above: Option<&Above>) -> usize {
+        if self.is_everything() { 0 } else { self.most_of_token(above).min(key_blocks) }
+    }
+
+    /// Token form: the most blocks that the plan names for a token. They are children of blocks that the level above names or that are cut:
+    /// by a window the first and the last one at most, by a mask any.
+    fn most_of_token(&self, above: Option<&Above>) -> usize {
+        let handed_down = above.filter(|_| self.bias.is_none()).map_or(usize::MAX, |above| {
+            above.of_token.saturating_add(CUT_BY_WINDOW).saturating_mul(above.block_size / self.block_size)
+        });
+        self.budget.token_width(self.ratio).min(handed_down)
     }
 
     /// Checks the length of a plan.
@@ -168,7 +198,7 @@ impl Problem<'_> {
 
     /// How many numbers the plan has for each token of a segment of the token form.
     pub(crate) fn plan_width(&self, segment: &Segment) -> usize {
-        self.width_of(segment.keys.len())
+        self.width_of(segment.keys.len(), self.plan_place.above.as_ref())
     }
 
     /// Bytes of one head of a segment.
@@ -177,9 +207,8 @@ impl Problem<'_> {
             (Form::Block, None) => segment.rows.len() * row_bytes(segment.keys.len()),
             (Form::Block, Some(above)) if self.packed.is_none() => self.room_for_children(above),
             (Form::Block, Some(above)) => {
-                let children = above.block_size / self.block_size;
-                let (rows, columns) = (segment.rows.len().div_ceil(children), segment.keys.len().div_ceil(children));
-                above.budget.capacity(rows, columns, above.ratio) * self.children_bytes(above)
+                let (queries, keys) = (segment.rows.tokens().len(), segment.keys.tokens().len());
+                above.capacity(&|size| (queries.div_ceil(size), keys.div_ceil(size))) * self.children_bytes(above)
             }
             (Form::Token, _) => segment.rows.tokens().len() * self.plan_width(segment) * 4,
         }
@@ -426,6 +455,9 @@ fn to_i32(block: usize) -> i32 {
 
 /// Bytes of a batch item before its plan.
 const HEADER: usize = 8;
+
+/// Blocks of a token of which a window hides some keys and not others, at most.
+const CUT_BY_WINDOW: usize = 2;
 
 const BLOCK_TAG: u8 = 1;
 const TOKEN_TAG: u8 = 2;
