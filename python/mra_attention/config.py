@@ -46,7 +46,8 @@ class MRAConfig:
     """How attention is approximated: which blocks are computed exactly, and what becomes of the others.
 
     Every function of this package takes its settings either as keywords or as `config=MRAConfig(...)`. Where both are
-    given, a keyword takes the place of the config's field for that call. Configs are compared and hashed by value;
+    given, a keyword takes the place of the config's field for that call; with `resolutions` of another number of levels
+    pass `blocks_per_row`, too, where the config's is a sequence. Configs are compared and hashed by value;
     values are checked, and brought to one spelling, when a config is made.
 
     There are two forms of attention. In the *block form* the queries of a block are averaged to choose its key blocks,
@@ -146,7 +147,7 @@ class MRAConfig:
 
     def __post_init__(self) -> None:
         _set(self, "resolutions", numbers.resolutions(self.resolutions))
-        levels = 1 if self.resolutions == "auto" else len(self.resolutions) - 1
+        levels = _levels(self.resolutions)
         _set(self, "blocks_per_row", numbers.budget(self.blocks_per_row, levels))
         _set(self, "num_blocks", numbers.optional_integer("num_blocks", self.num_blocks, 1))
         if self.num_blocks is not None and (levels > 1 or self.resolutions == "auto"):
@@ -239,6 +240,11 @@ def _set(config: MRAConfig, name: str, value: Any) -> None:
     object.__setattr__(config, name, value)  # the class is frozen for everybody else
 
 
+def _levels(resolutions: Any) -> int:
+    """Return how many levels of budgets `blocks_per_row` may have."""
+    return 1 if resolutions == "auto" else len(resolutions) - 1
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
@@ -265,7 +271,22 @@ def configure(config: Any, settings: Mapping[str, Any]) -> MRAConfig:
         raise TypeError(f"config must be None or a mra_attention.MRAConfig, got {type(config).__name__}")
     if not settings:
         return config
+    _check_meaning_of_budgets(config, settings)
     return MRAConfig(**({name: getattr(config, name) for name in SETTINGS} | dict(settings)))
+
+
+def _check_meaning_of_budgets(config: MRAConfig, settings: Mapping[str, Any]) -> None:
+    """Check that budgets of the config do not become those of something else by other resolutions."""
+    budgets: Any = config.blocks_per_row
+    if "resolutions" not in settings or "blocks_per_row" in settings or not isinstance(budgets, tuple):
+        return
+    resolutions, levels = numbers.resolutions(settings["resolutions"]), _levels(config.resolutions)
+    if _levels(resolutions) != levels:
+        raise ValueError(
+            f"resolutions={resolutions!r} without blocks_per_row: the config's blocks_per_row={budgets} is one budget "
+            f"for each {'head' if levels == 1 else 'level'} with its resolutions={config.resolutions!r}, and would be "
+            "something else; pass blocks_per_row with resolutions"
+        )
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

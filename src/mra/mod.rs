@@ -128,7 +128,8 @@ pub fn forward<E: Element>(
 /// Deterministic: the same bits for any number of threads. Gradients of padded tokens are 0.
 ///
 /// # Errors
-/// If a tensor does not have the shape of the problem, or the plan not its length; nothing is written then.
+/// If a tensor does not have the shape of the problem, the plan not its length, or the gradient of a bias is wanted with the first-order
+/// coarse term; nothing is written then.
 pub fn backward<E: Element>(
     problem: &Problem<'_>,
     inputs: &Inputs<'_, E>,
@@ -140,12 +141,15 @@ pub fn backward<E: Element>(
     saved.validate(problem, value_dim)?;
     gradients.validate(problem, inputs)?;
     problem.check_plan(plan)?;
+    let (blocks, tokens) = (Batch::new(problem, Form::Block), Batch::new(problem, Form::Token));
+    if gradients.bias.is_some() && problem.expands() && !blocks.segments.is_empty() {
+        return Err(Error::new("grad_bias: given, expected None with the first-order coarse term"));
+    }
     let terms = query_terms::query_terms(problem, saved);
     clear_behind_keys(problem, gradients);
     if let Some(sinks) = &mut gradients.sinks {
         query_terms::sink_gradients(problem, &terms, sinks);
     }
-    let (blocks, tokens) = (Batch::new(problem, Form::Block), Batch::new(problem, Form::Token));
     if !blocks.segments.is_empty() {
         block::backward(problem, &blocks, inputs, &saved.grad_out, &terms, plan, gradients);
     }
@@ -153,9 +157,6 @@ pub fn backward<E: Element>(
         token::backward(problem, &tokens, inputs, &saved.grad_out, &terms, plan, gradients);
     }
     if let Some(bias) = &gradients.bias {
-        if problem.expands() && !blocks.segments.is_empty() {
-            return Err(Error::new("grad_bias: given, expected None with the first-order coarse term"));
-        }
         bias.compute(problem, [&blocks, &tokens], inputs, &saved.grad_out, &terms, plan, gradients);
     }
     Ok(())

@@ -146,6 +146,32 @@ def test_what_is_no_config_is_refused(text, error, words):
         MRAConfig.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("given", "resolutions", "of"),
+    [
+        ({"blocks_per_row": (4, 8)}, (512, 32, 1), "head"),
+        ({"resolutions": "auto", "blocks_per_row": (4, 8)}, [512, 32, 1], "head"),
+        ({"resolutions": (512, 32, 1), "blocks_per_row": (4, 8)}, (32, 1), "level"),
+        ({"resolutions": (512, 32, 1), "blocks_per_row": (4, 8)}, "auto", "level"),
+        ({"resolutions": (512, 32, 1), "blocks_per_row": (4, 8)}, (512, 64, 8, 1), "level"),
+    ],
+)
+def test_budgets_of_heads_do_not_become_budgets_of_levels(given, resolutions, of):
+    config = MRAConfig(**given)
+    words = rf"^resolutions=.* without blocks_per_row: .*\(4.0, 8.0\) is one budget for each {of} .*pass blocks_per_row"
+    with pytest.raises(ValueError, match=words):
+        plan(QUERY, KEY, config=config, resolutions=resolutions)
+    plan(QUERY, KEY, config=config, resolutions=resolutions, blocks_per_row=4)
+    plan(QUERY, KEY, config=MRAConfig(**given | {"blocks_per_row": 4}), resolutions=resolutions)
+
+
+def test_budgets_keep_their_meaning_with_other_sizes_of_blocks():
+    config, ladder = MRAConfig(blocks_per_row=(1, 2)), MRAConfig(resolutions=(64, 16, 1), blocks_per_row=(1, 2))
+    for given, resolutions in ((config, (8, 1)), (config, "auto"), (ladder, (32, 8, 1))):
+        by_override = plan(QUERY, KEY, config=given, resolutions=resolutions)
+        assert torch.equal(by_override.data, plan(QUERY, KEY, blocks_per_row=(1, 2), resolutions=resolutions).data)
+
+
 def test_rates_of_heads_are_those_of_each_head_alone():
     rates = (1.5, 3.0)
     for arguments in ({}, {"is_causal": True}, {"mode": "sparse"}, {"pool_queries": False}):

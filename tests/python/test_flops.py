@@ -77,6 +77,21 @@ def test_under_fake_tensors_they_are_those_of_the_budget(is_causal):
     }
 
 
+def test_products_of_codes_are_not_counted():
+    tensors = [x.detach() for x in inputs()]
+    arguments: dict[str, Any] = {"blocks_per_row": 2, "first_blocks": 0, "pool_queries": False}
+    plans: list[Any] = []
+
+    def select(score: Any) -> None:
+        plans.append(plan(*tensors[:2], resolutions=(BLOCK, 1), score=score, **arguments))
+
+    assert count(lambda: select("mean")) == count(lambda: select("max"))
+    assert not torch.equal(plans[0].data, plans[1].data)
+    with FakeTensorMode():
+        by_means, by_codes = (count(call(inputs(), score=score, **arguments)) for score in ("mean", "max"))
+    assert by_means == by_codes
+
+
 def test_packed_sequences_count_as_each_alone():
     lengths = [20, 0, 23]
     tensors = [torch.randn(43, HEADS, DIM) for _ in range(3)]

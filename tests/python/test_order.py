@@ -471,6 +471,21 @@ def test_modules_take_a_grid():
     torch.testing.assert_close(converted(x, x, x)[0], expected)
 
 
+def test_modules_refuse_a_grid_in_cross_attention():
+    """Also where there are as many keys as queries: what a decoder attends to is another sequence."""
+    x, memory = torch.randn(2, 2, LENGTH, 12).unbind()
+    theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    with warnings.catch_warnings(record=True) as caught, replace_sdpa(min_length=0, grid=GRID, **FEW):
+        warnings.simplefilter("always")
+        theirs(x, memory, memory, need_weights=False)
+    ours = convert(theirs, grid=GRID, **FEW)[""]
+    with pytest.raises(ValueError, match=r"grid=\(7, 11\) is for self-attention") as error:
+        ours(x, memory, memory)
+    assert [str(error.value) in str(x.message) for x in caught if x.category is FallbackWarning] == [True]
+    convert(ours, **FEW)
+    assert ours(x, memory, memory)[0].shape == x.shape
+
+
 def test_replaced_attention_takes_a_grid_where_it_can():
     query, key, value = (x.detach() for x in inputs())
     with replace_sdpa(min_length=0, grid=GRID, **FEW) as replaced:

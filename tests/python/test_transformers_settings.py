@@ -71,6 +71,14 @@ def test_what_is_no_setting_is_refused(mra: Any, refusal: type[Exception], messa
             settings_of(mra, is_sliding=is_sliding)
 
 
+def test_a_layer_with_more_levels_says_their_budgets():
+    mra = {"blocks_per_row": [1, 2], "layers": {"0": {"resolutions": [256, 16, 1]}}}
+    message = r"config\.mra\['layers'\]\['0'\]: resolutions=\(256, 16, 1\) without blocks_per_row"
+    with pytest.raises(ValueError, match=message):
+        settings_of(mra)
+    assert settings_of(mra, layer=1).blocks_per_row == (1.0, 2.0)
+
+
 def test_settings_of_layers_want_numbered_layers():
     with pytest.raises(ValueError, match="does not number its attention layers"):
         settings_of({"layers": {"0": {}}}, layer=None)

@@ -1,8 +1,8 @@
 //! What cannot be computed with is refused, with a message that names the argument, before anything is written.
 
 use mra_attention::{
-    Bias, BiasData, Budget, Coarse, Error, Gradients, Inputs, Layout, Level, Mask, Options, Problem, Result, Saved, Selection,
-    Tensor, TensorMut, backward, forward, select,
+    Bias, BiasData, BiasGradient, Budget, Coarse, Error, Gradients, Inputs, Layout, Level, Mask, Options, Problem, Result,
+    Saved, Selection, Tensor, TensorMut, backward, forward, select,
 };
 
 use crate::support::{budget, options};
@@ -263,6 +263,25 @@ fn tensors_have_the_shapes_of_the_problem() {
             refused(backward, name);
         }
     }
+}
+
+/// Before it writes the other gradients.
+#[test]
+fn the_gradient_of_a_bias_to_first_order_is_refused() {
+    let (zeros, shape) = ([0f32; 64], [1, 1, 8, 8]);
+    let bias = Bias::new("bias", BiasData::F32(&zeros), shape, [64, 64, 8, 1]).unwrap();
+    let options = Options { coarse: Coarse::FirstOrder, bias: Some(bias), ..options() };
+    let problem = Problem::new(shape, shape, &options).unwrap();
+    let tensor = contiguous(&zeros, shape);
+    let inputs = Inputs { query: tensor, key: tensor, value: tensor };
+    let saved = Saved { grad_out: tensor, grad_lse: None, out: tensor, lse: contiguous(&zeros, [1, 1, 8, 1]) };
+    let mut outputs = [[77f32; 64]; 4];
+    let [query, key, value, of_bias] = outputs.each_mut().map(|data| contiguous_mut(data, shape));
+    let mut gradients = Gradients { query, key, value, sinks: None, bias: Some(BiasGradient::F32(of_bias)) };
+    refused(backward(&problem, &inputs, &saved, &vec![0; problem.plan_bytes()], &mut gradients), "plan");
+    let plan = problem.plan_from(|_, _, _, _| true);
+    refused(backward(&problem, &inputs, &saved, &plan, &mut gradients), "grad_bias");
+    assert!(outputs.iter().flatten().all(|&x| x == 77.0));
 }
 
 /// A plan belongs to a problem: one of another size is refused, not read as if it fitted.

@@ -10,7 +10,8 @@ use proptest::prelude::*;
 
 use crate::support::{
     Bounds, Case, Data, Layout, Number, Padding, Pairs, Rounded, Setup, Stored, assert_close, assert_same_blocks, attend, bits,
-    budget, differentiate, differentiate_bias, flushed, largest, levels_for, rounds_weights, with_options, with_problem,
+    budget, differentiate, differentiate_bias, flushed, largest, levels, levels_for, rounds_weights, with_options,
+    with_problem,
 };
 
 /// A case with blocks of several sizes.
@@ -341,6 +342,22 @@ fn everything_refined_above_is_two_resolutions() {
 
 /// With every block refined at every level, by budgets that say so or that are large enough, the bits are those of one level with every
 /// block.
+/// There is room for the children of what the level above refines, whatever a level's own budget is.
+#[test]
+fn a_plan_grows_with_the_length_where_one_level_takes_everything() {
+    let coarser =
+        [(256, 1.0), (64, f64::INFINITY)].map(|(block_size, rate)| CoarserLevel { block_size, blocks_per_row: vec![rate] });
+    let bytes = |length: usize| {
+        let options = Options { block_size: 8, coarser: coarser.to_vec(), budget: budget(1.0), ..Options::new(levels()[0]) };
+        let shape = [1, 1, length, 8];
+        Problem::new(shape, shape, &options).expect("a valid call").plan_bytes()
+    };
+    // A bit for each pair of the coarsest blocks is in it.
+    let coarsest = |length: usize| (length / 256 + 1) * length / 256 / 8;
+    let (short, long) = (bytes(1 << 14) - coarsest(1 << 14), bytes(1 << 15) - coarsest(1 << 15));
+    assert!(long <= 2 * short, "{short} bytes, then {long}");
+}
+
 #[test]
 fn everything_refined_is_softmax_attention() {
     for (length, padding) in [(75, Padding::None), (70, Padding::Left), (3, Padding::None)] {

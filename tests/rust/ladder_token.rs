@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use mra_attention::reference::{Gradients as Expect, Refined, Saved, TokenLadder};
-use mra_attention::{BiasGradient, Budget, CoarserLevel, Mode, Problem, Window};
+use mra_attention::{BiasGradient, Budget, CoarserLevel, Mode, Options, Problem, Window};
 use ndarray::{Array3, Array4, Axis};
 use proptest::prelude::*;
 
@@ -257,5 +257,26 @@ fn threads_do_not_matter() {
                 .into();
             assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{} {mode:?} {dropout}", level.name());
         }
+    }
+}
+
+/// A level names no more blocks than the one above hands down, so that one budget without a bound leaves the plan linear in the length.
+#[test]
+fn a_plan_grows_with_the_length_where_one_level_takes_everything() {
+    let unbounded = f64::INFINITY;
+    for rates in [[2.0, 3.0, unbounded], [2.0, unbounded, 3.0], [2.0, unbounded, unbounded]] {
+        let bytes = |length: usize| {
+            let options = Options {
+                block_size: 4,
+                coarser: levels_above([rates[0], rates[1]]),
+                budget: Budget { blocks_per_row: vec![rates[2]], ..Budget::default() },
+                window: CAUSAL,
+                ..Options::new(levels()[0])
+            };
+            let shape = [1, 1, length, 8];
+            Problem::new(shape, shape, &options).expect("a valid call").plan_bytes()
+        };
+        let header = 8;
+        assert_eq!(bytes(1 << 14) - header, 2 * (bytes(1 << 13) - header), "{rates:?}");
     }
 }

@@ -1,7 +1,8 @@
 """What `torch.utils.flop_counter` counts for the operators: the products, two operations for each multiplication.
 
 Of a plan, the exact blocks are those that it has. Under fake tensors, which hold no plan, and for a selection, they are
-as many as the budget grants. Masks count where they cut blocks; pairs inside of a block are all counted.
+as many as the budget grants. Masks count where they cut blocks; pairs inside of a block are all counted. The products
+of 8-bit codes by which `score="max"` ranks blocks are no floating-point operations, and not counted.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .arguments import Settings
 
 _MOST = 2**31
 _HEADER = 8  # bytes
+_CUT_BY_WINDOW = 2  # blocks of a token, at most
 
 
 def is_one(size: Any) -> bool:
@@ -49,6 +50,20 @@ def _places_per_token(settings: Settings, rates: list[float], ratio: int) -> int
     return _maximum(chosen, local + first)
 
 
+def _named_per_token(settings: Settings, has_bias: bool) -> list[int]:
+    """Return the most blocks that the plan of each level names for a token, of however many keys."""
+    named: list[int] = []
+    size_above = 0
+    for size, rates in zip(settings.block_sizes, settings.rates(), strict=True):
+        most = _places_per_token(settings, rates, size // settings.block_size)
+        if named and not has_bias:
+            # Children of blocks that the level above names or that a window cuts; a mask may cut any number.
+            most = _minimum(most, (named[-1] + _CUT_BY_WINDOW) * (size_above // size))
+        named.append(most)
+        size_above = size
+    return named
+
+
 def _capacity(settings: Settings, rates: list[float], ratio: int, rows: int, columns: int) -> int:
     """Return the most blocks of a head that a level of the block form refines."""
     first = ((settings.first_blocks or 0) + ratio - 1) // ratio
@@ -69,12 +84,13 @@ def plan_bytes(
     everything = settings.num_blocks is None and all(rate == math.inf for rate in settings.blocks_per_row)
     total: int = _HEADER
     refined, size_above = 0, 0
-    for size, rates in zip(settings.block_sizes, settings.rates(), strict=True):
-        if size < 1:
-            raise ValueError(f"block sizes must be at least 1, got {settings.block_sizes}")
+    if min(settings.block_sizes) < 1:
+        raise ValueError(f"block sizes must be at least 1, got {settings.block_sizes}")
+    named = _named_per_token(settings, has_bias)
+    for size, rates, of_token in zip(settings.block_sizes, settings.rates(), named, strict=True):
         ratio = size // settings.block_size
         key_blocks = (key_length + size - 1) // size
-        places = 0 if everything else _minimum(key_blocks, _places_per_token(settings, rates, ratio))
+        places = 0 if everything else _minimum(key_blocks, of_token)
         token = 4 * heads * query_length * places
         if settings.is_token_form():
             total += token
@@ -85,12 +101,14 @@ def plan_bytes(
         else:
             rows, columns = query_length // size + 2 * sequences, key_length // size + 2 * sequences
             row_bytes = key_length // (8 * size) + 2
+        capacity = _capacity(settings, rates, ratio, rows, columns)
         if size_above > 0:
             # Below the coarsest level blocks are chosen among the children of those that the level above refines.
             children = size_above // size
             bits = heads * refined * children * ((children + 7) // 8)
+            capacity = _minimum(capacity, refined * children**2)
         else:
             bits = heads * rows * row_bytes
-        refined, size_above = _capacity(settings, rates, ratio, rows, columns), size
+        refined, size_above = capacity, size
         total += bits + token if has_bias else bits
     return total

@@ -47,7 +47,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     not taken; `torch.nn.TransformerEncoder` says so in a warning unless it is made with `enable_nested_tensor=False`.
 
     In cross-attention, where query and key are not one tensor, every token chooses blocks for itself, since a decoder's
-    tokens must not learn from later ones: `pool_queries` counts in self-attention only.
+    tokens must not learn from later ones: `pool_queries` counts in self-attention only. A `grid` is refused there.
 
     Definition: docs/definitions.md, sections 2 to 4. Deterministic, as `scaled_dot_product_attention`.
 
@@ -145,7 +145,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises
         ------
         ValueError
-            If `need_weights` is True, or shapes do not fit together.
+            If `need_weights` is True, shapes do not fit together, or there is a `grid` and query and key are not one
+            tensor.
         TypeError, NotImplementedError
             As `scaled_dot_product_attention`: for dtypes, layouts and devices that are not accepted.
         """

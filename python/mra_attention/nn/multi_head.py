@@ -51,7 +51,8 @@ def multi_head_attention_forward(
     The arguments are those of torch's function, and `batch_first` and `config`. It refuses `need_weights`, `static_k`
     and `static_v`. `average_attn_weights` says nothing without weights, as in torch. `is_causal=True` needs no
     `attn_mask`; one that is given is taken for the causal mask, as torch says. In cross-attention, where `query` is not
-    `key`, every token chooses blocks for itself: `pool_queries` counts in self-attention only.
+    `key`, every token chooses blocks for itself: `pool_queries` counts in self-attention only. So does `grid`, which is
+    refused there: query and key are not one image, even if they are equally long.
     """
     if need_weights:
         raise ValueError(
@@ -62,6 +63,11 @@ def multi_head_attention_forward(
         raise NotImplementedError(
             "static_k and static_v are not supported; pass None, or call "
             "torch.nn.functional.multi_head_attention_forward"
+        )
+    if query is not key and config.grid is not None:
+        raise ValueError(
+            f"grid={config.grid} is for self-attention, where one tensor is query and key, but these are two; use a "
+            "config without grid for cross-attention"
         )
     batched = _check_inputs(query, key, value, embed_dim_to_check, num_heads, 0 if batch_first else 1)
     weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight

@@ -250,6 +250,9 @@ impl<'a, 'g, E: Element> FirstOrderPass<'a, 'g, E> {
     ) {
         let first = source.numbers(place.blocks.start).start;
         for (index, j) in place.blocks.clone().enumerate() {
+            if !buffers.summaries.entering[index] {
+                continue;
+            }
             let numbers = source.numbers(j);
             of_block.clear();
             of_block.push(source, numbers.clone());

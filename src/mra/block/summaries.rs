@@ -42,6 +42,8 @@ pub(super) struct Summaries<T> {
     keys: Buffer<T>,
     /// For each row, `vt` of every block.
     values: Buffer<T>,
+    /// Which of the blocks some row has not selected. The others enter for none, so nothing is computed of them.
+    pub(super) entering: Vec<bool>,
     /// What is added to the logit of each block, a row of lanes: the entropy and the mean bias, `-inf` where it does not enter.
     offsets: Buffer<T>,
     packed: Buffer<T>,
@@ -77,6 +79,7 @@ impl<T: Scalar> Summaries<T> {
             weights: Buffer::scratch(capacity * problem.block_size * columns),
             keys: Buffer::scratch(ROWS * capacity * key_width),
             values: Buffer::scratch(ROWS * capacity * value_width),
+            entering: Vec::with_capacity(capacity),
             offsets: Buffer::scratch(capacity * columns),
             packed: Buffer::scratch(problem.head_dim * columns),
             lines: Buffer::scratch(SQUARE * problem.head_dim),
@@ -115,11 +118,14 @@ impl<T: Scalar> Summaries<T> {
             return;
         }
         let columns = self.columns;
+        self.find_entering(batch, plan, place);
         let first = source.numbers(blocks.start).start;
         for (index, j) in blocks.clone().enumerate() {
             let numbers = source.numbers(j);
             self.block.clear();
-            self.block.push(source, numbers.clone());
+            if self.entering[index] {
+                self.block.push(source, numbers.clone());
+            }
             let Some(part) = self.block.parts(source).next() else {
                 self.offsets[index * columns..][..columns].fill(T::NEG_INFINITY);
                 for row in 0..rows.len() {
@@ -171,6 +177,16 @@ impl<T: Scalar> Summaries<T> {
             }
         }
         exclude_selected(batch, plan, head, rows, blocks, offsets, columns);
+    }
+
+    fn find_entering(&mut self, batch: &Batch<'_>, plan: &BlockPlan, place: &Place) {
+        let Place { head, rows, blocks } = place.clone();
+        let (lanes, columns) = (rows.len(), self.columns);
+        let marks = &mut self.offsets[..blocks.len() * columns];
+        marks.fill(T::ZERO);
+        exclude_selected(batch, plan, head, rows, blocks, marks, columns);
+        self.entering.clear();
+        self.entering.extend(marks.chunks_exact(columns).map(|marks| marks[..lanes].contains(&T::ZERO)));
     }
 
     /// The summaries for a row, of so many blocks, as keys and values: a key and a value for each block.

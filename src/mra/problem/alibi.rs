@@ -47,8 +47,9 @@ pub(crate) struct Alibi {
     keys: Vec<Extent>,
     /// Of the blocks of queries; block form.
     rows: Vec<Extent>,
-    /// Of the keys by number, unless it is the number: a look at every key would take longer than a step of decoding.
-    key_positions: Option<Vec<i64>>,
+    /// For each number of a key and the one behind the last, the sum of the positions of the keys before, unless the position of a key is
+    /// its number: a look at every key would take longer than a step of decoding.
+    position_sums: Option<Vec<i64>>,
     /// For each block of queries, the blocks of keys that overlap it, and how much farther apart they are than their means.
     near: Vec<Vec<(usize, f64)>>,
 }
@@ -61,7 +62,7 @@ impl Alibi {
         let mut alibi = Self {
             keys: extents(keys, key_position),
             rows: extents(queries, of_query),
-            key_positions: (!keys.are_all()).then(|| (0..keys.total()).map(key_position).collect()),
+            position_sums: (!keys.are_all()).then(|| sums((0..keys.total()).map(key_position))),
             near: Vec::new(),
         };
         let near = |i: usize| {
@@ -69,9 +70,14 @@ impl Alibi {
             let first = alibi.keys.partition_point(|keys| keys.last <= row.first);
             let overlapping = (first..keys.len()).take_while(|&j| alibi.keys[j].first < row.last);
             let excess = |j: usize| {
-                let sum: f64 = queries.numbers(i).map(|number| alibi.sum_of_distances(of_query(number), keys, j)).sum();
+                let (numbers, of_keys) = (queries.numbers(i), keys.numbers(j));
+                let sum = if queries.consecutive(numbers.clone()) && keys.consecutive(of_keys.clone()) {
+                    distances_of_ranges(row.first - alibi.keys[j].first, numbers.len(), of_keys.len())
+                } else {
+                    numbers.map(|number| alibi.sum_of_distances(of_query(number), keys, j)).sum()
+                };
                 let pairs = queries.count(i) * keys.count(j);
-                sum / pairs.max(1) as f64 - row.mean.distance(alibi.keys[j].mean)
+                sum as f64 / pairs.max(1) as f64 - row.mean.distance(alibi.keys[j].mean)
             };
             overlapping.filter(|&j| keys.count(j) > 0).map(|j| (j, excess(j))).collect()
         };
@@ -82,11 +88,24 @@ impl Alibi {
 
     /// The position of the key with this number.
     pub(crate) fn key_position(&self, number: usize) -> i64 {
-        self.key_positions.as_ref().map_or_else(|| to_i64(number), |positions| positions[number])
+        self.position_sums.as_ref().map_or_else(|| to_i64(number), |sums| sums[number + 1] - sums[number])
     }
 
-    fn sum_of_distances(&self, position: i64, keys: &Blocks, block: usize) -> f64 {
-        keys.numbers(block).map(|number| self.key_position(number).abs_diff(position) as f64).sum()
+    /// The distances of a position to the keys of a block, summed.
+    fn sum_of_distances(&self, position: i64, keys: &Blocks, block: usize) -> i128 {
+        let numbers = keys.numbers(block);
+        let behind = keys.number_at(position).clamp(numbers.start, numbers.end);
+        self.sum_of_differences(position, numbers.start..behind) - self.sum_of_differences(position, behind..numbers.end)
+    }
+
+    /// How far a position is behind the keys with these numbers, summed.
+    fn sum_of_differences(&self, position: i64, numbers: Range<usize>) -> i128 {
+        let (start, end, count) = (to_i64(numbers.start), to_i64(numbers.end), to_i64(numbers.len()));
+        let positions = match &self.position_sums {
+            Some(sums) => sums[numbers.end] - sums[numbers.start],
+            None => (start + end - 1) * count / 2,
+        };
+        i128::from(position) * i128::from(count) - i128::from(positions)
     }
 
     /// Adds to logits, one row of `columns` for each of the keys with these numbers and a lane for each query at these positions, the
@@ -143,7 +162,7 @@ impl Alibi {
         for (lane, position) in positions.enumerate() {
             let block = self.keys.partition_point(|keys| keys.last <= position);
             if blocks.contains(&block) && self.keys[block].first < position {
-                let mean = self.sum_of_distances(position, keys, block) / keys.count(block).max(1) as f64;
+                let mean = self.mean_of_overlapping(position, keys, block);
                 let excess = mean - Place::at(position).distance(self.keys[block].mean);
                 logits[(block - blocks.start) * columns + lane] += T::from_f64(-slope * excess);
             }
@@ -154,15 +173,38 @@ impl Alibi {
     pub(crate) fn mean_distance(&self, position: i64, keys: &Blocks, block: usize) -> f64 {
         let extent = self.keys[block];
         if extent.first < position && position < extent.last {
-            self.sum_of_distances(position, keys, block) / keys.count(block).max(1) as f64
+            self.mean_of_overlapping(position, keys, block)
         } else {
             Place::at(position).distance(extent.mean)
         }
     }
 
+    fn mean_of_overlapping(&self, position: i64, keys: &Blocks, block: usize) -> f64 {
+        self.sum_of_distances(position, keys, block) as f64 / keys.count(block).max(1) as f64
+    }
+
     fn means(&self, blocks: Range<usize>) -> impl Iterator<Item = Place> {
         self.keys[blocks].iter().map(|keys| keys.mean)
     }
+}
+
+/// The distances of two ranges of consecutive positions, summed over all pairs; the first range begins `ahead` behind the second one.
+///
+/// The distance `|x|` is the second difference `G(x + 1) - 2 G(x) + G(x - 1)` of `G(x) = (|x|^3 - |x|) / 6`, so that of sums only their ends
+/// remain.
+fn distances_of_ranges(ahead: i64, count: usize, other: usize) -> i128 {
+    let (ahead, count, other) = (i128::from(ahead), i128::from(to_i64(count)), i128::from(to_i64(other)));
+    let ends = |x: i128| (x.abs().pow(3) - x.abs()) / 6;
+    ends(ahead + count) - ends(ahead) - ends(ahead + count - other) + ends(ahead - other)
+}
+
+/// The sum of the numbers before each, and that of all.
+fn sums(numbers: impl Iterator<Item = i64>) -> Vec<i64> {
+    let running = numbers.scan(0, |sum, number| {
+        *sum += number;
+        Some(*sum)
+    });
+    std::iter::once(0).chain(running).collect()
 }
 
 fn extents(blocks: &Blocks, position: impl Fn(usize) -> i64) -> Vec<Extent> {
@@ -206,4 +248,63 @@ fn positions<T: Scalar>(places: impl Iterator<Item = Place>, base: i64) -> Posit
     let number = |place: Place| (T::from_f64(place.whole.saturating_sub(base) as f64), T::from_f64(place.fraction));
     let (wholes, fractions) = places.map(number).unzip();
     Positions { wholes, fractions }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn counting(len: usize) -> impl Strategy<Value = Vec<bool>> {
+        prop_oneof![Just(vec![true; len]), proptest::collection::vec(any::<bool>(), len)]
+    }
+
+    fn blocks(counts: &[bool], size: usize) -> Blocks {
+        Blocks::from_first(0..counts.len(), size, |token| counts[token])
+    }
+
+    /// The mean over all pairs of two lists of positions, one pair at a time.
+    fn mean(positions: &[i64], others: &[i64]) -> f64 {
+        let pairs = positions.iter().flat_map(|a| others.iter().map(move |b| (a - b).abs() as f64));
+        pairs.sum::<f64>() / (positions.len() * others.len()) as f64
+    }
+
+    proptest! {
+        #[test]
+        fn mean_distances_are_those_of_all_pairs(
+            (queries, keys) in (1..90_usize, 1..90_usize).prop_flat_map(|(q, k)| (counting(q), counting(k))),
+            (size, offset) in (1..40_usize, -100..100_i64),
+        ) {
+            let (queries, keys) = (blocks(&queries, size), blocks(&keys, size));
+            let of_query = |token: usize| to_i64(token) + offset;
+            let alibi = Alibi::new(&queries, &keys, of_query);
+            let positions_of = |j: usize| keys.numbers(j).map(|n| to_i64(keys.token(n)) - keys.origin()).collect::<Vec<_>>();
+            for j in (0..keys.len()).filter(|&j| keys.count(j) > 0) {
+                let of_block = positions_of(j);
+                // Whole numbers of less than 2^20 are summed exactly; means and differences of means round a few times.
+                let tolerance = 8.0 * f64::EPSILON * 400.0;
+                for position in -120..220 {
+                    let expected = mean(&[position], &of_block);
+                    let found = alibi.mean_distance(position, &keys, j);
+                    prop_assert!((found - expected).abs() <= tolerance, "block {j}, {position}: {found}, not {expected}");
+                }
+                for i in (0..queries.len()).filter(|&i| queries.count(i) > 0) {
+                    let of_row: Vec<i64> = queries.numbers(i).map(|n| of_query(queries.token(n))).collect();
+                    let excess = alibi.near[i].iter().find(|near| near.0 == j).map_or(0.0, |near| near.1);
+                    let (found, expected) = (alibi.rows[i].mean.distance(alibi.keys[j].mean) + excess, mean(&of_row, &of_block));
+                    prop_assert!((found - expected).abs() <= tolerance, "blocks {i}, {j}: {found}, not {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_of_millions_of_positions_are_summed_exactly() {
+        // n (n^2 - 1) / 3 where both are the same range; n^2 times the distance where they are apart.
+        let n = 1 << 31;
+        let exact = i128::from(to_i64(n));
+        assert_eq!(distances_of_ranges(0, n, n), exact * (exact * exact - 1) / 3);
+        assert_eq!(distances_of_ranges(to_i64(n) + 5, n, n), exact * exact * (exact + 5));
+    }
 }

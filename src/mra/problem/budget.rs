@@ -131,13 +131,13 @@ impl Budget {
         self.num_blocks.is_none() && self.blocks_per_row.iter().all(|number| number.is_infinite())
     }
 
-    /// Token form: room for the blocks of a token that no mask cuts, of which each has `ratio` finest ones.
-    pub(crate) fn token_width(&self, key_blocks: usize, ratio: usize) -> usize {
+    /// Token form: room for the blocks of a token that no mask cuts, of which each has `ratio` finest ones, however many there are.
+    pub(crate) fn token_width(&self, ratio: usize) -> usize {
         let per_token = self.num_blocks.unwrap_or_else(|| {
             self.blocks_per_row.iter().map(|&number| floor(number + 0.5).clamp(1, EVERY_BLOCK)).max().unwrap_or(1)
         });
         let local = (self.local() - 1).saturating_mul(2).div_ceil(ratio).saturating_add(1);
-        per_token.max(local.saturating_add(self.first_blocks.unwrap_or(1))).min(key_blocks)
+        per_token.max(local.saturating_add(self.first_blocks.unwrap_or(1)))
     }
 }
 

@@ -15,6 +15,8 @@ mod segment;
 mod sight;
 mod token_kinds;
 
+use std::sync::Arc;
+
 use crate::mra::select::LevelPlace;
 pub(crate) use batch::Batch;
 pub(crate) use blocks::Blocks;
@@ -22,6 +24,7 @@ pub use budget::Budget;
 pub(crate) use budget::TokenBudget;
 pub use mask::{Bias, BiasData, Mask};
 pub use options::{Coarse, CoarserLevel, Layout, Mode, Options, Score};
+use padding::Padding;
 use segment::Place;
 pub(crate) use segment::{Form, Segment};
 pub use sight::Window;
@@ -161,13 +164,14 @@ impl<'a> Problem<'a> {
                 && options.coarser.iter().all(|level| level.blocks_per_row.iter().all(|rate| rate.is_infinite())),
             plan_place: LevelPlace::default(),
         };
-        let mut problem = base.with_levels(&places, options, None);
+        let found = Padding::of_each(&places, options);
+        let mut problem = base.with_levels(&places, options, &found, None);
         let by_tokens = |index: usize| problem.levels().any(|level| level.segments[index].form == Form::Token);
         let forms: Vec<Form> =
             (0..places.len()).map(|index| if by_tokens(index) { Form::Token } else { Form::Block }).collect();
         let agree = |level: &Self| level.segments.iter().zip(&forms).all(|(segment, &form)| segment.form == form);
         if !problem.levels().all(agree) {
-            problem = base.with_levels(&places, options, Some(&forms));
+            problem = base.with_levels(&places, options, &found, Some(&forms));
         }
         problem.place_plans();
         if problem.expands() && problem.segments.iter().any(|segment| segment.form == Form::Block) {
@@ -183,7 +187,13 @@ impl<'a> Problem<'a> {
 
     /// The same with all levels. A sequence has one form: without `forms` each level has the token form where the one above has it, though
     /// small blocks may be free of what hides pairs of large ones.
-    fn with_levels(&self, places: &[Place], options: &Options<'a>, forms: Option<&[Form]>) -> Self {
+    fn with_levels(
+        &self,
+        places: &[Place],
+        options: &Options<'a>,
+        found: &[Option<Arc<Padding>>],
+        forms: Option<&[Form]>,
+    ) -> Self {
         let coarser = options.coarser.iter().map(|level| (level.block_size, &level.blocks_per_row));
         let mut levels: Vec<Self> = Vec::with_capacity(options.coarser.len() + 1);
         for (index, (size, rates)) in coarser.chain([(options.block_size, &options.budget.blocks_per_row)]).enumerate() {
@@ -193,7 +203,7 @@ impl<'a> Problem<'a> {
                 block_size: size,
                 ratio: size / options.block_size,
                 budget: Budget { blocks_per_row: rates.clone(), ..options.budget.clone() },
-                segments: segments(places, options, size, forms.or(above.as_deref())),
+                segments: segments(places, options, found, size, forms.or(above.as_deref())),
                 dropout: self.dropout.map(|dropout| dropout.at_level(index)),
                 ..self.clone()
             });
@@ -372,16 +382,20 @@ fn check_boundaries(name: &str, boundaries: &[usize], total: usize) -> Result<()
     }
 }
 
-/// The segments at these places, with blocks of this size and, if it is known, of this form. Where all batch items have the same mask and nothing else tells them apart, it is read once.
-fn segments(places: &[Place], options: &Options<'_>, size: usize, forms: Option<&[Form]>) -> Vec<Segment> {
-    let same = options.key_mask.is_none() && options.query_mask.is_none();
-    let shared = same && options.bias.is_some_and(|bias| bias.is_same_for_items());
-    let alike = |a: &Place, b: &Place| (&a.queries, &a.keys, a.offset) == (&b.queries, &b.keys, b.offset);
+/// The segments at these places, with blocks of this size and, if it is known, of this form; one for those that are alike. `found` is what
+/// the bias says of the tokens of each.
+fn segments(
+    places: &[Place],
+    options: &Options<'_>,
+    found: &[Option<Arc<Padding>>],
+    size: usize,
+    forms: Option<&[Form]>,
+) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::with_capacity(places.len());
-    for place in places {
-        let segment = match (segments.first(), places.first()) {
-            (Some(first), Some(of_first)) if shared && alike(place, of_first) => first.at(place),
-            _ => Segment::new(place, options, size, forms.map(|forms| forms[place.index])),
+    for (place, found) in places.iter().zip(found) {
+        let segment = match segments.first() {
+            Some(first) if place.is_like_first(places, options) => first.at(place),
+            _ => Segment::new(place, options, found.as_deref(), size, forms.map(|forms| forms[place.index])),
         };
         segments.push(segment);
     }

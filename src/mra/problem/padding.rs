@@ -1,9 +1,12 @@
 //! Which tokens a mask of pairs removes altogether (docs/definitions.md, section 2: what a mask says decides, not how it is written).
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::blocks::Blocks;
-use super::mask::{BIASED, Bias};
+use super::mask::{BIASED, Bias, Mask};
+use super::options::Options;
+use super::segment::Place;
 use crate::exec::{Chunks, threads};
 use crate::kernels::ExtendMask;
 use crate::simd::{Level, Scalar};
@@ -24,8 +27,24 @@ pub(crate) struct Padding {
 const QUERIES: usize = 64;
 
 impl Padding {
-    /// Reads the mask of a batch item. Tokens that `queries` and `keys` leave out are not looked at.
-    pub(crate) fn find(bias: &Bias<'_>, item: usize, queries: &Blocks, keys: &Blocks, threads: usize, level: Level) -> Self {
+    /// Reads the mask of each sequence, if there is one: once for those that are alike. It says the same for blocks of any size.
+    pub(crate) fn of_each(places: &[Place], options: &Options<'_>) -> Vec<Option<Arc<Self>>> {
+        let Some(bias) = &options.bias else { return vec![None; places.len()] };
+        let mut found: Vec<Option<Arc<Self>>> = Vec::with_capacity(places.len());
+        for place in places {
+            let known = found.first().filter(|_| place.is_like_first(places, options)).cloned();
+            found.push(known.unwrap_or_else(|| Some(Arc::new(Self::find(bias, place, options)))));
+        }
+        found
+    }
+
+    /// Reads the mask of a sequence. Tokens that padding masks leave out are not looked at.
+    fn find(bias: &Bias<'_>, place: &Place, options: &Options<'_>) -> Self {
+        let (item, threads, level) = (place.batch, options.threads, options.level);
+        let counting = |tokens: &Range<usize>, mask: Option<Mask<'_>>| {
+            Blocks::from_first(tokens.clone(), options.block_size, |token| mask.is_none_or(|mask| mask.is_valid(item, token)))
+        };
+        let (queries, keys) = (&counting(&place.queries, options.query_mask), &counting(&place.keys, options.key_mask));
         let [.., query_len, key_len] = bias.shape;
         let (count, total) = (queries.total(), keys.total());
         let rows = if bias.is_same_for_queries() { count.min(1) } else { count };

@@ -61,19 +61,27 @@ pub(crate) struct Place {
     pub(crate) offset: i64,
 }
 
+impl Place {
+    /// Whether this is not the first place, and nothing tells its tokens from those of the first one: a bias is the same for all batch
+    /// items and no other mask is given.
+    pub(crate) fn is_like_first(&self, places: &[Self], options: &Options<'_>) -> bool {
+        let first = &places[0];
+        self.index != first.index
+            && options.key_mask.is_none()
+            && options.query_mask.is_none()
+            && options.bias.is_some_and(|bias| bias.is_same_for_items())
+            && (&self.queries, &self.keys, self.offset) == (&first.queries, &first.keys, first.offset)
+    }
+}
+
 impl Segment {
-    /// With blocks of `size` tokens; in this form if a level above has it.
-    pub(crate) fn new(place: &Place, options: &Options<'_>, size: usize, form: Option<Form>) -> Self {
+    /// With blocks of `size` tokens; in this form if a level above has it. `found` is what the bias says of tokens, if there is one.
+    pub(crate) fn new(place: &Place, options: &Options<'_>, found: Option<&Padding>, size: usize, form: Option<Form>) -> Self {
         let (item, threads) = (place.batch, options.threads);
         let unmasked_key = |key: usize| options.key_mask.is_none_or(|mask| mask.is_valid(item, key));
         let unmasked_query = |query: usize| options.query_mask.is_none_or(|mask| mask.is_valid(item, query));
-        let found = options.bias.as_ref().map(|bias| {
-            let queries = Blocks::from_first(place.queries.clone(), size, unmasked_query);
-            let keys = Blocks::from_first(place.keys.clone(), size, unmasked_key);
-            Padding::find(bias, item, &queries, &keys, threads, options.level)
-        });
-        let is_key = |key: usize| unmasked_key(key) && found.as_ref().is_none_or(|found| found.seen_keys[key]);
-        let sees = |query: usize| unmasked_query(query) && found.as_ref().is_none_or(|found| !found.blind_queries[query]);
+        let is_key = |key: usize| unmasked_key(key) && found.is_none_or(|found| found.seen_keys[key]);
+        let sees = |query: usize| unmasked_query(query) && found.is_none_or(|found| !found.blind_queries[query]);
         let (any_key_hidden, any_query_hidden) =
             (options.key_mask.is_some() || found.is_some(), options.query_mask.is_some() || found.is_some());
         let blocks = |tokens: &Range<usize>, hidden: bool, counts: &dyn Fn(usize) -> bool| {
@@ -93,8 +101,8 @@ impl Segment {
         let hides = !options.window.is_unlimited()
             || !options.pool_queries
             || form == Some(Form::Token)
-            || found.as_ref().is_some_and(|found| !found.is_all);
-        let is_biased = found.as_ref().is_some_and(|found| found.is_biased);
+            || found.is_some_and(|found| !found.is_all);
+        let is_biased = found.is_some_and(|found| found.is_biased);
         let mut segment = Self {
             index: place.index,
             batch: item,

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::plan::{BlockPlan, child_columns};
+use super::block_plan::BlockPlan;
+use super::plan::child_columns;
 use crate::mra::problem::{Batch, Problem, Segment};
 
 /// A level below another one.

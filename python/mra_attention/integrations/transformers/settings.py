@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 
-from ...config import MRAConfig
+from ...config import MRAConfig, configure
 
 FIELD = "mra"
 """The name of the field of a model's config."""
@@ -119,6 +119,6 @@ def _with(config: MRAConfig, given: Any, name: str) -> MRAConfig:
     try:
         # `from_dict` checks names and values, and reads "inf".
         settings = MRAConfig.from_dict(given)
-        return replace(config, **{field: getattr(settings, field) for field in given})
+        return configure(config, {field: getattr(settings, field) for field in given})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"{name}: {error}") from error
