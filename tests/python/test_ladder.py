@@ -131,6 +131,34 @@ def test_any_number_of_threads_gives_the_same_bits(form: str, ladder: str) -> No
     assert_threads_change_nothing(inputs, settings)
 
 
+def test_many_queries() -> None:
+    """More of them than one range has: their gradients are summed in several pieces."""
+    shape = (1, 1, 2100, 40, 3)
+    inputs = random_inputs(shape)
+    assert_matches_oracle(*inputs[:3], ladder_of("causal", shape, "32, 8"), *inputs[3:])
+    shape = (1, 2, 8300, 40, 3)
+    settings = ladder_of("causal", shape, "32, 8", torch.float32)
+    assert_threads_change_nothing(random_inputs(shape, key_heads=1, dtype=torch.float32), settings)
+
+
+@pytest.mark.parametrize(("before", "behind"), [(3000, 0), (0, 3000)])
+def test_padding_changes_no_bit_of_the_gradients_of_many_queries(before: int, behind: int) -> None:
+    length = 8300
+    inputs = [torch.randn(1, 1, length, 4) for _ in range(4)]
+    padded = [torch.nn.functional.pad(x, (0, 0, before, behind)) for x in inputs]
+    valid = torch.nn.functional.pad(torch.ones(1, 1, 1, length, dtype=torch.bool), (before, behind))
+
+    def gradients(tensors: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+        out = scaled_dot_product_attention(
+            *leaves, attn_mask=mask, is_causal=True, resolutions=(256, 32, 1), blocks_per_row=(2, 1)
+        )
+        return torch.autograd.grad(out, leaves, tensors[3])
+
+    for alone, together in zip(gradients(inputs, None), gradients(padded, valid), strict=True):
+        assert torch.equal(alone, together[:, :, before : before + length])
+
+
 # A finite bias is added to NaN, as in torch's attention: such a number may hide finite numbers only.
 HIDDEN = [(form, x) for form in TOKEN_FORMS for x in (3.0, math.nan, math.inf) if x == 3.0 or "huge" not in form]
 
