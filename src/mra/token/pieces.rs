@@ -21,9 +21,9 @@ use crate::mra::attend::KeySums;
 use crate::mra::query_terms::{KeyAndValue, finish_keys};
 use crate::simd::{Element, Scalar};
 
-/// Pieces of a group, at most. Each has sums for all keys, so they are few: at 65536 tokens to set them to 0 and to add them up takes
-/// about a twentieth of backward.
-const PIECES: usize = 4;
+/// Pieces of a group, at most. Each has sums for all keys, so they are few: with 4 of them backward at 65536 tokens took a tenth more
+/// time of all threads together. Longer ranges, which more queries of a block would share, took longer, too: they leave the caches.
+const PIECES: usize = 2;
 
 /// Keys that have sums at the same time, unless more are needed to keep the threads busy: groups of short sequences are done together.
 const KEYS_AT_ONCE: usize = 1 << 18;
