@@ -387,10 +387,10 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
     config = MRAConfig(resolutions="auto", blocks_per_row=(3, 5))
     expected = {
         1: ((32, 1), (3.0, 5.0)),
-        4096: ((32, 1), (3.0, 5.0)),
-        4097: ((256, 32, 1), (16.0, (3.0, 5.0))),
-        32768: ((256, 32, 1), (16.0, (3.0, 5.0))),
-        32769: ((2048, 256, 32, 1), (16.0, 16.0, (3.0, 5.0))),
+        8192: ((32, 1), (3.0, 5.0)),
+        8193: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        131072: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        131073: ((8192, 512, 32, 1), (16.0, 16.0, (3.0, 5.0))),
     }
     for length, (resolutions, budgets) in expected.items():
         chosen = config.for_length(length)
@@ -405,17 +405,17 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_auto_is_smooth_where_a_level_is_added(causal: bool) -> None:
     """All blocks of a new level are refined at first, as if it were not there."""
-    query, key, value, *_ = random_inputs((1, 1, 4224, 4224, 4), dtype=torch.float32)
+    query, key, value, *_ = random_inputs((1, 1, 8320, 8320, 4), dtype=torch.float32)
     two = scaled_dot_product_attention(query, key, value, is_causal=causal, score="mean")
     auto = scaled_dot_product_attention(query, key, value, is_causal=causal, resolutions="auto")
     before = scaled_dot_product_attention(
-        query[:, :, :4096], key[:, :, :4096], value[:, :, :4096], is_causal=causal, resolutions="auto"
+        query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal, resolutions="auto"
     )
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
     assert (auto - exact).norm() <= 1.02 * (two - exact).norm()
     assert torch.equal(
         before,
-        scaled_dot_product_attention(query[:, :, :4096], key[:, :, :4096], value[:, :, :4096], is_causal=causal),
+        scaled_dot_product_attention(query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal),
     )
 
 
@@ -424,12 +424,12 @@ def test_a_cache_with_auto_has_the_levels_of_its_longest_sequence() -> None:
         KVCache(1, 1, 4, resolutions="auto")
     _, key, value, _, _ = random_inputs((1, 1, 40, 40, 4), dtype=torch.float32)
     query = torch.randn(1, 1, 5, 4)
-    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (256, 32, 1))]
+    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (512, 32, 1))]
     for cache in caches:
         cache.append(key, value)
     expected = caches[1].attend(query, blocks_per_row=(16, 4))
     assert torch.equal(caches[0].attend(query), expected)
-    with pytest.raises(ValueError, match="256 and 32 tokens"):
+    with pytest.raises(ValueError, match="512 and 32 tokens"):
         caches[0].attend(query, resolutions=(32, 1))
     with pytest.raises(ValueError, match="'auto' needs to know"):
         KVCache(1, 1, 4).attend(torch.randn(1, 1, 0, 4), resolutions="auto")
