@@ -3,6 +3,10 @@
 A level is added above the coarsest one where that would have more than `MOST_BLOCKS` blocks, and every level above the
 finest refines `REFINED` blocks per row. At the length where a level is added its blocks are no more than `REFINED`: all
 are refined, as if it were not there. So the error has no step there but that of `score="max"`, which ladders have not.
+
+A ratio of 16 fills the vectors of AVX-512 with the children of a block. With 8, and so one level more for as many
+candidates, causal attention at 65536 tokens had the same error and took a quarter more time. With half of the blocks,
+128 and 8, it took a sixth less, but the error of heads like those of a decoder grew by an eighth.
 """
 
 from __future__ import annotations
@@ -10,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 FINEST = 32
-RATIO = 8
-MOST_BLOCKS = 128
+RATIO = 16
+MOST_BLOCKS = 256
 REFINED = MOST_BLOCKS // RATIO
 
 

@@ -63,7 +63,7 @@ class MRAConfig:
         either exact or coarse. With more, as `(512, 32, 1)`, some blocks of each level are replaced by the blocks of
         the next one that they consist of, so that neither time nor memory grows with the square of the length.
         "auto" chooses them by the length L of the longer of queries and keys: blocks of 32, and above them, as long as
-        the largest blocks are more than 128 in L, larger ones of 8 times the size, of which 16 per row are refined.
+        the largest blocks are more than 256 in L, larger ones of 16 times the size, of which 16 per row are refined.
         `blocks_per_row` is then the budget of the finest level. L is that of the tensors: padding, all packed sequences
         together, and the `max_length` of a cache count, so a sequence by itself may get fewer levels.
     blocks_per_row : float, sequence or Tensor, default 4.0

@@ -53,6 +53,8 @@ pub(crate) struct AttendRows<'a, T> {
     pub(crate) softcap: Option<T>,
     /// What they see. Values of hidden keys must be finite: they are multiplied by 0.
     pub(crate) visible: Visible<'a, T>,
+    /// The logits before biases, capped, if they are known: all of them, and where those of each of `numbers` start.
+    pub(crate) given: Option<(&'a [T], &'a [usize])>,
     /// Which weights are dropped, one row of decisions for each of `numbers`.
     pub(crate) decisions: Option<Decisions<'a>>,
     /// The largest logit of every query so far.
@@ -87,6 +89,7 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
             Visible::Biased(bias) => assert!(bias.rows == count && bias.cols == self.values.rows, "a bias for each logit"),
         }
         assert!(self.decisions.is_none_or(|decisions| decisions.keys.len() == self.values.rows), "a number for each key");
+        assert!(self.given.is_none_or(|(_, places)| places.len() == count), "a place for each query");
         let rows = self.queries.rows.min(self.sums.rows).min(self.maximum.len()).min(self.sum.len());
         let largest = self.numbers.iter().fold(0, |largest, &number| largest.max(number));
         assert!(count == 0 || (largest as usize) < rows, "numbers of queries");
@@ -105,10 +108,16 @@ impl<T: Scalar> Kernel<T> for AttendRows<'_, T> {
             }
             // SAFETY: by the assertions above these are listed queries, whose rows are in bounds, as is the scratch for them.
             unsafe {
-                self.multiply_keys(simd, &chunk);
-                if let Some(cap) = self.softcap {
-                    let logits = &mut self.logits[..chunk.numbers.len() * chunk.columns];
-                    Softcap { logits, cap, slopes: None }.run(simd);
+                if let Some((given, places)) = self.given {
+                    for (row, &place) in self.logits.chunks_exact_mut(chunk.columns).zip(&places[chunk.first..][..rows]) {
+                        row[..chunk.keys].copy_from_slice(&given[place..][..chunk.keys]);
+                    }
+                } else {
+                    self.multiply_keys(simd, &chunk);
+                    if let Some(cap) = self.softcap {
+                        let logits = &mut self.logits[..rows * chunk.columns];
+                        Softcap { logits, cap, slopes: None }.run(simd);
+                    }
                 }
                 self.hide(&chunk);
                 let mut rescale = [T::from_f64(1.0); MOST_QUERIES];

@@ -131,6 +131,34 @@ def test_any_number_of_threads_gives_the_same_bits(form: str, ladder: str) -> No
     assert_threads_change_nothing(inputs, settings)
 
 
+def test_many_queries() -> None:
+    """More of them than one range has: their gradients are summed in several pieces."""
+    shape = (1, 1, 2100, 40, 3)
+    inputs = random_inputs(shape)
+    assert_matches_oracle(*inputs[:3], ladder_of("causal", shape, "32, 8"), *inputs[3:])
+    shape = (1, 2, 8300, 40, 3)
+    settings = ladder_of("causal", shape, "32, 8", torch.float32)
+    assert_threads_change_nothing(random_inputs(shape, key_heads=1, dtype=torch.float32), settings)
+
+
+@pytest.mark.parametrize(("before", "behind"), [(3000, 0), (0, 3000)])
+def test_padding_changes_no_bit_of_the_gradients_of_many_queries(before: int, behind: int) -> None:
+    length = 8300
+    inputs = [torch.randn(1, 1, length, 4) for _ in range(4)]
+    padded = [torch.nn.functional.pad(x, (0, 0, before, behind)) for x in inputs]
+    valid = torch.nn.functional.pad(torch.ones(1, 1, 1, length, dtype=torch.bool), (before, behind))
+
+    def gradients(tensors: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+        out = scaled_dot_product_attention(
+            *leaves, attn_mask=mask, is_causal=True, resolutions=(256, 32, 1), blocks_per_row=(2, 1)
+        )
+        return torch.autograd.grad(out, leaves, tensors[3])
+
+    for alone, together in zip(gradients(inputs, None), gradients(padded, valid), strict=True):
+        assert torch.equal(alone, together[:, :, before : before + length])
+
+
 # A finite bias is added to NaN, as in torch's attention: such a number may hide finite numbers only.
 HIDDEN = [(form, x) for form in TOKEN_FORMS for x in (3.0, math.nan, math.inf) if x == 3.0 or "huge" not in form]
 
@@ -359,10 +387,10 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
     config = MRAConfig(resolutions="auto", blocks_per_row=(3, 5))
     expected = {
         1: ((32, 1), (3.0, 5.0)),
-        4096: ((32, 1), (3.0, 5.0)),
-        4097: ((256, 32, 1), (16.0, (3.0, 5.0))),
-        32768: ((256, 32, 1), (16.0, (3.0, 5.0))),
-        32769: ((2048, 256, 32, 1), (16.0, 16.0, (3.0, 5.0))),
+        8192: ((32, 1), (3.0, 5.0)),
+        8193: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        131072: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        131073: ((8192, 512, 32, 1), (16.0, 16.0, (3.0, 5.0))),
     }
     for length, (resolutions, budgets) in expected.items():
         chosen = config.for_length(length)
@@ -377,17 +405,17 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_auto_is_smooth_where_a_level_is_added(causal: bool) -> None:
     """All blocks of a new level are refined at first, as if it were not there."""
-    query, key, value, *_ = random_inputs((1, 1, 4224, 4224, 4), dtype=torch.float32)
+    query, key, value, *_ = random_inputs((1, 1, 8320, 8320, 4), dtype=torch.float32)
     two = scaled_dot_product_attention(query, key, value, is_causal=causal, score="mean")
     auto = scaled_dot_product_attention(query, key, value, is_causal=causal, resolutions="auto")
     before = scaled_dot_product_attention(
-        query[:, :, :4096], key[:, :, :4096], value[:, :, :4096], is_causal=causal, resolutions="auto"
+        query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal, resolutions="auto"
     )
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
     assert (auto - exact).norm() <= 1.02 * (two - exact).norm()
     assert torch.equal(
         before,
-        scaled_dot_product_attention(query[:, :, :4096], key[:, :, :4096], value[:, :, :4096], is_causal=causal),
+        scaled_dot_product_attention(query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal),
     )
 
 
@@ -396,12 +424,12 @@ def test_a_cache_with_auto_has_the_levels_of_its_longest_sequence() -> None:
         KVCache(1, 1, 4, resolutions="auto")
     _, key, value, _, _ = random_inputs((1, 1, 40, 40, 4), dtype=torch.float32)
     query = torch.randn(1, 1, 5, 4)
-    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (256, 32, 1))]
+    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (512, 32, 1))]
     for cache in caches:
         cache.append(key, value)
     expected = caches[1].attend(query, blocks_per_row=(16, 4))
     assert torch.equal(caches[0].attend(query), expected)
-    with pytest.raises(ValueError, match="256 and 32 tokens"):
+    with pytest.raises(ValueError, match="512 and 32 tokens"):
         caches[0].attend(query, resolutions=(32, 1))
     with pytest.raises(ValueError, match="'auto' needs to know"):
         KVCache(1, 1, 4).attend(torch.randn(1, 1, 0, 4), resolutions="auto")

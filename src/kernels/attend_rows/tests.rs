@@ -6,7 +6,7 @@ use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use super::*;
-use crate::kernels::{Dropout, DropoutRows, Stream};
+use crate::kernels::{DotRows, Dropout, DropoutRows, Stream};
 use crate::simd::{Level, MAX_ULPS};
 
 const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
@@ -60,6 +60,16 @@ impl Step {
     }
 
     fn run_on(&mut self, numbers: &[u32], visible: Visible<'_, f32>, decisions: Option<Decisions<'_>>) {
+        self.run_with(numbers, visible, decisions, None);
+    }
+
+    fn run_with(
+        &mut self,
+        numbers: &[u32],
+        visible: Visible<'_, f32>,
+        decisions: Option<Decisions<'_>>,
+        given: Option<(&[f32], &[usize])>,
+    ) {
         let (count, columns) = (self.maximum.len(), self.keys.next_multiple_of(f32::lanes(self.level)));
         let mut logits = vec![f32::NAN; 2 * MOST_QUERIES * columns];
         let values = Matrix::new(&self.values, self.keys, self.width, self.width + GAP);
@@ -70,6 +80,7 @@ impl Step {
             numbers,
             softcap: None,
             visible,
+            given,
             decisions,
             maximum: &mut self.maximum,
             sum: &mut self.sum,
@@ -180,6 +191,37 @@ fn a_query_has_the_same_bits_alone_and_behind_its_keys() {
                 alone.keys = count;
                 alone.run(&numbers(20)[query..=query], &[], None);
                 assert_eq!(alone.row(query), together.row(query), "{}: query {query} of {keys} keys", level.name());
+            }
+        }
+    }
+}
+
+/// Queries and keys are not looked at then: they hold NaN.
+#[test]
+fn logits_that_are_known_give_the_bits_of_the_products() {
+    for level in Level::available() {
+        for keys in [1, 5, 16, 32, 33] {
+            let step = || Step::new(level, 40, 6, keys, 2);
+            let (mut computed, mut given) = (step(), step());
+            let odd: Vec<u32> = numbers(20).iter().map(|number| 2 * number + 1).collect();
+            let places: Vec<usize> = (0..20).rev().map(|index| index * (keys + 2)).collect();
+            let listed: Vec<(u32, usize)> = odd.iter().copied().zip(places.iter().copied()).collect();
+            let columns = given.packed.len() / 6;
+            let mut logits = vec![f32::NAN; 20 * (keys + 2)];
+            let products = DotRows {
+                queries: Matrix::new(&given.queries, 40, 6, 6 + GAP),
+                keys: Matrix::new(&given.packed, 6, columns, columns),
+                count: keys,
+                listed: &listed,
+                to: &mut logits,
+            };
+            f32::run(level, products);
+            given.queries.fill(f32::NAN);
+            given.packed.fill(f32::NAN);
+            computed.run(&odd, &[], None);
+            given.run_with(&odd, Visible::All, None, Some((&logits, &places)));
+            for query in 0..40 {
+                assert_eq!(given.row(query), computed.row(query), "{}: query {query} of {keys} keys", level.name());
             }
         }
     }

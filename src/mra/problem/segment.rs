@@ -252,6 +252,12 @@ impl Segment {
         })
     }
 
+    /// Which of `turns` one of these ranges has: they come round and round from the anchor on, so padding in front of it changes none.
+    pub(crate) fn turn_of_range(&self, range: &Range<usize>, size: usize, turns: usize) -> usize {
+        let place = (to_i64(range.start) - to_i64(self.anchor)).div_euclid(to_i64(size));
+        usize::try_from(place.rem_euclid(to_i64(turns))).expect("less than the turns")
+    }
+
     /// Cuts queries at positions that are multiples of `size`. So a piece of as many queries as a block has, or fewer, lies in one
     /// block if the sizes divide each other.
     pub(crate) fn tiles(&self, tokens: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {

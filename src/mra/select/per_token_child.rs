@@ -121,6 +121,21 @@ impl<T: Scalar> ChildChooser<T> {
         }
     }
 
+    /// Lists from the first block above again.
+    pub(crate) fn restart(&mut self) {
+        self.passed.fill(0);
+    }
+
+    /// Whether a query has to choose, and so has logits.
+    pub(crate) fn has_logits(&self, query: u32) -> bool {
+        chooses(&self.choices[query as usize])
+    }
+
+    /// The logits, which are `-inf` once the queries have chosen where these were not free to.
+    pub(crate) fn known_logits(&self) -> &[T] {
+        &self.logits
+    }
+
     /// Where logits go.
     pub(crate) fn logits(&mut self) -> &mut [T] {
         &mut self.logits

@@ -8,10 +8,9 @@
 //! dk_s += dkh_j / count_j             dv_s likewise
 //! ```
 //!
-//! With several levels, and where there are enough groups of heads for the threads, a task is a group and computes all of it in one pass:
-//! 5 products. The gradient of the mean of a larger block is shared by the smaller ones that it is made of.
+//! Where there are enough groups of heads for the threads, a task is a group and computes all of it in one pass: 5 products.
 //! Otherwise ranges of queries give dq, then blocks of keys dk and dv: 7 products. Both give the same bits, because every sum
-//! is in the same order and in the same pieces.
+//! is in the same order and in the same pieces. Several levels have a way of their own, in one pass for any number of groups (pieces).
 
 use std::ops::Range;
 
@@ -49,8 +48,9 @@ pub(crate) fn backward<E: Element>(
     });
     let products = exact.fold(candidates(&pass.levels), usize::saturating_add).saturating_mul(3 * problem.heads);
     let threads = problem.threads_for(products.saturating_mul(problem.head_dim + pass.value_dim));
-    // Several levels are only done in one pass.
-    if pass.levels.len() > 1 || one_pass(batch.groups(), threads) {
+    if pass.levels.len() > 1 {
+        pass.by_pieces(threads);
+    } else if one_pass(batch.groups(), threads) {
         pass.by_groups(threads);
     } else {
         pass.by_ranges(threads);
@@ -122,36 +122,13 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                     unsafe { self.range(head, range, scratch, Some(&mut sums)) };
                 }
             }
-            let of_finest = self.spread(group, &mut sums.pooled);
+            let of_means = sums.pooled.first().filter(|_| self.levels[0].means.is_some());
             for block in 0..batch.segment_of_group(group).keys.len() {
-                let pooled = of_finest.map(|sums| pooled_row(sums, block, key_width, value_width));
+                let pooled = of_means.map(|sums| pooled_row(sums, block, key_width, value_width));
                 // SAFETY: each task has its own group of heads.
                 unsafe { finish_keys(self.problem, batch, self.gradients, (group, block), &sums.exact, pooled) };
             }
         });
-    }
-
-    /// Adds the gradients of the means of every level to those of the blocks that they are means of, and returns those of the finest
-    /// blocks, if there are means.
-    fn spread<'s>(&self, group: usize, pooled: &'s mut [KeySums<'_, E::Compute>]) -> Option<&'s KeySums<'s, E::Compute>> {
-        let (key_width, value_width) = self.widths();
-        self.levels[0].means.as_ref()?;
-        for (index, level) in self.levels.iter().enumerate().skip(1) {
-            let (above, from) = pooled.split_at_mut(index);
-            let (above, own) = (&above[index - 1], &mut from[0]);
-            let children = level.problem.children().expect("a level below another one");
-            let (keys, keys_above) =
-                (&level.batch.segment_of_group(group).keys, &self.levels[index - 1].batch.segment_of_group(group).keys);
-            for block in (0..keys.len()).filter(|&block| keys.count(block) > 0) {
-                let (parent, count) = (block / children, keys.count(block));
-                let share = E::Compute::from_f64(count as f64 / keys_above.count(parent) as f64);
-                for (width, from, to) in [(key_width, &*above.dk, &mut *own.dk), (value_width, &*above.dv, &mut *own.dv)] {
-                    let (from, to) = (&from[parent * width..][..width], &mut to[block * width..][..width]);
-                    to.iter_mut().zip(from).for_each(|(to, &from)| *to += share * from);
-                }
-            }
-        }
-        pooled.last()
     }
 
     /// One task for each range of queries: dq.

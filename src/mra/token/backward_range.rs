@@ -10,7 +10,7 @@ use super::gradient::{GradientTile, KeyRows, RangeRows};
 use super::levels::{LevelOfRange, TokenLevel, read_plan};
 use super::queries_of_block::QueriesOfBlocks;
 use super::query_tile::{QueryTile, for_query_tiles};
-use super::refine::{block_name, leaves_some, read_row};
+use super::refine::{block_name, leaves_some, read_row, weights_of};
 use super::visible_keys::{BiasColumns, Viewer};
 use crate::exec::Buffer;
 use crate::kernels::{AllFinite, Matrix, Stream};
@@ -225,6 +225,8 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let queries: Vec<u32> = lists.all_of(place).iter().copied().filter(left).collect();
         let dropping = problem.dropout.is_some();
         let names: Vec<u32> = blocks.clone().filter(|_| dropping).map(block_name).collect();
+        let mut weights = Vec::new();
+        weights_of(problem, segment, &blocks, &mut weights);
         let column = batch.column(group, 0);
         let finite = self.finite_means[range.index][column + blocks.start..column + blocks.end].iter().all(|&finite| finite);
         for queries in queries.chunks(TILE_QUERIES) {
@@ -240,7 +242,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
             tile.differentiate(of_children, |logits, columns| {
                 let read = |query: usize, biases: &mut [E::Compute]| {
                     let (sight, place) = (&range.sights[query], (head, range.tokens.start + query));
-                    read_row(problem, segment, place, sight, row(query), &blocks, biases);
+                    read_row(problem, segment, place, sight, row(query), (&blocks, &weights), biases);
                 };
                 bias.add(problem.level, queries.iter().map(|&query| query as usize), read, logits, columns);
             });

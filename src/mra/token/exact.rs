@@ -62,9 +62,9 @@ impl<T: Scalar> ExactBlock<T> {
             self.attend_partly(range, chosen, &at, &numbers, partly, state);
             let at = Keys { ahead: present.get(index + 1).and_then(|&next| source.block_ahead(next)), ..at };
             if chosen.viewer.is_biased() {
-                self.tile.attend_biased(range, &at, wholly, reader(range, chosen, &numbers), state);
+                self.tile.attend_biased(range, &at, wholly, None, reader(range, chosen, &numbers), state);
             } else {
-                self.tile.attend(range, &at, wholly, Visible::All, state);
+                self.tile.attend(range, &at, wholly, Visible::All, None, state);
             }
         }
         self.names = names;
@@ -88,9 +88,9 @@ impl<T: Scalar> ExactBlock<T> {
             self.tile.attend_one_by_one(range, at, listed, read, state);
         } else if chosen.viewer.is_window() {
             let seen: Vec<[u32; 2]> = listed.iter().map(|&query| ends(&chosen.sights[query as usize], numbers)).collect();
-            self.tile.attend(range, at, listed, Visible::Ranges(&seen), state);
+            self.tile.attend(range, at, listed, Visible::Ranges(&seen), None, state);
         } else {
-            self.tile.attend_biased(range, at, listed, read, state);
+            self.tile.attend_biased(range, at, listed, None, read, state);
         }
     }
 }

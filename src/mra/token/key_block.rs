@@ -38,6 +38,9 @@ pub(crate) struct Keys<'a, T> {
     pub(crate) ahead: Option<[Matrix<'a, T>; 2]>,
 }
 
+/// Logits that are known, of any queries, and where those of each listed one start.
+pub(crate) type Given<'a, T> = (&'a [T], &'a [usize]);
+
 /// Queries whose biases are read at a time.
 const BIASED_QUERIES: usize = 64;
 
@@ -97,17 +100,19 @@ impl<T: Scalar> KeyBlock<T> {
         range: &RangeOfHead<'_, T>,
         at: &Keys<'_, T>,
         listed: &[u32],
+        given: Option<Given<'_, T>>,
         read: impl Fn(usize, &mut [T]),
         state: &mut State<T>,
     ) {
         let count = at.keys.rows;
         let mut bias = std::mem::replace(&mut self.bias, Buffer::scratch(0));
-        for listed in listed.chunks(BIASED_QUERIES) {
+        for (index, listed) in listed.chunks(BIASED_QUERIES).enumerate() {
+            let given = given.map(|(logits, places)| (logits, &places[index * BIASED_QUERIES..][..listed.len()]));
             for (row, &query) in bias.chunks_exact_mut(count).zip(listed) {
                 read(query as usize, row);
             }
             let biases = Matrix::new(&bias, listed.len(), count, count);
-            self.attend(range, at, listed, Visible::Biased(biases), state);
+            self.attend(range, at, listed, Visible::Biased(biases), given, state);
         }
         self.bias = bias;
     }
@@ -135,17 +140,18 @@ impl<T: Scalar> KeyBlock<T> {
             }
             let values = Matrix::new(&seen_values, count, values.cols, values.cols);
             let visible = Visible::Biased(Matrix::new(&bias, 1, count, count));
-            self.attend(range, &Keys { values, ..*at }, query, visible, state);
+            self.attend(range, &Keys { values, ..*at }, query, visible, None, state);
         }
     }
 
-    /// A step of the softmax for some queries over the packed keys.
+    /// A step of the softmax for some queries over the packed keys, which need not be packed if all logits are `given`.
     pub(crate) fn attend(
         &mut self,
         range: &RangeOfHead<'_, T>,
         at: &Keys<'_, T>,
         listed: &[u32],
         visible: Visible<'_, T>,
+        given: Option<Given<'_, T>>,
         state: &mut State<T>,
     ) {
         if let Some(dropout) = &mut self.dropout {
@@ -164,6 +170,7 @@ impl<T: Scalar> KeyBlock<T> {
                 numbers: listed,
                 softcap: self.softcap,
                 visible,
+                given,
                 decisions: self.dropout.as_ref().map(DropoutTile::decisions),
                 maximum: &mut state.maximum,
                 sum: &mut state.sum,

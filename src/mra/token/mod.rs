@@ -17,7 +17,7 @@
 //!     for each block j, ascending, for the queries that compute it:                       exact, key_block
 //!         state_t continues over the keys of j that t sees                               visible_keys
 //!     out_t, lse_t = state_t
-//! backward                                                backward, backward_range, gradient
+//! backward                                                backward, pieces, backward_range, gradient
 //! ```
 //!
 //! - No query is pooled, so the work is that of each token's own choice; sorting by blocks makes it dense products again. The
@@ -39,6 +39,7 @@ mod gradient;
 mod key_block;
 mod key_codes;
 mod levels;
+mod pieces;
 mod queries_of_block;
 mod query_tile;
 mod rank;

@@ -33,8 +33,13 @@ pub(crate) struct Refiner<T> {
     children: usize,
     tile: KeyBlock<T>,
     chooser: ChildChooser<T>,
+    /// Whether the chooser has the logits of this range.
+    chosen: bool,
     listed: Vec<(u32, usize)>,
     left: Vec<u32>,
+    known: Vec<u32>,
+    places: Vec<usize>,
+    weights: Vec<T>,
     names: Vec<u32>,
 }
 
@@ -46,8 +51,12 @@ impl<T: Scalar> Refiner<T> {
             children,
             tile: KeyBlock::new(problem, children, true),
             chooser: ChildChooser::new(children),
+            chosen: false,
             listed: Vec::new(),
             left: Vec::new(),
+            known: Vec::new(),
+            places: Vec::new(),
+            weights: Vec::new(),
             names: Vec::new(),
         }
     }
@@ -61,11 +70,13 @@ impl<T: Scalar> Refiner<T> {
         plan: &mut [i32],
         width: usize,
     ) {
+        self.chosen = false;
         let (Some(budget), Some(keys)) = (&source.budget, &source.keys) else { return };
         let (problem, segment) = (source.problem, source.segment);
         if width == 0 {
             return;
         }
+        self.chosen = true;
         let parents = lists.present().iter().enumerate().map(|(place, &parent)| (parent, lists.all_of(place)));
         let queries = (sights, finest, problem.ratio);
         if self.chooser.start(budget, segment.keys.len(), queries, parents.clone()) {
@@ -100,29 +111,56 @@ impl<T: Scalar> Refiner<T> {
         let (Some(keys), Some(values)) = (&source.keys, &source.values) else { return };
         let (problem, segment) = (source.problem, source.segment);
         let row = |query: usize| &plan[query * width..][..width];
+        // Those that queries have chosen by have their biases in them, to which what a block counts would be added in another order.
+        let reuse = self.chosen && problem.softcap.is_none() && !segment.is_biased() && segment.alibi.is_none();
+        self.chooser.restart();
         for (place, &parent) in lists.present().iter().enumerate() {
             let blocks = child_columns(segment, parent, self.children);
-            self.left.clear();
-            let queries = lists.all_of(place).iter().copied();
-            self.left.extend(queries.filter(|&t| leaves_some(&sights[t as usize], row(t as usize), &blocks)));
-            if self.left.is_empty() {
+            let finite = T::run(problem.level, AllFinite(matrix(values, blocks.clone())));
+            self.split(lists.all_of(place), reuse, finite, |t| leaves_some(&sights[t as usize], row(t as usize), &blocks));
+            if self.left.is_empty() && self.known.is_empty() {
                 continue;
             }
+            weights_of(problem, segment, &blocks, &mut self.weights);
             self.names.clear();
             self.names.extend(blocks.clone().filter(|_| problem.dropout.is_some()).map(block_name));
             let (keys, values) = (matrix(keys, blocks.clone()), matrix(values, blocks.clone()));
             let at = Keys { keys, values, stream: Stream::Coarse, names: &self.names, ahead: None };
             let read = |query: usize, biases: &mut [T]| {
                 let token = range.tokens.start + query;
-                read_row(problem, segment, (source.head, token), &sights[query], row(query), &blocks, biases);
+                let of_blocks = (&blocks, &self.weights[..]);
+                read_row(problem, segment, (source.head, token), &sights[query], row(query), of_blocks, biases);
             };
+            let given = Some((self.chooser.known_logits(), &self.places[..]));
+            self.tile.attend_biased(range, &at, &self.known, given, read, state);
+            if self.left.is_empty() {
+                continue;
+            }
             self.tile.pack(&keys, range.queries);
-            if T::run(problem.level, AllFinite(values)) {
-                self.tile.attend_biased(range, &at, &self.left, read, state);
+            if finite {
+                self.tile.attend_biased(range, &at, &self.left, None, read, state);
             } else {
                 self.tile.attend_one_by_one(range, &at, &self.left, read, state);
             }
         }
+    }
+
+    /// Splits the queries of the next block above that leave some of its children: those whose logits are known, if these are
+    /// to be used, and all others.
+    fn split(&mut self, queries: &[u32], reuse: bool, finite: bool, leaves: impl Fn(u32) -> bool) {
+        self.listed.clear();
+        if reuse {
+            self.chooser.list(queries, &mut self.listed);
+        }
+        self.known.clear();
+        self.places.clear();
+        for &(query, place) in self.listed.iter().filter(|&&(query, _)| finite && leaves(query)) {
+            self.known.push(query);
+            self.places.push(place);
+        }
+        self.left.clear();
+        let is_known = |query: u32| reuse && finite && self.chooser.has_logits(query);
+        self.left.extend(queries.iter().copied().filter(|&query| !is_known(query) && leaves(query)));
     }
 }
 
@@ -146,22 +184,28 @@ pub(crate) fn leaves_some(sight: &Sight<'_>, row: &[i32], blocks: &Range<usize>)
     sight.count_open_of(blocks) > refined(row, blocks).len()
 }
 
-/// Writes what is added to the logits of a query of a head on some blocks: what each counts and the mean bias, or `-inf` where it
-/// does not see all of the block or refines it by its `row` of the plan.
+/// Writes what is added to the logits of some blocks because of what each counts.
+pub(crate) fn weights_of<T: Scalar>(problem: &Problem<'_>, segment: &Segment, blocks: &Range<usize>, to: &mut Vec<T>) {
+    let weight = |count: usize| T::from_f64((count as f64).ln() + problem.coarse_shift);
+    to.clear();
+    match segment.keys.count_of_each(blocks.clone()) {
+        Some(count) => to.resize(blocks.len(), weight(count)),
+        None => to.extend(blocks.clone().map(|block| weight(segment.keys.count(block)))),
+    }
+}
+
+/// Writes what is added to the logits of a query of a head on some blocks: their weights ([`weights_of`]) and the mean bias, or `-inf`
+/// where it does not see all of the block or refines it by its `row` of the plan.
 pub(crate) fn read_row<T: Scalar>(
     problem: &Problem<'_>,
     segment: &Segment,
     (head, token): (usize, usize),
     sight: &Sight<'_>,
     row: &[i32],
-    blocks: &Range<usize>,
+    (blocks, weights): (&Range<usize>, &[T]),
     biases: &mut [T],
 ) {
-    let weight = |count: usize| T::from_f64((count as f64).ln() + problem.coarse_shift);
-    match segment.keys.count_of_each(blocks.clone()) {
-        Some(count) => biases.fill(weight(count)),
-        None => biases.iter_mut().zip(blocks.clone()).for_each(|(bias, block)| *bias = weight(segment.keys.count(block))),
-    }
+    biases.copy_from_slice(weights);
     add_mean_biases(problem, segment, head, token, blocks, biases);
     if sight.is_masked() || sight.count_open_of(blocks) < blocks.len() {
         for (bias, _) in biases.iter_mut().zip(blocks.clone()).filter(|&(_, block)| !sight.is_open(block)) {
