@@ -1,0 +1,164 @@
+"""Budgets for every head of a model, chosen from data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+from ..config import MRAConfig
+from .attention_call import AttentionCall
+from .budget_curves import BudgetCurve, Cost, measure
+from .budget_frontier import Point, frontier
+from .calibration import CalibratedLayer, Calibration
+from .calibration_arguments import by_layer, check_candidates, check_cost, the_target
+
+Loss = Callable[[dict[str, MRAConfig]], float]
+
+
+def calibrate(
+    calls: Sequence[AttentionCall],
+    *,
+    target_error: float | None = None,
+    speedup: float | None = None,
+    target_loss: float | None = None,
+    loss: Loss | None = None,
+    candidates: Sequence[MRAConfig] = (MRAConfig(),),
+    cost: Cost = "flops",
+) -> Calibration:
+    """Choose a budget for every head from what attention was given, and a config for every layer.
+
+    Each head is computed at a ladder of budgets, 1, 1.5, 2, 3, 4, 6, ... blocks per row and all of them, and its output
+    compared with that of exact attention. A head gets one more step where that saves more error for its cost than
+    it would save elsewhere, until the target is met. So a head that errs little with few blocks leaves its share to
+    one that needs them, and a layer that is computed better as a whole gets every block.
+
+    Parameters
+    ----------
+    calls : sequence of AttentionCall
+        What the layers of a model were given, for some text as it is used: the budgets fit its length and its masks.
+        Calls with the same `layer` are one layer, with one number of heads. Tensors may have any layout and dtype that
+        `mra_attention.scaled_dot_product_attention` takes.
+    target_error : float, optional
+        The mean error that is allowed, at least 0; the cheapest configs that keep it are chosen. The error of a head is
+        `||out - exact|| / ||exact||` of its whole output for an item of a batch, mean over items and calls; the mean
+        is over all heads of all layers.
+    speedup : float, optional
+        What exact attention is to cost, as a multiple of what the configs cost, at least 1; those with the smallest
+        mean error are chosen.
+    target_loss : float, optional
+        The largest value of `loss` that is allowed; the cheapest configs that keep it are chosen, of those with the
+        smallest mean error for their cost. Exactly one of the three targets is given.
+    loss : callable, optional
+        With `target_loss`: `loss(configs)` runs the model with a config for each layer and returns a number that grows
+        with the errors. It is called about ten times: the configs are found by bisection.
+    candidates : sequence of MRAConfig, default (MRAConfig(),)
+        How a layer may be approximated, but for its budget, which is what is chosen: configs of two resolutions, with
+        `blocks_per_row` and `num_blocks` at their defaults. A layer gets the one that serves it best.
+    cost : {"flops", "seconds"}, default "flops"
+        What a config costs. "flops": the products that `torch.utils.flop_counter` counts, those of logits, exact and
+        pooled, and of values. The choice is then the same on every machine. "seconds": the fastest of a few calls, with
+        as many threads as torch has. A head costs its share of a call in which all heads have its budget.
+
+    Returns
+    -------
+    Calibration
+        A config for each layer, what they cost and how large the errors are, and the curves from which they were
+        chosen.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If there is not exactly one target, a value is not accepted, `loss` is not met with every block, or a result
+        is not finite.
+    NotImplementedError, TypeError, ValueError
+        If attention refuses a call with one of the candidates.
+
+    Notes
+    -----
+    A layer in which every head needs every block has `blocks_per_row=inf`. Where only some heads do, these have as many
+    blocks as there were in the longest call. Of all combinations of budgets and candidates those on the lower convex
+    hull of error and cost are looked at, which are one step of one head, or another candidate of a layer, apart. On
+    the calls themselves the mean error is the one that is given, up to rounding, since heads do not influence each
+    other; on other data it is not the same. docs/analysis.md has what that gains and costs on two models.
+
+    Deterministic with `cost="flops"` and a deterministic `loss`. Nothing is differentiated.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mra_attention.analysis import AttentionCall, calibrate
+    >>> call = AttentionCall(*torch.randn(3, 1, 2, 256, 32), layer="encoder.0")
+    >>> calibration = calibrate([call], speedup=2)
+    >>> calibration.speedup >= 2
+    True
+    """
+    name, target = the_target(target_error, speedup, target_loss, loss)
+    check_candidates(candidates)
+    check_cost(cost)
+    layers = by_layer(calls)
+    curves = {layer: measure(of_layer, candidates, cost) for layer, of_layer in layers.items()}
+    points = frontier([*curves.values()])
+    key_lengths = {layer: max(call.key.shape[-2] for call in of_layer) for layer, of_layer in layers.items()}
+
+    def calibration(point: Point) -> Calibration:
+        chosen: dict[str, CalibratedLayer] = {}
+        for (layer, of_layer), (of_heads, places) in zip(curves.items(), point.choice, strict=True):
+            chosen[layer] = _chosen(of_layer, of_heads, places, key_lengths[layer])
+        flat = itertools.chain.from_iterable(itertools.chain.from_iterable(curves.values()))
+        return Calibration(layers=chosen, cost_unit=cost, curves=tuple(flat))
+
+    if name == "target_loss":
+        return _with_loss([*map(calibration, points)], cast("Loss", loss), target)
+    if name == "speedup":
+        exact_cost = calibration(points[-1]).exact_cost
+        return calibration(_affordable(points, exact_cost / target, f"speedup={target}"))
+    heads = sum(len(of_layer[0]) for of_layer in curves.values())
+    return calibration(next(point for point in points if point.error <= target * heads))
+
+
+def _chosen(
+    of_layer: Sequence[Sequence[BudgetCurve]], curves: Sequence[BudgetCurve], places: Sequence[int], key_length: int
+) -> CalibratedLayer:
+    config = curves[0].config
+    budgets = [curve.budgets[i] for curve, i in zip(curves, places, strict=True)]
+    # In the token form a single infinity would give the plan of every head the room for all blocks.
+    every = float(-(-key_length // config.block_size))
+    several = tuple(min(budget, every) for budget in budgets)
+    return CalibratedLayer(
+        config=replace(config, blocks_per_row=budgets[0] if len(set(budgets)) == 1 else several),
+        errors=tuple(curve.errors[i] for curve, i in zip(curves, places, strict=True)),
+        cost=sum(curve.costs[i] for curve, i in zip(curves, places, strict=True)),
+        exact_cost=min(sum(curve.costs[-1] for curve in of_config) for of_config in of_layer),
+    )
+
+
+def _affordable(points: Sequence[Point], cost: float, asked: str) -> Point:
+    """Return the last point that costs no more."""
+    affordable = [point for point in points if point.cost <= cost]
+    if not affordable:
+        most = points[0].cost
+        raise ValueError(
+            f"{asked} is more than the smallest budgets give; the least cost is {most:.6g}, not {cost:.6g}"
+        )
+    return affordable[-1]
+
+
+def _with_loss(calibrations: Sequence[Calibration], loss: Loss, target: float) -> Calibration:
+    """Return the first calibration, by bisection, with a loss that is small enough."""
+    found: dict[int, float] = {}
+
+    def is_met(at: int) -> bool:
+        found[at] = float(loss(calibrations[at].configs))
+        return found[at] <= target
+
+    low, high = 0, len(calibrations) - 1
+    if not is_met(high):
+        raise ValueError(f"target_loss={target} is not met by the loss with the smallest errors, {found[high]:.6g}")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_met(middle) else (middle + 1, high)
+    return replace(calibrations[high], loss=found[high])
