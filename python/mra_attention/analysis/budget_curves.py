@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ def _curves(
 
 
 def _attend(call: AttentionCall, config: MRAConfig) -> Tensor:
-    return scaled_dot_product_attention(call.query, call.key, call.value, config=config, **call.arguments())
+    attention = cast("Callable[..., Tensor]", scaled_dot_product_attention)
+    return attention(call.query, call.key, call.value, config=config, **call.arguments())
 
 
 def _relative_errors(out: Tensor, exact: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def _relative_errors(out: Tensor, exact: Tensor) -> Tensor:
     sizes = exact.double().square().sum((-2, -1)).sqrt()
     errors = (out.double() - exact.double()).square().sum((-2, -1)).sqrt()
     # A head of which the exact output is 0, as where every key is hidden, has no relative error but 0.
-    ratios = torch.where(errors == 0, 0.0, errors / sizes)
+    ratios = torch.where(errors == 0, errors, errors / sizes)
     return ratios.reshape(-1, ratios.shape[-1])
 
 
