@@ -99,6 +99,13 @@ def test_costs_are_the_products_of_attention():
     assert found.cost_unit == "flops"
 
 
+def test_budgets_that_are_tried():
+    for budgets, expected in ((None, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)), ([2, 5.0], (2.0, 5.0))):
+        found = calibrate([call(local_head(), rough_head())], target_error=0.1, budgets=budgets)
+        assert {curve.budgets for curve in found.curves} == {(*expected, math.inf)}
+        assert set(found.configs["first"].blocks_per_row) <= {*expected, BLOCKS}
+
+
 def test_costs_in_seconds_choose_as_well():
     found = calibrate([call(local_head(), rough_head())], target_error=0.1, cost="seconds")
     assert found.cost_unit == "seconds"
@@ -256,6 +263,11 @@ def test_what_is_refused():
         ([good], target | {"candidates": [MRAConfig(num_blocks=8)]}, ValueError, "num_blocks=8, but"),
         ([good], target | {"candidates": [MRAConfig(resolutions="auto")]}, ValueError, "got resolutions='auto'"),
         ([good], target | {"candidates": [MRAConfig(resolutions=(64, 16, 1))]}, ValueError, r"resolutions=\(64, 16, 1"),
+        ([good], target | {"budgets": []}, TypeError, r"budgets must be None or a sequence of numbers, got \[\]"),
+        ([good], target | {"budgets": 4}, TypeError, "budgets must be .*, got 4"),
+        ([good], target | {"budgets": [4, 2]}, ValueError, r"budgets must be positive and ascending, got \[4, 2\]"),
+        ([good], target | {"budgets": [0, 4]}, ValueError, r"budgets must be positive .*, got \[0, 4\]"),
+        ([good], target | {"budgets": [4, math.inf]}, ValueError, r"budgets\[1\] must be a finite number, got inf"),
         ([], target, ValueError, "calls is empty"),
         ([good.query], target, TypeError, "calls must be of .*AttentionCall, got Tensor"),
         ([good, dataclasses.replace(good, layer="")], target, ValueError, r"calls\[1\].layer is empty"),

@@ -53,42 +53,53 @@ class BudgetCurve:
 
 
 def ladder(key_blocks: int) -> tuple[float, ...]:
-    """Return the budgets that are tried: 1, 1.5, 2, 3, 4, 6, 8, ... below the number of key blocks, and every block.
+    """Return the budgets below the number of key blocks that are tried by default: 1, 1.5, 2, 3, 4, 6, 8, 12, ...
 
-    Between two of them the error of a head changes little enough that finer steps save no more.
+    Between two of them the error of a head changes little enough that finer steps save hardly more.
     """
     steps = (step * 2.0**octave for octave in range(key_blocks.bit_length()) for step in (1.0, 1.5))
-    return (*(budget for budget in steps if budget < key_blocks), math.inf)
+    return tuple(budget for budget in steps if budget < key_blocks)
 
 
 @torch.no_grad()
-def measure(calls: Sequence[AttentionCall], configs: Iterable[MRAConfig], cost: Cost) -> list[list[BudgetCurve]]:
+def measure(
+    calls: Sequence[AttentionCall], configs: Iterable[MRAConfig], budgets: Sequence[float] | None, cost: Cost
+) -> list[list[BudgetCurve]]:
     """Return for each config the curves of all heads of the layer of which these are the calls."""
-    exact = [_attend(call, MRAConfig(blocks_per_row=math.inf)) for call in calls]
+    exact = [_COSTS[cost](functools.partial(_attend, call, MRAConfig(blocks_per_row=math.inf))) for call in calls]
     longest = max(call.key.shape[-2] for call in calls)
-    return [_curves(calls, exact, config, ladder(-(-longest // config.block_size)), cost) for config in configs]
+    found: list[list[BudgetCurve]] = []
+    for config in configs:
+        tried = ladder(-(-longest // config.block_size)) if budgets is None else budgets
+        found.append(_curves(calls, exact, config, tried, cost))
+    return found
 
 
 def _curves(
-    calls: Sequence[AttentionCall], exact: Sequence[Tensor], config: MRAConfig, budgets: tuple[float, ...], cost: Cost
+    calls: Sequence[AttentionCall],
+    exact: Sequence[tuple[Tensor, float]],
+    config: MRAConfig,
+    budgets: Sequence[float],
+    cost: Cost,
 ) -> list[BudgetCurve]:
-    heads = calls[0].query.shape[-3]
+    layer, heads = calls[0].layer, calls[0].query.shape[-3]
     errors: list[list[float]] = []
     costs: list[float] = []
     for budget in budgets:
         budgeted = replace(config, blocks_per_row=budget)
         attended = [_COSTS[cost](functools.partial(_attend, call, budgeted)) for call in calls]
-        pairs = zip((out for out, _ in attended), exact, strict=True)
-        of_items = torch.cat([_relative_errors(*pair) for pair in pairs])
+        pairs = zip(attended, exact, strict=True)
+        of_items = torch.cat([_relative_errors(out, expected) for (out, _), (expected, _) in pairs])
         if not of_items.isfinite().all():
-            raise ValueError(f"calls of layer {calls[0].layer!r} have outputs that are not finite")
-        # What is left with every block is rounding, which is no matter of budgets.
-        errors.append([0.0 if math.isinf(budget) else error.item() for error in of_items.mean(0)])
+            raise ValueError(f"calls of layer {layer!r} have outputs that are not finite")
+        errors.append([error.item() for error in of_items.mean(0)])
         costs.append(sum(work for _, work in attended) / heads)
-    return [
-        BudgetCurve(calls[0].layer, head, config, budgets, tuple(row[head] for row in errors), tuple(costs))
-        for head in range(heads)
-    ]
+    # With every block all configs are the same attention, and what is left of an error is rounding.
+    errors.append([0.0] * heads)
+    costs.append(sum(work for _, work in exact) / heads)
+    of_heads = zip(*errors, strict=True)
+    every = (*budgets, math.inf)
+    return [BudgetCurve(layer, head, config, every, of_head, tuple(costs)) for head, of_head in enumerate(of_heads)]
 
 
 def _attend(call: AttentionCall, config: MRAConfig) -> Tensor:

@@ -12,7 +12,7 @@ from .attention_call import AttentionCall
 from .budget_curves import BudgetCurve, Cost, measure
 from .budget_frontier import Point, frontier
 from .calibration import CalibratedLayer, Calibration
-from .calibration_arguments import by_layer, check_candidates, check_cost, the_target
+from .calibration_arguments import by_layer, check_candidates, check_cost, checked_budgets, the_target
 
 Loss = Callable[[dict[str, MRAConfig]], float]
 
@@ -25,14 +25,14 @@ def calibrate(
     target_loss: float | None = None,
     loss: Loss | None = None,
     candidates: Sequence[MRAConfig] = (MRAConfig(),),
+    budgets: Sequence[float] | None = None,
     cost: Cost = "flops",
 ) -> Calibration:
     """Choose a budget for every head from what attention was given, and a config for every layer.
 
-    Each head is computed at a ladder of budgets, 1, 1.5, 2, 3, 4, 6, ... blocks per row and all of them, and its output
-    compared with that of exact attention. A head gets one more step where that saves more error for its cost than
-    it would save elsewhere, until the target is met. So a head that errs little with few blocks leaves its share to
-    one that needs them, and a layer that is computed better as a whole gets every block.
+    Each head is computed with several budgets, and its output compared with that of exact attention. From the smallest
+    budgets on, the head that saves most error for its cost gets the next larger one, until the target is met. So a
+    head that errs little with few blocks leaves its share to one that needs them.
 
     Parameters
     ----------
@@ -56,6 +56,9 @@ def calibrate(
     candidates : sequence of MRAConfig, default (MRAConfig(),)
         How a layer may be approximated, but for its budget, which is what is chosen: configs of two resolutions, with
         `blocks_per_row` and `num_blocks` at their defaults. A layer gets the one that serves it best.
+    budgets : sequence of float, optional
+        The values of `blocks_per_row` that are tried beside `math.inf`, ascending; by default 1, 1.5, 2, 3, 4, 6, ...
+        below the number of key blocks.
     cost : {"flops", "seconds"}, default "flops"
         What a config costs. "flops": the products that `torch.utils.flop_counter` counts, those of logits, exact and
         pooled, and of values. The choice is then the same on every machine. "seconds": the fastest of a few calls, with
@@ -99,15 +102,16 @@ def calibrate(
     name, target = the_target(target_error, speedup, target_loss, loss)
     check_candidates(candidates)
     check_cost(cost)
+    tried = checked_budgets(budgets)
     layers = by_layer(calls)
-    curves = {layer: measure(of_layer, candidates, cost) for layer, of_layer in layers.items()}
+    curves = {layer: measure(of_layer, candidates, tried, cost) for layer, of_layer in layers.items()}
     points = frontier([*curves.values()])
     key_lengths = {layer: max(call.key.shape[-2] for call in of_layer) for layer, of_layer in layers.items()}
 
     def calibration(point: Point) -> Calibration:
         chosen: dict[str, CalibratedLayer] = {}
-        for (layer, of_layer), (of_heads, places) in zip(curves.items(), point.choice, strict=True):
-            chosen[layer] = _chosen(of_layer, of_heads, places, key_lengths[layer])
+        for layer, (of_heads, places) in zip(curves, point.choice, strict=True):
+            chosen[layer] = _chosen(of_heads, places, key_lengths[layer])
         flat = itertools.chain.from_iterable(itertools.chain.from_iterable(curves.values()))
         return Calibration(layers=chosen, cost_unit=cost, curves=tuple(flat))
 
@@ -120,9 +124,7 @@ def calibrate(
     return calibration(next(point for point in points if point.error <= target * heads))
 
 
-def _chosen(
-    of_layer: Sequence[Sequence[BudgetCurve]], curves: Sequence[BudgetCurve], places: Sequence[int], key_length: int
-) -> CalibratedLayer:
+def _chosen(curves: Sequence[BudgetCurve], places: Sequence[int], key_length: int) -> CalibratedLayer:
     config = curves[0].config
     budgets = [curve.budgets[i] for curve, i in zip(curves, places, strict=True)]
     # In the token form a single infinity would give the plan of every head the room for all blocks.
@@ -132,7 +134,7 @@ def _chosen(
         config=replace(config, blocks_per_row=budgets[0] if len(set(budgets)) == 1 else several),
         errors=tuple(curve.errors[i] for curve, i in zip(curves, places, strict=True)),
         cost=sum(curve.costs[i] for curve, i in zip(curves, places, strict=True)),
-        exact_cost=min(sum(curve.costs[-1] for curve in of_config) for of_config in of_layer),
+        exact_cost=sum(curve.costs[-1] for curve in curves),
     )
 
 

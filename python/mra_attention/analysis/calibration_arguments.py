@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any, cast, get_args
 
 from .._checks import numbers
 from ..config import MRAConfig
@@ -31,6 +33,19 @@ def the_target(target_error: Any, speedup: Any, target_loss: Any, loss: Any) -> 
 def check_cost(cost: Any) -> None:
     """Check what costs are."""
     numbers.check_choice("cost", cost, get_args(Cost))
+
+
+def checked_budgets(budgets: Any) -> tuple[float, ...] | None:
+    """Return the budgets that are to be tried, or None for those of the default."""
+    if budgets is None:
+        return None
+    if not isinstance(budgets, (tuple, list)) or not budgets:
+        raise TypeError(f"budgets must be None or a sequence of numbers, got {budgets!r}")
+    given = cast("Sequence[Any]", budgets)
+    checked = tuple(numbers.finite(f"budgets[{at}]", budget) for at, budget in enumerate(given))
+    if not all(less < more for less, more in itertools.pairwise((0.0, *checked))):
+        raise ValueError(f"budgets must be positive and ascending, got {budgets!r}")
+    return checked
 
 
 def check_candidates(candidates: Any) -> None:
