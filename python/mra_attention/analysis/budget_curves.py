@@ -36,7 +36,7 @@ class BudgetCurve:
     config : MRAConfig
         How the layer is approximated, but for the budget.
     budgets : tuple of float
-        Ascending values of `blocks_per_row`; the last one is `math.inf`, every block.
+        Ascending values of `blocks_per_row`; the last one is that of every block, as many as the longest keys have.
     errors : tuple of float
         `||out - exact|| / ||exact||` at each budget: the norms are those of the head's whole output for one item of a
         batch, and their ratio is the mean over all items of all calls.
@@ -53,12 +53,11 @@ class BudgetCurve:
 
 
 def ladder(key_blocks: int) -> tuple[float, ...]:
-    """Return the budgets below the number of key blocks that are tried by default: 1, 1.5, 2, 3, 4, 6, 8, 12, ...
+    """Return the budgets that are tried by default: 1, 1.5, 2, 3, 4, 6, 8, 12, ...
 
     Between two of them the error of a head changes little enough that finer steps save hardly more.
     """
-    steps = (step * 2.0**octave for octave in range(key_blocks.bit_length()) for step in (1.0, 1.5))
-    return tuple(budget for budget in steps if budget < key_blocks)
+    return tuple(step * 2.0**octave for octave in range(key_blocks.bit_length()) for step in (1.0, 1.5))
 
 
 @torch.no_grad()
@@ -70,8 +69,9 @@ def measure(
     longest = max(call.key.shape[-2] for call in calls)
     found: list[list[BudgetCurve]] = []
     for config in configs:
-        tried = ladder(-(-longest // config.block_size)) if budgets is None else budgets
-        found.append(_curves(calls, exact, config, tried, cost))
+        key_blocks = -(-longest // config.block_size)
+        tried = (budget for budget in budgets or ladder(key_blocks) if budget < key_blocks)
+        found.append(_curves(calls, exact, config, (*tried, float(key_blocks)), cost))
     return found
 
 
@@ -79,13 +79,13 @@ def _curves(
     calls: Sequence[AttentionCall],
     exact: Sequence[tuple[Tensor, float]],
     config: MRAConfig,
-    budgets: Sequence[float],
+    budgets: tuple[float, ...],
     cost: Cost,
 ) -> list[BudgetCurve]:
     layer, heads = calls[0].layer, calls[0].query.shape[-3]
     errors: list[list[float]] = []
     costs: list[float] = []
-    for budget in budgets:
+    for budget in budgets[:-1]:
         budgeted = replace(config, blocks_per_row=budget)
         attended = [_COSTS[cost](functools.partial(_attend, call, budgeted)) for call in calls]
         pairs = zip(attended, exact, strict=True)
@@ -98,8 +98,7 @@ def _curves(
     errors.append([0.0] * heads)
     costs.append(sum(work for _, work in exact) / heads)
     of_heads = zip(*errors, strict=True)
-    every = (*budgets, math.inf)
-    return [BudgetCurve(layer, head, config, every, of_head, tuple(costs)) for head, of_head in enumerate(of_heads)]
+    return [BudgetCurve(layer, head, config, budgets, of_head, tuple(costs)) for head, of_head in enumerate(of_heads)]
 
 
 def _attend(call: AttentionCall, config: MRAConfig) -> Tensor:

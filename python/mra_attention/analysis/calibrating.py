@@ -9,9 +9,9 @@ from typing import cast
 
 from ..config import MRAConfig
 from .attention_call import AttentionCall
-from .budget_curves import BudgetCurve, Cost, measure
+from .budget_curves import Cost, measure
 from .budget_frontier import Point, frontier
-from .calibration import CalibratedLayer, Calibration
+from .calibration import Calibration, chosen_layer
 from .calibration_arguments import by_layer, check_candidates, check_cost, checked_budgets, the_target
 
 Loss = Callable[[dict[str, MRAConfig]], float]
@@ -57,8 +57,7 @@ def calibrate(
         How a layer may be approximated, but for its budget, which is what is chosen: configs of two resolutions, with
         `blocks_per_row` and `num_blocks` at their defaults. A layer gets the one that serves it best.
     budgets : sequence of float, optional
-        The values of `blocks_per_row` that are tried beside `math.inf`, ascending; by default 1, 1.5, 2, 3, 4, 6, ...
-        below the number of key blocks.
+        The values of `blocks_per_row` that are tried beside every block, ascending; by default 1, 1.5, 2, 3, 4, 6, ...
     cost : {"flops", "seconds"}, default "flops"
         What a config costs. "flops": the products that `torch.utils.flop_counter` counts, those of logits, exact and
         pooled, and of values. The choice is then the same on every machine. "seconds": the fastest of a few calls, with
@@ -106,12 +105,9 @@ def calibrate(
     layers = by_layer(calls)
     curves = {layer: measure(of_layer, candidates, tried, cost) for layer, of_layer in layers.items()}
     points = frontier([*curves.values()])
-    key_lengths = {layer: max(call.key.shape[-2] for call in of_layer) for layer, of_layer in layers.items()}
 
     def calibration(point: Point) -> Calibration:
-        chosen: dict[str, CalibratedLayer] = {}
-        for layer, (of_heads, places) in zip(curves, point.choice, strict=True):
-            chosen[layer] = _chosen(of_heads, places, key_lengths[layer])
+        chosen = {layer: chosen_layer(*choice) for layer, choice in zip(curves, point.choice, strict=True)}
         flat = itertools.chain.from_iterable(itertools.chain.from_iterable(curves.values()))
         return Calibration(layers=chosen, cost_unit=cost, curves=tuple(flat))
 
@@ -122,20 +118,6 @@ def calibrate(
         return calibration(_affordable(points, exact_cost / target, f"speedup={target}"))
     heads = sum(len(of_layer[0]) for of_layer in curves.values())
     return calibration(next(point for point in points if point.error <= target * heads))
-
-
-def _chosen(curves: Sequence[BudgetCurve], places: Sequence[int], key_length: int) -> CalibratedLayer:
-    config = curves[0].config
-    budgets = [curve.budgets[i] for curve, i in zip(curves, places, strict=True)]
-    # In the token form a single infinity would give the plan of every head the room for all blocks.
-    every = float(-(-key_length // config.block_size))
-    several = tuple(min(budget, every) for budget in budgets)
-    return CalibratedLayer(
-        config=replace(config, blocks_per_row=budgets[0] if len(set(budgets)) == 1 else several),
-        errors=tuple(curve.errors[i] for curve, i in zip(curves, places, strict=True)),
-        cost=sum(curve.costs[i] for curve, i in zip(curves, places, strict=True)),
-        exact_cost=sum(curve.costs[-1] for curve in curves),
-    )
 
 
 def _affordable(points: Sequence[Point], cost: float, asked: str) -> Point:

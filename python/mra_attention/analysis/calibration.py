@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..config import MRAConfig
@@ -86,7 +86,7 @@ class Calibration:
     def to_json(self) -> str:
         """Return everything as a JSON object, to be stored beside the weights of the model."""
         layers = {name: _with_plain_config(layer) for name, layer in self.layers.items()}
-        curves = [_with_plain_config(curve) | {"budgets": curve.budgets[:-1]} for curve in self.curves]
+        curves = [_with_plain_config(curve) for curve in self.curves]
         return json.dumps({"layers": layers, "cost_unit": self.cost_unit, "loss": self.loss, "curves": curves})
 
     @classmethod
@@ -102,10 +102,7 @@ class Calibration:
         return cls(
             layers={name: CalibratedLayer(**_with_config(layer)) for name, layer in values["layers"].items()},
             cost_unit=values["cost_unit"],
-            curves=tuple(
-                BudgetCurve(**_with_config(curve | {"budgets": [*curve["budgets"], math.inf]}))
-                for curve in values["curves"]
-            ),
+            curves=tuple(BudgetCurve(**_with_config(curve)) for curve in values["curves"]),
             loss=values["loss"],
         )
 
@@ -118,6 +115,20 @@ class Calibration:
         rows.append(("all", "", "", *_measures(self.error, self.cost / self.exact_cost)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def chosen_layer(curves: Sequence[BudgetCurve], places: Sequence[int]) -> CalibratedLayer:
+    """Return the layer of heads with these curves, each with the budget at its place."""
+    budgets = [curve.budgets[i] for curve, i in zip(curves, places, strict=True)]
+    # In the token form a single infinity would give the plan of every head the room for all blocks.
+    every = all(budget == curve.budgets[-1] for budget, curve in zip(budgets, curves, strict=True))
+    one = math.inf if every else budgets[0]
+    return CalibratedLayer(
+        config=replace(curves[0].config, blocks_per_row=one if len({*budgets}) == 1 else tuple(budgets)),
+        errors=tuple(curve.errors[i] for curve, i in zip(curves, places, strict=True)),
+        cost=sum(curve.costs[i] for curve, i in zip(curves, places, strict=True)),
+        exact_cost=sum(curve.costs[-1] for curve in curves),
+    )
 
 
 def _measures(error: float, share: float) -> tuple[str, str]:
