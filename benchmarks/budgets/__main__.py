@@ -52,7 +52,7 @@ def main() -> int:
         chosen_on, tested_on = (compare.curves_of(calls, case) for calls in (case.chosen_on, case.tested_on))
         found = compare.rows_of(case, chosen_on, tested_on, arguments.rounds)
         foretold = predictors.rows_of(case, chosen_on, tested_on)
-        parts[f"Budgets from data: {case.name}"] = report.comparison(found)
+        parts[f"Budgets from data: {case.name}"] = report.comparison(found, arguments.rounds)
         parts[f"What foretells errors: {case.name}"] = report.ranking(foretold, case.budget)
         rows |= {f"{name}: budgets": found, f"{name}: what foretells errors": foretold}
     torch.set_num_threads(1)  # as what is timed

@@ -144,7 +144,7 @@ def best_uniform(curves: Curves, error: float) -> Bracket:
             config = replace(heads[0].config, blocks_per_row=budget)
             steps.append(Uniform(config, mean, sum(curve.costs[i] for curve in heads)))
         for less, more in itertools.pairwise(steps):
-            if more.error <= error <= less.error:
+            if more.error <= error < less.error:
                 share = math.log(less.error / error) / math.log(less.error / more.error)
                 found.append(Bracket(less.cost ** (1 - share) * more.cost**share, less, more, share))
     return min(found, key=lambda bracket: bracket.cost)

@@ -14,17 +14,17 @@ NOTE = """\
   interpolated between budgets. Of the default: of any block size with else the default settings. Alike: of the best of
   the settings that are free in the row. Expected: alike, as times of calls with one budget for all heads say. Chosen
   there: as expected, with budgets chosen on the text on which they are tested.
-- CPU time of one thread, medians of calls in turns, all configs on one layer"""
+- CPU time of one thread, all configs on one layer, medians of calls in turns"""
 
 
-def comparison(rows: Sequence[compare.Row]) -> str:
+def comparison(rows: Sequence[compare.Row], rounds: int) -> str:
     """Return what is saved."""
     saved = ("time saved of the default", "alike", "expected", "chosen there")
     lines = [table_row("chosen", "target", "error", *saved), table_row("---", *["---:"] * 6)]
     for row in rows:
         shares = (row.saved, row.saved_alike, row.expected, row.expected_at_best)
         lines.append(table_row(row.free, f"{row.target:g}", f"{row.error:.3f}", *(f"{share:.1%}" for share in shares)))
-    return "\n".join([*lines, "", NOTE])
+    return "\n".join([*lines, "", f"{NOTE}: {rounds} of each"])
 
 
 def ranking(rows: Sequence[predictors.Row], budget: float) -> str:

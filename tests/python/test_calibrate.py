@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import mra_attention
@@ -229,6 +231,16 @@ def test_the_table_has_a_row_for_each_layer():
         assert part in second
     assert f"{found.error:.3f}" in total
     assert f"{1 / found.speedup:.1%} of exact" in total
+
+
+def test_the_example_of_the_document_runs():
+    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (section,) = (section for section in text.split("\n## ") if section.startswith("Budgets from data"))
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["calibration"].speedup >= 2
+    assert {type(layer.self_attn) for layer in names["model"].layers} == {mra_attention.nn.MultiheadAttention}
 
 
 def test_configs_serve_converted_models():

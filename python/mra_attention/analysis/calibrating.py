@@ -55,13 +55,15 @@ def calibrate(
         with the errors. It is called about ten times: the configs are found by bisection.
     candidates : sequence of MRAConfig, default (MRAConfig(),)
         How a layer may be approximated, but for its budget, which is what is chosen: configs of two resolutions, with
-        `blocks_per_row` and `num_blocks` at their defaults. A layer gets the one that serves it best.
+        `blocks_per_row` and `num_blocks` at their defaults. A layer gets the one that serves it best. Try `coarse` and
+        `coarse_shift` before block sizes.
     budgets : sequence of float, optional
         The values of `blocks_per_row` that are tried beside every block, ascending; by default 1, 1.5, 2, 3, 4, 6, ...
     cost : {"flops", "seconds"}, default "flops"
         What a config costs. "flops": the products that `torch.utils.flop_counter` counts, those of logits, exact and
-        pooled, and of values. The choice is then the same on every machine. "seconds": the fastest of a few calls, with
-        as many threads as torch has. A head costs its share of a call in which all heads have its budget.
+        pooled, and of values. The choice is then the same on every machine, but leaves out what a call takes beside
+        its products. "seconds", the fastest of a few calls with as many threads as torch has, suits candidates that
+        differ in block size or `coarse`. A head costs its share of a call in which all heads have its budget.
 
     Returns
     -------
