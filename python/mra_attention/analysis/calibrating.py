@@ -114,37 +114,37 @@ def calibrate(
         return Calibration(layers=chosen, cost_unit=cost, curves=tuple(flat))
 
     if name == "target_loss":
-        return _with_loss([*map(calibration, points)], cast("Loss", loss), target)
+        return _with_loss(points, calibration, cast("Loss", loss), target)
     if name == "speedup":
-        exact_cost = calibration(points[-1]).exact_cost
-        return calibration(_affordable(points, exact_cost / target, f"speedup={target}"))
+        return calibration(_affordable(points, calibration(points[-1]).exact_cost, target))
     heads = sum(len(of_layer[0]) for of_layer in curves.values())
     return calibration(next(point for point in points if point.error <= target * heads))
 
 
-def _affordable(points: Sequence[Point], cost: float, asked: str) -> Point:
-    """Return the last point that costs no more."""
-    affordable = [point for point in points if point.cost <= cost]
+def _affordable(points: Sequence[Point], exact_cost: float, speedup: float) -> Point:
+    """Return the last point that is so many times cheaper than exact attention."""
+    affordable = [point for point in points if point.cost * speedup <= exact_cost]
     if not affordable:
-        most = points[0].cost
-        raise ValueError(
-            f"{asked} is more than the smallest budgets give; the least cost is {most:.6g}, not {cost:.6g}"
-        )
+        most = exact_cost / points[0].cost
+        raise ValueError(f"speedup={speedup} is more than the smallest budgets give, which is {most:.4g}")
     return affordable[-1]
 
 
-def _with_loss(calibrations: Sequence[Calibration], loss: Loss, target: float) -> Calibration:
-    """Return the first calibration, by bisection, with a loss that is small enough."""
-    found: dict[int, float] = {}
+def _with_loss(
+    points: Sequence[Point], calibration: Callable[[Point], Calibration], loss: Loss, target: float
+) -> Calibration:
+    """Return the calibration of the first point, by bisection, with a loss that is small enough."""
+    found: dict[int, Calibration] = {}
 
-    def is_met(at: int) -> bool:
-        found[at] = float(loss(calibrations[at].configs))
-        return found[at] <= target
+    def loss_at(at: int) -> float:
+        tried = calibration(points[at])
+        found[at] = replace(tried, loss=float(loss(tried.configs)))
+        return cast("float", found[at].loss)
 
-    low, high = 0, len(calibrations) - 1
-    if not is_met(high):
-        raise ValueError(f"target_loss={target} is not met by the loss with the smallest errors, {found[high]:.6g}")
+    low, high = 0, len(points) - 1
+    if not (least := loss_at(high)) <= target:
+        raise ValueError(f"target_loss={target} is not met by the loss with the smallest errors, {least:.6g}")
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_met(middle) else (middle + 1, high)
-    return replace(calibrations[high], loss=found[high])
+        low, high = (low, middle) if loss_at(middle) <= target else (middle + 1, high)
+    return found[high]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast, get_args
 
 from .._checks import numbers
@@ -67,8 +67,10 @@ def check_candidates(candidates: Any) -> None:
 
 def by_layer(calls: Any) -> dict[str, list[AttentionCall]]:
     """Return the calls of each layer."""
+    if not isinstance(calls, Iterable):
+        raise TypeError(f"calls must be a sequence of mra_attention.analysis.AttentionCall, got {type(calls).__name__}")
     layers: dict[str, list[AttentionCall]] = {}
-    for at, call in enumerate(calls):
+    for at, call in enumerate(cast("Iterable[Any]", calls)):
         if not isinstance(call, AttentionCall):
             raise TypeError(f"calls must be of mra_attention.analysis.AttentionCall, got {type(call).__name__}")
         if not call.layer:
