@@ -40,10 +40,15 @@ def load() -> tuple[Any, Any]:
 
 def documents(tokenizer: Any, count: int) -> Tensor:
     """Return successive pieces of the text, (count, 512), each between the tokens that begin and end a text."""
-    inner = LENGTH - 2
-    found = text.tokens(tokenizer, count * inner + 1)[1:].view(count, inner)
+    return framed(tokenizer, text.tokens(tokenizer, count * (LENGTH - 2) + 1)[1:])
+
+
+def framed(tokenizer: Any, tokens: Tensor) -> Tensor:
+    """Return successive pieces of tokens, each between the tokens that begin and end a text: (pieces, 512)."""
+    pieces = tokens.view(-1, LENGTH - 2)
+    count = len(pieces)
     first, last = (torch.full((count, 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    return torch.cat([first, found, last], 1)
+    return torch.cat([first, pieces, last], 1)
 
 
 @torch.inference_mode()

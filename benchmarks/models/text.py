@@ -1,8 +1,12 @@
-"""The text: the chapters of Python's own reference that `help()` shows, which every Python has."""
+"""The texts, which every Python has: the chapters of its reference that `help()` shows, and some of its source."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import pydoc_data.topics
+import statistics
+import typing
 from typing import Any
 
 import torch
@@ -22,3 +26,9 @@ def tokens(tokenizer: Any, count: int) -> Tensor:
     if len(found) < count:
         raise ValueError(f"{count} tokens are asked for, but the text (pydoc_data.topics) has {len(found)}")
     return found[:count]
+
+
+def source_tokens(tokenizer: Any, count: int) -> Tensor:
+    """Return the first tokens of Python's source, (count,), with what the tokenizer puts in front of a text."""
+    source = "\n\n".join(inspect.getsource(module) for module in (argparse, statistics, typing))
+    return torch.tensor(tokenizer(source, verbose=False)["input_ids"])[:count]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import statistics
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +27,7 @@ def load(path: Path, name: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
 def capture(path: Path, cache: Path) -> None:
     """Run the model on both texts, and store what its global layers hand to attention."""
     model, tokenizer = gemma.load(cache)
-    source = "\n\n".join(inspect.getsource(module) for module in (argparse, statistics, typing))
-    tokens = {
-        "documentation": text.tokens(tokenizer, LENGTH),
-        "source": torch.tensor(tokenizer(source, verbose=False)["input_ids"])[:LENGTH],
-    }
+    tokens = {"documentation": text.tokens(tokenizer, LENGTH), "source": text.source_tokens(tokenizer, LENGTH)}
     attention = torch.nn.functional.scaled_dot_product_attention
     arrays: dict[str, Any] = {}
     for name in TEXTS:

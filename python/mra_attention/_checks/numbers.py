@@ -76,6 +76,15 @@ def coarse_shift(value: Any) -> float:
     return number
 
 
+def finite(name: str, value: Any, minimum: float = -math.inf) -> float:
+    """Check a finite number that is not below a minimum."""
+    accepted = "a finite number" if minimum == -math.inf else f"a finite number of at least {minimum:g}"
+    number = _as_float(name, value, accepted)
+    if not (math.isfinite(number) and number >= minimum):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+    return number
+
+
 def integer(name: str, value: Any, minimum: int) -> int:
     """Check a whole number that is not below a minimum."""
     number = value

@@ -4,6 +4,9 @@ from ._analyze import analyze
 from .attention_call import AttentionCall
 from .attention_map import AttentionMap
 from .bound import ErrorBound, error_bound
+from .budget_curves import BudgetCurve
+from .calibrating import calibrate
+from .calibration import CalibratedLayer, Calibration
 from .captured import Capture
 from .capturing import capture
 from .entropies import entropy, entropy_correlation, positional_entropy, spectral_entropy
@@ -22,6 +25,9 @@ from .wavelets import WaveletCoefficients, reconstruction_error, wavelet_coeffic
 __all__ = [
     "AttentionCall",
     "AttentionMap",
+    "BudgetCurve",
+    "CalibratedLayer",
+    "Calibration",
     "Capture",
     "EntropicUncertainty",
     "ErrorBound",
@@ -38,6 +44,7 @@ __all__ = [
     "analyze",
     "attention_map",
     "band_shares",
+    "calibrate",
     "capture",
     "entropic_uncertainty",
     "entropy",

@@ -1,0 +1,1 @@
+"""What budgets chosen from data save on another text, beside one budget for all heads, and what foretells errors."""
