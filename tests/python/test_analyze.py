@@ -146,6 +146,20 @@ def test_padding_changes_nothing():
             assert not math.isnan(value(analyze([actual], nulls=["random"], progress=False), "low_share", 0, "random"))
 
 
+def test_a_mask_of_queries_says_which_are_padding():
+    call = call_of(is_causal=False)
+    given = {"metrics": ["entropies"], **FEW}
+    some, every = torch.arange(LENGTH)[None] < LENGTH - 7, torch.ones(1, LENGTH, dtype=torch.bool)
+    kept = m.take_queries(call, torch.arange(LENGTH - 7))
+    assert same(analyze([replace(call, query_padding_mask=some)], **given), analyze([kept], **given))
+    mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+    mask[..., -9:] = False
+    cross = replace(call, attn_mask=mask)
+    rows = m.attention_map(cross, 0, 0).numpy()
+    found = analyze([replace(cross, query_padding_mask=every)], **given)
+    assert value(found, "positional_entropy") == pytest.approx(m.positional_entropy(rows).mean(), rel=1e-12)
+
+
 def test_sequences_of_a_layer_are_put_together():
     both = call_of(batch=2, heads=3)
     halves = [

@@ -252,6 +252,8 @@ def test_what_is_refused() -> None:
     padding = torch.ones(1, 40, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match="query_padding_mask"):
         error_bound(call, mra_attention.plan(q, k, query_padding_mask=padding, config=config))
+    with pytest.raises(NotImplementedError, match="call has a query_padding_mask"):
+        error_bound(replace(call, query_padding_mask=padding), plan)
     with pytest.raises(ValueError, match="plan was made with another attn_mask of keys"):
         error_bound(replace(call, attn_mask=torch.ones(1, 1, 1, 40, dtype=torch.bool)), plan)
     with pytest.raises(ValueError, match="query must have the 4 dimensions"):

@@ -108,9 +108,7 @@ def test_exact_rows_are_exact_in_every_form() -> None:
     rows = torch.tensor([[0, 7, 20], [3, 3, 4], [20, 1, 0], [5, 6, 7]])
     for form in FORMS:
         settings = settings_of(form, shape)
-        if settings.query_mask is not None:
-            continue
-        call = call_of(q, k, v, settings)
+        call = replace(call_of(q, k, v, settings), query_padding_mask=settings.query_mask)
         selected = torch.ones_like(oracle.live_blocks(q, k, settings))
         expected, _ = oracle.attention(q, k, v, selected, replace(settings, coarse="mean"))
         if settings.bias is not None and (settings.bias.double() == -1e9).any():
@@ -132,6 +130,29 @@ def test_exact_rows_do_not_read_what_is_hidden_and_count_kept_queries() -> None:
     part = AttentionCall(q[:, :, kept], k, v, attn_mask=mask, is_causal=True, query_rows=kept, query_length=9)
     whole = exact_rows(AttentionCall(q, k, v, attn_mask=mask, is_causal=True), kept[rows])
     torch.testing.assert_close(exact_rows(part, rows), whole)
+
+
+def test_padded_queries_are_no_part_of_the_error() -> None:
+    """A mask of queries says which they are; without one it is that of as many keys."""
+    q, k, v, *_ = random_inputs((1, 2, 60, 60, 4))
+    valid, every = torch.arange(60) < 37, torch.ones(1, 60, dtype=torch.bool)
+    few = {"resolutions": (8, 1), "blocks_per_row": 2}
+    padded = AttentionCall(q, k, v, query_padding_mask=valid[None])
+    found = error_estimate(padded, **few)
+    alone = error_estimate(AttentionCall(q[:, :, :37], k, v), **few)
+    torch.testing.assert_close(found.estimate, alone.estimate)
+    assert found.rows.tolist() == [37]
+    of_keys = AttentionCall(q, k, v, attn_mask=valid[None, None, None])
+    assert error_estimate(of_keys, **few).rows.tolist() == [37]
+    assert error_estimate(replace(of_keys, query_padding_mask=every), **few).rows.tolist() == [60]
+
+
+def test_a_causal_bias_is_causality() -> None:
+    q, k, v, *_ = random_inputs((1, 2, 20, 30, 4))
+    rows = torch.tensor([[0, 19], [7, 8]])
+    by_bias = AttentionCall(q, k, v, attn_mask=torch.nn.attention.bias.causal_lower_right(20, 30))
+    by_name = AttentionCall(q, k, v, is_causal=True, causal_alignment="lower_right")
+    assert torch.equal(exact_rows(by_bias, rows), exact_rows(by_name, rows))
 
 
 def relative_errors(call: AttentionCall, out: Tensor, valid: Tensor) -> Tensor:
@@ -203,11 +224,18 @@ REFUSED: dict[str, tuple[Callable[[AttentionCall, Tensor], object], type[Excepti
     "both": (lambda c, o: error_estimate(c, out=o, blocks_per_row=2), ValueError, "out is given, so blocks_per_row"),
     "shape": (lambda c, o: error_estimate(c, out=o[:, :1]), ValueError, "out must have the shape"),
     "no tensor": (lambda c, _: error_estimate(c, out=3), TypeError, "out must be None or a tensor, got int"),  # pyright: ignore[reportArgumentType]
-    "causal bias": (
-        lambda c, o: error_estimate(replace(c, attn_mask=torch.nn.attention.bias.causal_upper_left(20, 20)), out=o),
-        NotImplementedError,
-        "call.attn_mask=CausalBias",
+    "slopes": (lambda c, o: error_estimate(replace(c, alibi_slopes=o[0, 0]), out=o), ValueError, "alibi_slopes must"),
+    "places": (
+        lambda c, _: exact_rows(c, torch.tensor([[0], [20]])),
+        IndexError,
+        r"rows must be in 0 \.\. 19, got 0 .. 20",
     ),
+    "heads": (
+        lambda c, _: exact_rows(c, torch.tensor([[0]])),
+        ValueError,
+        r"rows must be int64 \(2, R\), got .* \(1, 1\)",
+    ),
+    "item": (lambda c, _: exact_rows(c, torch.tensor([[0], [0]]), -1), IndexError, r"item must be in 0 \.\. 0, got -1"),
 }
 
 

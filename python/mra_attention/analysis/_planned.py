@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from .._checks import calls
 from .._checks.arguments import Arguments
@@ -14,7 +14,7 @@ from .._ops import Inputs, Settings, forward
 from .._plan import Plan
 from ._valid_tokens import ValidTokens, valid_tokens
 from .attention_call import AttentionCall
-from .exact_rows import check_call
+from .pairs import pairs_of_rows
 
 
 class Planned(NamedTuple):
@@ -55,19 +55,17 @@ class Item(NamedTuple):
     key: Tensor
     value: Tensor
     tokens: ValidTokens
-    offset: int
     levels: list[Level]
 
 
 def planned(call: AttentionCall, plan: Plan) -> Planned:
     """Check a call and its plan, and compute the part that is exact."""
-    check_call(call)
+    _check_call(call)
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"plan must be a mra_attention.Plan, got {type(plan).__name__}")
-    if plan.masks[1] is not None:
-        raise NotImplementedError(
-            "plan was made with a query_padding_mask, which is not implemented here; leave it out"
-        )
+    for which, mask in (("plan was made with", plan.masks[1]), ("call has", call.query_padding_mask)):
+        if mask is not None:
+            raise NotImplementedError(f"{which} a query_padding_mask, which is not implemented here; leave it out")
     if plan.config.coarse == "first_order" and plan.config.mode == "full":
         raise NotImplementedError("coarse='first_order' is not implemented here; make the plan with coarse='mean'")
     given: dict[str, Any] = call.arguments()
@@ -83,6 +81,21 @@ def planned(call: AttentionCall, plan: Plan) -> Planned:
     return Planned(prepared, inputs, prepared.settings, plan, lse, out)
 
 
+def _check_call(call: AttentionCall) -> None:
+    for name in ("query", "key", "value"):
+        tensor = getattr(call, name)
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"call.{name} must have the 4 dimensions (B, H, L, D), got the shape {tuple(tensor.shape)}"
+            )
+    mask = call.attn_mask
+    if isinstance(mask, CausalBias) or not (mask is None or isinstance(mask, Tensor)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise NotImplementedError(
+            f"call.attn_mask={type(mask).__name__} is not implemented here; a causal bias is is_causal=True with "
+            "causal_alignment, and any other mask a bool tensor"
+        )
+
+
 def _check_key_mask(made: Tensor | None, used: Tensor | None) -> None:
     if (made is None) != (used is None) or (made is not None and used is not None and not torch.equal(made, used)):
         raise ValueError("plan was made with another attn_mask of keys than call.attn_mask; make it with that one")
@@ -90,55 +103,38 @@ def _check_key_mask(made: Tensor | None, used: Tensor | None) -> None:
 
 def bias_of(found: Planned, item: Item, head: int) -> Tensor | None:
     """Return what is added to the logits of a head, `(Lq, Lk)`, 0 where it hides; None for nothing."""
-    bias, mask, slopes = None, found.inputs.attn_bias, found.inputs.alibi_slopes
+    _, bias = _pairs_of_head(found, item, head)
+    if bias is None:
+        return None
     lengths = item.tokens.answers.shape[0], item.tokens.keys.shape[0]
-    if mask is not None and mask.is_floating_point():
-        given = of_head(mask, item.number, head)
-        bias = torch.where(given.isfinite(), given, 0.0).expand(lengths)
-    if slopes is not None:
-        ahead = torch.arange(lengths[1]) - (torch.arange(lengths[0])[:, None] + item.offset)
-        by_distance = -slopes[item.number, head] * ahead.abs()
-        bias = by_distance if bias is None else bias + by_distance
-    return bias
-
-
-def of_head(mask: Tensor, item: int, head: int) -> Tensor:
-    """Return the mask of pairs of a head, which broadcasts to `(Lq, Lk)`."""
-    return mask[item if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0]
+    return torch.where(bias.isfinite(), bias, 0.0)[0].expand(lengths)
 
 
 def visible_pairs(found: Planned, item: Item, head: int, keys: Tensor | None = None) -> Tensor:
     """Return who sees whom, bool `(Lq, Lk)`, or of some keys only."""
-    settings, mask = found.settings, found.inputs.attn_bias
-    columns = torch.arange(item.tokens.keys.shape[0]) if keys is None else keys
-    seen = item.tokens.answers[:, None] & item.tokens.keys[columns]
-    ahead = columns - (torch.arange(seen.shape[0])[:, None] + item.offset)
-    if settings.window_left >= 0:
-        seen &= ahead >= -settings.window_left
-    if settings.window_right >= 0:
-        seen &= ahead <= settings.window_right
-    if mask is not None:
-        pairs = of_head(mask, item.number, head)
-        allowed = pairs if pairs.dtype is torch.bool else pairs > -math.inf
-        seen &= allowed if allowed.shape[-1] == 1 else allowed[..., columns]
-    return seen
+    seen = item.tokens.answers[:, None] & (item.tokens.keys if keys is None else item.tokens.keys[keys])
+    visible, _ = _pairs_of_head(found, item, head, keys)
+    return seen if visible is None else seen & visible.expand(1, *seen.shape)[0]
+
+
+def _pairs_of_head(
+    found: Planned, item: Item, head: int, keys: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    queries = torch.arange(item.tokens.answers.shape[0])[None]
+    heads = slice(head, head + 1)
+    return pairs_of_rows(found.inputs, found.settings, item.number, heads, queries, torch.float64, keys)
 
 
 def item_of(found: Planned, index: int) -> Item:
     """Return a batch item and its blocks of all levels."""
     inputs, settings = found.inputs, found.settings
     lengths = inputs.query.shape[2], inputs.key.shape[2]
-    mask = inputs.attn_bias
-    if mask is not None:
-        mask = mask[index if mask.shape[0] > 1 else 0]
-        mask = mask if mask.dtype is torch.bool else mask > -math.inf
-    tokens = valid_tokens(*lengths, None if inputs.key_mask is None else inputs.key_mask[index], mask)
+    tokens = valid_tokens(inputs, index)
     query, key, value = (
         torch.where(valid[:, None], x[index], 0.0)
         for x, valid in ((inputs.query, tokens.answers), (inputs.key, tokens.keys), (inputs.value, tokens.keys))
     )
     first_key, first_query = (int(x.long().argmax()) if x.any() else 0 for x in (tokens.keys, tokens.queries))
-    offset = lengths[1] - lengths[0] if settings.lower_right else 0
     refined = [found.plan.block_masks(level)[index] for level in range(len(settings.block_sizes))]
     levels: list[Level] = []
     # With as many rows as queries every query has its own, also in the block form: then there are two at most.
@@ -154,7 +150,7 @@ def item_of(found: Planned, index: int) -> Item:
             candidates = above[0][:, rows - above[1]][..., torch.arange(of_level.shape[2]) // times]
         levels.append(_level(tokens, first_key, numbers - first_row, size, candidates & ~of_level))
         above = of_level, first_row, size
-    return Item(index, query, key, value, tokens, offset, levels)
+    return Item(index, query, key, value, tokens, levels)
 
 
 def _blocks(length: int, first: int, size: int) -> Tensor:

@@ -68,7 +68,7 @@ def error_bound(call: AttentionCall, plan: Plan, *, ranges: Literal["keys", "nor
         If the plan is of other inputs, the call has only some of its queries, or an argument has a value that is not
         accepted.
     NotImplementedError
-        With `coarse="first_order"`, a `query_padding_mask` in the plan, and a softcap beside `ranges="norms"`.
+        With `coarse="first_order"`, a `query_padding_mask`, and a softcap beside `ranges="norms"`.
 
     Notes
     -----

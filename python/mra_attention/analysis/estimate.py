@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +12,9 @@ from .. import functional
 from .._checks import numbers
 from ..config import MRAConfig, MRASettings, Unpack, configure, with_settings
 from . import _intervals
-from ._valid_tokens import valid_tokens
 from .attention_call import AttentionCall
-from .exact_rows import check_call, exact_rows, four_dimensions
+from .exact_rows import outputs_of_rows
+from .pairs import Pairs
 
 LEAST_ROWS = 4
 
@@ -98,11 +97,12 @@ def error_estimate(
     ValueError
         If an argument has a value that is not accepted, or both `out` and settings are given.
     NotImplementedError
-        As `exact_rows`.
+        If attention would refuse the call.
 
     Notes
     -----
-    Definition: docs/analysis.md, "Errors known before they are paid". Deterministic for a seed. The exact rows take
+    Definition: docs/analysis.md, "Errors known before they are paid". Padded queries, of `query_padding_mask` or of as
+    many keys, do not count. Deterministic for a seed. The exact rows take
     `2 H rows Lk (D + Dv)` floating point operations: with 64 rows 1/64 of those of exact attention at 4096 tokens.
 
     Examples
@@ -190,9 +190,9 @@ def _estimate(
     sampling: _Sampling,
     generator: torch.Generator,
 ) -> ErrorEstimate:
-    check_call(call)
+    pairs = Pairs(call)
     approximate = _approximate(call, config, settings, out).detach()
-    items = [_of_item(call, approximate, item, sampling, generator) for item in range(call.query.shape[0])]
+    items = [_of_item(pairs, approximate, item, sampling, generator) for item in range(call.query.shape[0])]
     if not items:
         none = torch.zeros(0, call.query.shape[1], dtype=torch.float64)
         return ErrorEstimate(none, none, none, none.new_zeros(0, 3), torch.zeros(0, dtype=torch.int64))
@@ -217,11 +217,11 @@ def _approximate(call: AttentionCall, config: MRAConfig | None, settings: MRASet
 
 
 def _of_item(
-    call: AttentionCall, out: Tensor, item: int, sampling: _Sampling, generator: torch.Generator
+    pairs: Pairs, out: Tensor, item: int, sampling: _Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return estimate, low and high of the heads, the mean with its limits, and the number of rows."""
     heads = out.shape[1]
-    population = _valid_queries(call, item)
+    population = pairs.valid(item).nonzero()[:, 0]
     count = population.shape[0]
     everything = count <= sampling.rows
     if everything:
@@ -231,7 +231,7 @@ def _of_item(
     else:
         places = _intervals.pairs_of_strata(count, sampling.rows // 2, (heads,), generator)
     rows = population[places.flatten(1)]
-    exact = exact_rows(call, rows, item)
+    exact = outputs_of_rows(pairs, item, rows)
     approximate = out[item].gather(1, rows[..., None].expand_as(exact)).to(exact.dtype)
     errors = (approximate.double() - exact.double()).square().sum(-1).view(places.shape)
     sizes = exact.double().square().sum(-1).view(places.shape)
@@ -239,23 +239,10 @@ def _of_item(
         ratio = (errors.sum(-1) / sizes.sum(-1)).nan_to_num(nan=0.0).sqrt()
         return ratio, ratio, ratio, ratio.mean().expand(3), count
     if sampling.betting:
-        found = _by_betting(call, out, item, (errors, sizes), count, sampling.confidence)
+        found = _by_betting(pairs.call, out, item, (errors, sizes), count, sampling.confidence)
     else:
         found = _by_strata(errors, sizes, count, sampling.confidence)
     return *found, sampling.rows
-
-
-def _valid_queries(call: AttentionCall, item: int) -> Tensor:
-    """Return the places of the queries that are not padding, among those that were kept."""
-    length, kept = call.query_length or 0, call.query_rows
-    if call.attn_mask is None:
-        return torch.arange(call.query.shape[-2])
-    mask = four_dimensions(call.attn_mask.detach())
-    mask = mask[item if mask.shape[0] > 1 else 0]
-    allowed = mask if mask.dtype is torch.bool else mask > -math.inf
-    valid = valid_tokens(length, call.key.shape[-2], None, allowed).queries
-    chosen = valid if kept is None else valid[kept]
-    return torch.arange(chosen.shape[0])[chosen]
 
 
 def _by_strata(errors: Tensor, sizes: Tensor, count: int, confidence: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

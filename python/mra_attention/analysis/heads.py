@@ -44,27 +44,25 @@ def shape_of(source: Source) -> tuple[int, int]:
 class SampledCall:
     """The rows of a call.
 
-    Left out are queries that see no key and, where a mask leaves keys out and `Lq == Lk`, those whose own key is out:
-    padding, as in docs/definitions.md, section 6.
+    Left out are queries that are padding, as in docs/definitions.md, section 6, and those that see no key.
     """
 
     def __init__(self, call: AttentionCall, sampling: Sampling) -> None:
-        self.call = call
         self._pairs = Pairs(call)
         self._sampling = sampling
+        self._queries: dict[int, Tensor] = {}
 
-    def queries(self, batch: int, head: int) -> Tensor:
-        """Return int64 `(R,)`: the numbers of the queries of a head that are looked at."""
-        index = self._pairs.queries
-        valid = self._pairs.valid_keys(batch, head, chunk=256)
-        if valid is not None and self.call.query_length == self.call.key.shape[-2]:
-            index = index[valid[index]]
-        return _spread(index, self._sampling)
+    def queries(self, batch: int) -> Tensor:
+        """Return int64 `(R,)`: the numbers of the queries of a sequence that are looked at."""
+        if batch not in self._queries:
+            self._queries[batch] = _spread(self._pairs.queries[self._pairs.valid(batch)], self._sampling)
+        return self._queries[batch]
 
     def rows(self, batch: int, head: int) -> HeadRows | None:
         """Return the rows of a head; None if there are none."""
-        queries = self.queries(batch, head)
-        parts = [*maps.rows(maps.take_queries(self.call, queries), batch, head)]
+        queries = self.queries(batch)
+        places = torch.searchsorted(self._pairs.queries, queries)
+        parts = [*maps.weights_of_rows(self._pairs, batch, head, places, maps.CHUNK, torch.float64)]
         if not parts:
             return None
         weights, visible = (torch.cat([part[i] for part in parts]) for i in (1, 2))

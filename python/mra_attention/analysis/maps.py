@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,9 +10,14 @@ import torch
 from torch import Tensor
 
 from .attention_call import AttentionCall
+from .exact_rows import logits_of_rows, softmax_of_rows
 from .pairs import Pairs, query_index
 
 __all__ = ["Rows", "attention_map", "logits", "rows", "take_queries"]
+
+
+CHUNK = 256
+"""How many queries at a time."""
 
 
 class Rows(NamedTuple):
@@ -28,7 +32,7 @@ class Rows(NamedTuple):
 
 
 def logits(
-    call: AttentionCall, batch: int, head: int, *, chunk: int = 256, dtype: torch.dtype = torch.float64
+    call: AttentionCall, batch: int, head: int, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float64
 ) -> Iterator[Rows]:
     """Yield the logits of exact attention, `chunk` queries at a time.
 
@@ -60,11 +64,12 @@ def logits(
     -----
     The same numbers on every run. What is stored at hidden keys, NaN too, reaches no row. No gradient is recorded.
     """
-    return _logits(call, _pairs(call, batch, head, chunk, dtype), batch, head, chunk, dtype)
+    pairs = _pairs(call, batch, head, chunk, dtype)
+    return _logits(pairs, batch, head, _all_places(pairs), chunk, dtype)
 
 
 def rows(
-    call: AttentionCall, batch: int, head: int, *, chunk: int = 256, dtype: torch.dtype = torch.float64
+    call: AttentionCall, batch: int, head: int, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float64
 ) -> Iterator[Rows]:
     """Yield the weights of exact attention, `chunk` queries at a time.
 
@@ -72,13 +77,11 @@ def rows(
     and determinism.
     """
     pairs = _pairs(call, batch, head, chunk, dtype)
-    sink = pairs.sink(batch, head)
-    parts = _logits(call, pairs, batch, head, chunk, dtype)
-    return (some._replace(values=_softmax(some, sink)) for some in parts)
+    return weights_of_rows(pairs, batch, head, _all_places(pairs), chunk, dtype)
 
 
 def attention_map(
-    call: AttentionCall, batch: int, head: int, *, chunk: int = 256, dtype: torch.dtype = torch.float64
+    call: AttentionCall, batch: int, head: int, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return the weights of all queries that the call has, `(R, Lk)`; see `rows`."""
     parts = [some.values for some in rows(call, batch, head, chunk=chunk, dtype=dtype)]
@@ -109,6 +112,23 @@ def take_queries(call: AttentionCall, chosen: Tensor) -> AttentionCall:
     return replace(call, query=call.query[..., places, :], query_rows=chosen, query_length=call.query_length)
 
 
+def weights_of_rows(
+    pairs: Pairs, batch: int, head: int, places: Tensor, chunk: int, dtype: torch.dtype
+) -> Iterator[Rows]:
+    """Yield the weights of some of the queries that the call has, by their places among these."""
+    sinks = pairs.sinks(batch, slice(head, head + 1), dtype)
+    for some in _logits(pairs, batch, head, places, chunk, dtype):
+        yield some._replace(values=softmax_of_rows(some.values[None], sinks)[0])
+
+
+def _logits(pairs: Pairs, batch: int, head: int, places: Tensor, chunk: int, dtype: torch.dtype) -> Iterator[Rows]:
+    for start in range(0, places.shape[0], chunk):
+        some = places[start : start + chunk]
+        values, visible = logits_of_rows(pairs, batch, slice(head, head + 1), some[None], dtype)
+        seen = torch.ones((), dtype=torch.bool) if visible is None else visible
+        yield Rows(pairs.queries[some], values[0], seen.expand_as(values)[0])
+
+
 def _pairs(call: AttentionCall, batch: int, head: int, chunk: int, dtype: torch.dtype) -> Pairs:
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -121,22 +141,5 @@ def _pairs(call: AttentionCall, batch: int, head: int, chunk: int, dtype: torch.
     return pairs
 
 
-def _logits(call: AttentionCall, pairs: Pairs, batch: int, head: int, chunk: int, dtype: torch.dtype) -> Iterator[Rows]:
-    group = call.query.shape[1] // call.key.shape[1]
-    key = call.key[batch, head // group].detach().to(dtype)
-    for start in range(0, pairs.queries.shape[0], chunk):
-        queries = pairs.queries[start : start + chunk]
-        product = pairs.scale * (call.query[batch, head, start : start + chunk].detach().to(dtype) @ key.T)
-        if pairs.softcap is not None:
-            product = pairs.softcap * (product / pairs.softcap).tanh()
-        bias = pairs.bias(batch, head, queries, dtype)
-        visible = bias != -math.inf
-        yield Rows(queries, (product + bias).masked_fill(~visible, -math.inf), visible)
-
-
-def _softmax(some: Rows, sink: float | None) -> Tensor:
-    values = some.values
-    if sink is not None:
-        values = torch.cat([values, values.new_full((values.shape[0], 1), sink)], -1)
-    weights = values.softmax(-1)[:, : some.values.shape[1]]
-    return weights.masked_fill(~some.visible, 0.0)
+def _all_places(pairs: Pairs) -> Tensor:
+    return torch.arange(pairs.queries.shape[0])

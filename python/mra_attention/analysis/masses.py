@@ -66,7 +66,7 @@ def mass_bounds(
     IndexError
         If there is no such item, head or level.
     NotImplementedError
-        With `coarse="first_order"`, a `query_padding_mask` in the plan, and a softcap beside `ranges="norms"`.
+        With `coarse="first_order"`, a `query_padding_mask`, and a softcap beside `ranges="norms"`.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""What masks, causality, windows and distances say of the pairs of a call, some queries at a time."""
+"""What masks, causality, windows and distances say of the pairs of some queries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .._checks import block_mask, calls
 from .._checks.arguments import Arguments
+from .._ops import Inputs, Settings
+from ._valid_tokens import valid_tokens
 from .attention_call import AttentionCall
 
 
 class Pairs:
-    """The bias of every pair of a call: `-inf` where the query does not see the key.
+    """A call of which any pair of query and key may be asked for.
 
     Arguments are checked as `mra_attention.scaled_dot_product_attention` checks them.
 
@@ -40,73 +42,99 @@ class Pairs:
                 f"{call.key.shape[0]}"
             )
         prepared = calls.prepare((_all_queries(call), call.key, call.value), _arguments(call))
+        self.call = call
         self.queries = query_index(call)
         """int64 `(R,)`: the numbers of the queries that the call has."""
         self.scale = prepared.settings.scale
         self.softcap = prepared.settings.softcap
-        self.offset = prepared.inputs.key.shape[2] - int(call.query_length or 0) if prepared.settings.lower_right else 0
+        self.offset = offset_of(prepared.inputs, prepared.settings)
         """The position of query 0 among the keys."""
-        self._window = prepared.settings.window_left, prepared.settings.window_right
-        self._inputs = prepared.inputs
+        self._inputs, self._settings = prepared.inputs, prepared.settings
 
-    def sink(self, batch: int, head: int) -> float | None:
-        """Return the sink of a head."""
+    def sinks(self, item: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
+        """Return the sinks of some heads of query, `(h,)`."""
         sinks = self._inputs.sinks
-        return None if sinks is None else float(sinks[batch, head].detach())
+        return None if sinks is None else sinks[item, heads].detach().to(dtype)
 
-    def valid_keys(self, batch: int, head: int, chunk: int) -> Tensor | None:
-        """Return bool `(Lk,)`: the keys that the mask shows to some query; None if there is no mask."""
-        if self._inputs.key_mask is not None:
-            return self._inputs.key_mask[batch]
-        mask = self._mask(batch, head)
-        if mask is None:
-            return None
-        seen = torch.zeros(self._inputs.key.shape[2], dtype=torch.bool)
-        for start in range(0, mask.shape[0], chunk):
-            seen |= _shows(mask[start : start + chunk]).any(0)
-        return seen
+    def valid(self, item: int) -> Tensor:
+        """Return which of the queries that the call has are not padding, bool `(R,)`."""
+        return valid_tokens(self._inputs, item).queries[self.queries]
 
-    def bias(self, batch: int, head: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the bias of some queries, `(R, Lk)`.
-
-        Parameters
-        ----------
-        batch, head : int
-            Which sequence and which head of query.
-        rows : Tensor
-            int64 `(R,)`: the numbers of the queries.
-        dtype : torch.dtype
-            That of the result.
-        """
-        key_length = self._inputs.key.shape[2]
-        ahead = torch.arange(key_length) - (rows[:, None] + self.offset)
-        bias = torch.zeros(ahead.shape, dtype=dtype)
-        if self._inputs.alibi_slopes is not None:
-            bias -= self._inputs.alibi_slopes[batch, head].detach().to(dtype) * ahead.abs()
-        mask = self._mask(batch, head)
-        if mask is not None:
-            some = mask[rows] if mask.shape[0] > 1 else mask
-            bias = bias.masked_fill(~some, -math.inf) if some.dtype is torch.bool else bias + some.to(dtype)
-        if self._inputs.key_mask is not None:
-            bias = bias.masked_fill(~self._inputs.key_mask[batch], -math.inf)
-        left, right = self._window
-        hidden = torch.zeros_like(ahead, dtype=torch.bool)
-        if left >= 0:
-            hidden |= ahead < -left
-        if right >= 0:
-            hidden |= ahead > right
-        return bias.masked_fill(hidden, -math.inf)
-
-    def _mask(self, batch: int, head: int) -> Tensor | None:
-        """Return the mask or bias of a head, `(Lq or 1, Lk or 1)`."""
-        mask = self._inputs.attn_bias
-        if mask is None:
-            return None
-        return mask[min(batch, mask.shape[0] - 1), min(head, mask.shape[1] - 1)].detach()
+    def of_rows(
+        self, item: int, heads: slice, queries: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what `pairs_of_rows` does."""
+        return pairs_of_rows(self._inputs, self._settings, item, heads, queries, dtype)
 
 
-def _shows(mask: Tensor) -> Tensor:
-    return mask if mask.dtype is torch.bool else mask != -math.inf
+def offset_of(inputs: Inputs, settings: Settings) -> int:
+    """Return the position of query 0 among the keys."""
+    return inputs.key.shape[2] - inputs.query.shape[2] if settings.lower_right else 0
+
+
+def pairs_of_rows(
+    inputs: Inputs,
+    settings: Settings,
+    item: int,
+    heads: slice,
+    queries: Tensor,
+    dtype: torch.dtype,
+    keys: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return who sees whom, and what is added to logits.
+
+    Parameters
+    ----------
+    inputs, settings
+        Those of the operators.
+    item, heads : int and slice
+        Which sequence and which heads of query.
+    queries : Tensor
+        int64 `(h, R)` or `(1, R)`: the queries of each head, or of all.
+    dtype : torch.dtype
+        That of the bias.
+    keys : Tensor, optional
+        int64: some keys; by default all.
+
+    Returns
+    -------
+    tuple of Tensor or None
+        bool and a bias, which broadcast to `(h, R, Lk)`; None for all pairs, and for nothing. A bias of a hidden pair
+        has no meaning.
+    """
+    shown: list[Tensor] = []
+    bias = None
+    window = settings.window_left, settings.window_right
+    if window != (-1, -1) or inputs.alibi_slopes is not None:
+        columns = torch.arange(inputs.key.shape[2]) if keys is None else keys
+        ahead = columns - (queries + offset_of(inputs, settings))[..., None]
+        shown += [ahead >= -window[0]] * (window[0] >= 0) + [ahead <= window[1]] * (window[1] >= 0)
+        if inputs.alibi_slopes is not None:
+            bias = -inputs.alibi_slopes[item, heads, None, None].detach().to(dtype) * ahead.abs()
+    if inputs.key_mask is not None:
+        shown.append(inputs.key_mask[item] if keys is None else inputs.key_mask[item, keys])
+    if inputs.query_mask is not None:
+        shown.append(inputs.query_mask[item][queries][..., None])
+    if inputs.attn_bias is not None:
+        mask = _mask_of_rows(inputs.attn_bias.detach(), item, heads, queries, keys)
+        shown.append(mask if mask.dtype is torch.bool else mask > -math.inf)
+        if mask.dtype is not torch.bool:
+            bias = mask.to(dtype) if bias is None else bias + mask.to(dtype)
+    visible = None
+    for some in shown:
+        visible = some if visible is None else visible & some
+    return visible, bias
+
+
+def _mask_of_rows(mask: Tensor, item: int, heads: slice, queries: Tensor, keys: Tensor | None) -> Tensor:
+    """Return the mask or bias of some queries, from one that broadcasts to `(B, H, Lq, Lk)`."""
+    mask = mask[item if mask.shape[0] > 1 else 0]
+    mask = mask[heads] if mask.shape[0] > 1 else mask
+    if keys is not None and mask.shape[2] > 1:
+        mask = mask[..., keys]
+    if mask.shape[1] == 1:
+        return mask
+    return mask[torch.arange(mask.shape[0])[:, None], queries]
 
 
 def query_index(call: AttentionCall) -> Tensor:
@@ -148,6 +176,7 @@ def _arguments(call: AttentionCall) -> Arguments:
         scale=call.scale,
         enable_gqa=call.query.shape[-3] != call.key.shape[-3],
         window_size=call.window_size,
+        query_padding_mask=call.query_padding_mask,
         softcap=call.softcap,
         alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.detach(),
         sinks=call.sinks,
