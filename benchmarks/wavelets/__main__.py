@@ -14,6 +14,7 @@ from ..models import packages
 from ..models.__main__ import CACHE, positive
 from . import report, sources
 from .measure import measure
+from .signals import signals
 from .sources import Group
 
 Load = Callable[[argparse.Namespace], list[Group]]
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         description="Spectra and wavelets of the heads of two pretrained models, beside null models and errors.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    result.add_argument("--documents", type=positive, default=8, help="documents for MiniLM, of 512 tokens")
+    result.add_argument("--documents", type=positive, default=4, help="documents for MiniLM, of 512 tokens")
     result.add_argument("--sequences", type=positive, default=2, help="sequences for Gemma")
     result.add_argument("--length", type=positive, default=2048, help="tokens of each of Gemma's sequences")
     result.add_argument("--rows", type=positive, default=128, help="rows of each head and sequence that are looked at")
@@ -57,9 +58,10 @@ def main() -> int:
         return 0
     from . import plots
 
-    text = report.document(found)
+    of_definitions = signals()
+    text = report.document(found, of_definitions)
     print(text)
-    folder = report.write_record(text, found, arguments.out)
+    folder = report.write_record(text, found, of_definitions, arguments.out)
     plots.draw_bands(folder / "bands.png", found)
     plots.draw_bound(folder / "bound.png", found)
     plots.draw_predictions(folder / "predictions.png", found)

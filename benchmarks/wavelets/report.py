@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Any
 
 from .. import sections
 from ..sections import table_row
@@ -13,6 +15,7 @@ from . import choices, paper, prediction
 from .columns import TRAINED, UNTRAINED
 from .effects import Effect, Trend
 from .measure import Found
+from .signals import Signal
 from .statistics import Estimate
 
 FOLDER = RECORD / "wavelets"
@@ -228,14 +231,22 @@ TABLES: dict[str, Callable[[Found], str]] = {
 }
 
 
-def document(found: Sequence[Found]) -> str:
+def signals_table(signals: Sequence[Signal]) -> str:
+    """Return the metrics of signals that no model made."""
+    heads = ("signal", *(field.name for field in fields(Signal)[1:]))
+    return markdown(heads, ([name, *map(number, numbers)] for name, *numbers in map(astuple, signals)))
+
+
+def document(found: Sequence[Found], signals: Sequence[Signal]) -> str:
     """Return the whole report."""
-    return sections.document({f"{title}: {of.name}": table(of) for title, table in TABLES.items() for of in found})
+    of_groups = {f"{title}: {of.name}": table(of) for title, table in TABLES.items() for of in found}
+    return sections.document({"Signals that no model made, 512 positions": signals_table(signals)} | of_groups)
 
 
-def write_record(text: str, found: Sequence[Found], path: Path = FOLDER) -> Path:
+def write_record(text: str, found: Sequence[Found], signals: Sequence[Signal], path: Path = FOLDER) -> Path:
     """Write `wavelets-<date>.md` and `.json`, and return the folder."""
-    rows = {
+    rows: dict[str, Sequence[Any]] = {
+        "signals": signals,
         "heads": [row for of in found for row in of.heads()],
         "effects": [row for of in found for row in of.effects if row.metric in SHOWN],
         "trends": [row for of in found for row in of.trends if row.metric in DEPTH],

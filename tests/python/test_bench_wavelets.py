@@ -117,6 +117,24 @@ def test_errors_are_those_of_each_head(module, is_causal):
     assert module("prediction").by_head(found, "blocks").tolist() == [4.5] * 4
 
 
+def test_signals_of_which_metrics_are_known(module):
+    found = {signal.name: signal for signal in module("signals").signals()}
+    # Hann's window leaves a constant the frequencies 0 and 1, with powers of 4 to 1.
+    everywhere = found["all positions"]
+    assert everywhere.frequency_selectivity == pytest.approx(4.0)
+    assert everywhere.spectral_entropy == pytest.approx(math.log(5) - 0.8 * math.log(4))
+    # 257 equal powers: 65 up to the frequency 64 of 256, 128 up to 192, 64 above.
+    peak = found["one position"]
+    assert (peak.low_share, peak.mid_share, peak.high_share) == pytest.approx((65 / 257, 128 / 257, 64 / 257))
+    assert (peak.spectral_entropy, peak.positional_entropy) == pytest.approx((math.log(257), 0.0), abs=1e-9)
+    assert everywhere.uncertainty_slack == pytest.approx(0.0, abs=1e-9)
+    # Constants give 5/16 N^2, noise 3/16 N^2 over all frequencies, a quarter of it in the low band; a draw is off by
+    # about 0.02, so the mean of 200 by 0.0015.
+    assert found["noise, exponential"].low_share == pytest.approx((5 / 16 + 3 / 64) / (8 / 16), abs=0.01)
+    for name in ("plateaus of random widths", "noise, exponential", "noise, its fourth power"):
+        assert found[name].entropy_correlation < 0.0, name
+
+
 def table(values, nulls):
     return Table(
         Record(f"layer.{i // 2}", i % 2, "low_share", value, {"shuffled": null})
