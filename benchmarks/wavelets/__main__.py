@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from .. import sections
 from ..models import packages
 from ..models.__main__ import CACHE, positive
-from . import report, sources
+from . import page, report, sources
 from .measure import measure
 from .signals import signals
 from .sources import Group
@@ -38,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rows", type=positive, default=128, help="rows of each head and sequence that are looked at")
     result.add_argument("--threads", type=positive, default=1)
     result.add_argument("--cache", type=Path, default=CACHE, help="where Gemma's parts are joined, 253 MB")
-    result.add_argument("--out", type=Path, default=report.FOLDER, help="folder of the record")
+    result.add_argument(
+        "--out",
+        type=Path,
+        default=report.FOLDER,
+        help="folder of the record; another one leaves docs/wavelets.md as it is",
+    )
     return result
 
 
@@ -59,13 +65,17 @@ def main() -> int:
     from . import plots
 
     of_definitions = signals()
-    text = report.document(found, of_definitions)
+    tables = report.all_tables(found, of_definitions)
+    text = sections.document(tables)
     print(text)
     folder = report.write_record(text, found, of_definitions, arguments.out)
     plots.draw_bands(folder / "bands.png", found)
     plots.draw_bound(folder / "bound.png", found)
     plots.draw_predictions(folder / "predictions.png", found)
     print(f"Recorded in {folder}")
+    if arguments.out == report.FOLDER:
+        page.PAGE.write_text(page.with_tables(page.PAGE.read_text(), tables))
+        print(f"Tables of {page.PAGE} replaced; compare its text with them")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, fields
@@ -95,12 +96,12 @@ def metrics_table(found: Found) -> str:
 
 def effects_table(found: Found) -> str:
     """Return how much more the trained heads have than each other model, and in which share of the heads it is more."""
+    return _by_model(found, NULLS, _difference)
 
-    def cell(effect: Effect) -> str:
-        text = interval(effect.difference, "+")
-        return f"{text}, {100 * effect.above:.0f} %" if text else ""
 
-    return _by_model(found, NULLS, cell)
+def _difference(effect: Effect) -> str:
+    text = interval(effect.difference, "+")
+    return f"{text}, {100 * effect.above:.0f} %" if text else ""
 
 
 def explained_table(found: Found) -> str:
@@ -237,10 +238,27 @@ def signals_table(signals: Sequence[Signal]) -> str:
     return markdown(heads, ([name, *map(number, numbers)] for name, *numbers in map(astuple, signals)))
 
 
-def document(found: Sequence[Found], signals: Sequence[Signal]) -> str:
-    """Return the whole report."""
+def beside_shuffled_table(found: Sequence[Found]) -> str:
+    """Return what places of weights add in each group: the trained heads beside their own rows, shuffled."""
+    effects = {(of.name, e.metric): e for of in found for e in of.effects if e.model == "shuffled"}
+
+    def row(metric: str) -> list[str]:
+        of = [effects.get((each.name, metric)) for each in found]
+        cells = (("", "") if e is None else (_difference(e), number(e.explained.value)) for e in of)
+        return [metric, *itertools.chain(*cells)]
+
+    heads = itertools.chain(*((f"{of.name}: trained less shuffled", "correlation") for of in found))
+    return markdown(("metric", *heads), map(row, SHOWN))
+
+
+def all_tables(found: Sequence[Found], signals: Sequence[Signal]) -> dict[str, str]:
+    """Return every table by its heading."""
     of_groups = {f"{title}: {of.name}": table(of) for title, table in TABLES.items() for of in found}
-    return sections.document({"Signals that no model made, 512 positions": signals_table(signals)} | of_groups)
+    return {
+        "Signals that no model made, 512 positions": signals_table(signals),
+        "Trained heads beside their own rows, shuffled": beside_shuffled_table(found),
+        **of_groups,
+    }
 
 
 def write_record(text: str, found: Sequence[Found], signals: Sequence[Signal], path: Path = FOLDER) -> Path:

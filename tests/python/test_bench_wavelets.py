@@ -218,6 +218,15 @@ def test_an_untrained_model_is_the_same_each_time_and_draws_nothing(module):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_tables_of_a_page_are_replaced(module):
+    with_tables = module("page").with_tables
+    text = "# A page\n\n<!-- one: x -->\n\n| a |\n|---|\n\nText | here.\n\n<!-- two -->\n\n| b |\n"
+    replaced = with_tables(text, {"one: x": "| new |\n|---|\n| 1 |", "three": "| no |"})
+    assert replaced == text.replace("| a |\n|---|\n", "| new |\n|---|\n| 1 |\n")
+    with pytest.raises(ValueError, match=r"tables \['one: x', 'two'\], and none of them was measured"):
+        with_tables(text, {"three": ""})
+
+
 def page() -> str:
     return (REPOSITORY / "docs" / "wavelets.md").read_text()
 
