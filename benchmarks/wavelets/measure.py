@@ -44,7 +44,7 @@ class Found:
         numbers = {metric: self.columns.values[metric, TRAINED] for metric in self.columns.metrics()}
         for blocks in dict.fromkeys(error.blocks for error in self.errors):
             here = [error for error in self.errors if error.blocks == blocks]
-            numbers |= {f"{name}_at_{blocks}": by_head(here, name) for name in ("error", "missed")}
+            numbers |= {f"{name}_at_{blocks}": by_head(here, name) for name in ("error", "missed", "detail")}
         result: list[HeadMetric] = []
         for place, layer in enumerate(self.columns.layers.tolist()):
             values = {name: float(f"{x[place]:.6g}") for name, x in numbers.items() if np.isfinite(x[place])}

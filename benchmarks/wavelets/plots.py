@@ -23,6 +23,7 @@ MARKERS = {TRAINED: "o", "shuffled": "x", "random": "^", "uniform": "s", UNTRAIN
 SHOWN = (
     "error_elsewhere",
     "missed_share",
+    "missed_detail",
     "local_share",
     "positional_entropy",
     "window_entropy_32",

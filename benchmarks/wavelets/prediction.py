@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from mra_attention import scaled_dot_product_attention as mra
 from mra_attention.analysis import AttentionCall, attention_map
@@ -19,7 +20,7 @@ from .statistics import UNKNOWN, Estimate, Floats, Ints
 
 BLOCK = 32
 
-MISSED, AGAIN = "missed_share", "error_elsewhere"
+MISSED, DETAIL, AGAIN = "missed_share", "missed_detail", "error_elsewhere"
 """Predictors that are no metrics: what the best blocks leave, and the error of the same head on other sequences."""
 
 
@@ -35,7 +36,9 @@ class HeadError:
     error: float
     """Norm of the error of the output over the norm of the exact one."""
     missed: float
-    """Share of the attention outside of as many blocks, chosen by that share itself."""
+    """Share of the attention outside of as many blocks, those with the most attention."""
+    detail: float
+    """Norm of the differences from the means of the blocks outside, over the norm of the attention."""
 
 
 @dataclass
@@ -64,9 +67,8 @@ def errors(group: str, calls: Sequence[AttentionCall], budgets: Sequence[int]) -
             exact = weights @ call.value[0, head * call.value.shape[1] // call.query.shape[1]].double()
             for blocks, output in outputs.items():
                 error = (output[head] - exact).norm() / exact.norm()
-                missed = missed_share(weights, blocks, pooled=_pooled(call))
-                place = (layer_number(call.layer), head, sequence, blocks)
-                found.append(HeadError(group, *place, error.item(), missed))
+                left = left_out(weights, blocks, pooled=_pooled(call))
+                found.append(HeadError(group, layer_number(call.layer), head, sequence, blocks, error.item(), *left))
     return found
 
 
@@ -80,18 +82,26 @@ def _output(call: AttentionCall, blocks: int) -> Tensor:
     return mra(*tensors, resolutions=(BLOCK, 1), blocks_per_row=blocks, **call.arguments())[0].double()
 
 
-def missed_share(weights: Tensor, blocks: int, *, pooled: bool) -> float:
-    """Return the share of the attention (Lq, Lk) outside of the best blocks.
+def left_out(weights: Tensor, blocks: int, *, pooled: bool) -> tuple[float, float]:
+    """Return what the best blocks leave of the attention (Lq, Lk): a share of its sum, and a norm over its norm.
 
-    Pooled, the best `blocks` times rows of blocks are kept among all blocks of the head; else `blocks` of each query.
+    The norm is that of the differences from the means of the other blocks: of Haar's details finer than a block there.
+    Pooled, `blocks` times the rows of blocks are kept among all blocks of the head; else `blocks` of each query, and
+    means are those of a query.
     """
-    of_keys = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).sum(-1)
-    if not pooled:
-        kept = of_keys.topk(min(blocks, of_keys.shape[1]), dim=1).values.sum()
-    else:
-        of_blocks = F.pad(of_keys, (0, 0, 0, -of_keys.shape[0] % BLOCK)).unflatten(0, (-1, BLOCK)).sum(1)
-        kept = of_blocks.flatten().topk(min(blocks * len(of_blocks), of_blocks.numel())).values.sum()
-    return max(0.0, (1.0 - kept / weights.sum()).item())
+    height = BLOCK if pooled else 1
+    filled = F.pad(weights, (0, -weights.shape[1] % BLOCK, 0, -weights.shape[0] % height))
+    tiles = filled.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+    rows, columns = tiles.shape[:2]
+    real = torch.ones_like(weights)
+    sizes = F.pad(real, (0, filled.shape[1] - weights.shape[1], 0, filled.shape[0] - weights.shape[0]))
+    sizes = sizes.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).sum((1, 3))
+    sums, squares = tiles.sum(-1), tiles.square().sum(-1)
+    ranked = sums.view(1, -1) if pooled else sums
+    count = min(blocks * rows if pooled else blocks, ranked.shape[1])
+    others = torch.ones_like(ranked).scatter(1, ranked.topk(count, dim=1).indices, 0.0).view(rows, columns)
+    detail = ((squares - sums.square() / sizes) * others).sum().clamp(min=0.0) / squares.sum()
+    return ((sums * others).sum() / sums.sum()).item(), detail.sqrt().item()
 
 
 def by_head(found: Sequence[HeadError], name: str) -> Floats:
@@ -108,7 +118,10 @@ def predictions(group: str, found: Sequence[HeadError], columns: Columns) -> lis
     for blocks in dict.fromkeys(error.blocks for error in found):
         here = [error for error in found if error.blocks == blocks]
         error, missed = by_head(here, "error"), by_head(here, "missed")
-        numbers = {metric: columns.values[metric, TRAINED] for metric in columns.metrics()} | {MISSED: missed}
+        numbers = {metric: columns.values[metric, TRAINED] for metric in columns.metrics()} | {
+            MISSED: missed,
+            DETAIL: by_head(here, "detail"),
+        }
         for name, x in numbers.items():
             behind = statistics.lead(missed, x, error)
             result.append(Prediction(group, blocks, name, *_correlations(x, error, columns.layers), behind))

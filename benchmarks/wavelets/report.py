@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "both entropies": ("entropy_correlation", "uncertainty_frequency_entropy", "uncertainty_slack"),
     "positions": ("positional_entropy", "local_share", "window_entropy_16", "window_entropy_32", "window_entropy_64"),
-    "best blocks": (prediction.MISSED,),
+    "best blocks": (prediction.MISSED, prediction.DETAIL),
     "roundoff": ("reconstruction_error",),
     "the head itself": (prediction.AGAIN,),
 }
@@ -192,12 +192,13 @@ def families_table(found: Found) -> str:
     def row(blocks: int, family: str) -> list[str]:
         members = [p for p in found.predictions if p.blocks == blocks and p.predictor in FAMILIES[family]]
         best = max(members, key=lambda p: 0.0 if math.isnan(p.overall.value) else abs(p.overall.value))
-        cells = (interval(best.overall), interval(best.within), interval(best.behind, "+"))
+        ahead = "" if best.predictor == prediction.MISSED else interval(best.behind, "+")
+        cells = (interval(best.overall), interval(best.within), ahead)
         return [family, str(blocks), f"{best.predictor} of {len(members)}", *cells]
 
     known = {p.predictor for p in found.predictions}
     shown = [family for family in FAMILIES if known & set(FAMILIES[family])]
-    heads = ("looks at", "blocks", "best", "correlation", "within layers", "best blocks ahead by")
+    heads = ("looks at", "blocks", "best", "correlation", "within layers", "`missed_share` ahead by")
     return markdown(heads, (row(blocks, family) for blocks in budgets(found) for family in shown))
 
 

@@ -79,21 +79,29 @@ def test_intervals(module):
     assert statistics.lead(x, -x, y).value == pytest.approx(0.0), "sizes count"
 
 
-def test_share_that_the_best_blocks_miss(module):
-    missed = module("prediction").missed_share
-    weights = torch.eye(96, dtype=torch.float64)
-    assert missed(weights, 1, pooled=True) == missed(weights, 1, pooled=False) == 0.0
+def test_what_the_best_blocks_leave(module):
+    left_out = module("prediction").left_out
+    eye = torch.eye(96, dtype=torch.float64)
+    for pooled in (True, False):
+        assert left_out(eye, 1, pooled=pooled) == (0.0, 0.0)
     even = torch.full((96, 80), 1 / 80, dtype=torch.float64)
-    assert missed(even, 2, pooled=False) == pytest.approx(16 / 80), "the last block has 16 keys"
-    assert missed(even, 9, pooled=False) == pytest.approx(0.0)
-    # Two rows of blocks look at the last block alone, one at all three alike: three blocks keep 2/3 + 1/9.
+    assert left_out(even, 2, pooled=False) == pytest.approx((16 / 80, 0.0), abs=1e-7), "the last block has 16 keys"
+    assert left_out(even, 9, pooled=False) == (0.0, 0.0)
+    # Rows of blocks look at the last block, at the diagonal of the first, at all three alike.
     weights = torch.zeros(96, 96, dtype=torch.float64)
-    weights[:64, 64:] = 1 / 32
+    weights[:32, 64:] = 1 / 32
+    weights[32:64, :32] = torch.eye(32)
     weights[64:] = 1 / 96
-    assert missed(weights, 1, pooled=True) == pytest.approx(2 / 9)
-    assert missed(weights, 1, pooled=False) == pytest.approx(2 / 9)
-    weights[:32] = 1 / 96
-    assert missed(weights, 1, pooled=True) == pytest.approx(4 / 9)
+    share, detail = left_out(weights, 1, pooled=True)
+    assert (share, detail) == pytest.approx((2 / 9, 0.0), abs=1e-7)
+    assert left_out(weights, 1, pooled=False)[0] == pytest.approx(2 / 9)
+    # The diagonal in the block of least attention: of a norm of 32 * 0.01^2 its mean of 0.01 / 32 leaves 31/32.
+    weights[32:64, :32] *= 0.01
+    weights[32:64, 32:64] = 0.99 / 32
+    total = 1 + 32 * (0.01**2 + 0.99**2 / 32) + 1 / 3
+    share, detail = left_out(weights, 1, pooled=True)
+    assert (share, detail) == pytest.approx(((0.01 + 2 / 3) / 3, math.sqrt(31 * 0.01**2 / total)))
+    assert left_out(weights, 1, pooled=False) == pytest.approx((share, math.sqrt(31 * 0.01**2 / total)))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
