@@ -10,7 +10,7 @@ from mra_attention.analysis import analyze
 from .choices import Choice, choices
 from .columns import TRAINED, Columns, columns
 from .effects import Effect, Trend, effects, trends
-from .prediction import HeadError, Prediction, by_head, errors, predictions
+from .prediction import HeadError, LeftOut, Prediction, by_head, errors, predictions
 from .sources import Group
 
 OPTIONS = {"wavelet_energy": {"normalize": True}}
@@ -44,7 +44,7 @@ class Found:
         numbers = {metric: self.columns.values[metric, TRAINED] for metric in self.columns.metrics()}
         for blocks in dict.fromkeys(error.blocks for error in self.errors):
             here = [error for error in self.errors if error.blocks == blocks]
-            numbers |= {f"{name}_at_{blocks}": by_head(here, name) for name in ("error", "missed", "detail")}
+            numbers |= {f"{name}_at_{blocks}": by_head(here, name) for name in ("error", *LeftOut._fields)}
         result: list[HeadMetric] = []
         for place, layer in enumerate(self.columns.layers.tolist()):
             values = {name: float(f"{x[place]:.6g}") for name, x in numbers.items() if np.isfinite(x[place])}

@@ -23,6 +23,7 @@ MARKERS = {TRAINED: "o", "shuffled": "x", "random": "^", "uniform": "s", UNTRAIN
 SHOWN = (
     "error_elsewhere",
     "missed_share",
+    "misplaced_share",
     "missed_detail",
     "local_share",
     "positional_entropy",

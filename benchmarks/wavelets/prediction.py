@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,19 @@ from .statistics import UNKNOWN, Estimate, Floats, Ints
 
 BLOCK = 32
 
-MISSED, DETAIL, AGAIN = "missed_share", "missed_detail", "error_elsewhere"
-"""Predictors that are no metrics: what the best blocks leave, and the error of the same head on other sequences."""
+MISSED, AGAIN = "missed_share", "error_elsewhere"
+"""Predictors that are no metrics: what the best blocks leave, and the error of the head on other sequences."""
+
+
+class LeftOut(NamedTuple):
+    """What the best blocks leave of the attention of a head, where the others have their means."""
+
+    missed_share: float
+    """Share of the attention outside of them."""
+    misplaced_share: float
+    """Half of the sum of the differences from the means, over the sum of the attention: total variation."""
+    missed_detail: float
+    """Norm of these differences, which are Haar's details finer than a block, over the norm of the attention."""
 
 
 @dataclass
@@ -35,10 +47,10 @@ class HeadError:
     blocks: int
     error: float
     """Norm of the error of the output over the norm of the exact one."""
-    missed: float
-    """Share of the attention outside of as many blocks, those with the most attention."""
-    detail: float
-    """Norm of the differences from the means of the blocks outside, over the norm of the attention."""
+    missed_share: float
+    misplaced_share: float
+    missed_detail: float
+    """What as many blocks leave; see `LeftOut`."""
 
 
 @dataclass
@@ -82,26 +94,27 @@ def _output(call: AttentionCall, blocks: int) -> Tensor:
     return mra(*tensors, resolutions=(BLOCK, 1), blocks_per_row=blocks, **call.arguments())[0].double()
 
 
-def left_out(weights: Tensor, blocks: int, *, pooled: bool) -> tuple[float, float]:
-    """Return what the best blocks leave of the attention (Lq, Lk): a share of its sum, and a norm over its norm.
+def left_out(weights: Tensor, blocks: int, *, pooled: bool) -> LeftOut:
+    """Return what the best blocks, those with the most attention, leave of weights (Lq, Lk).
 
-    The norm is that of the differences from the means of the other blocks: of Haar's details finer than a block there.
     Pooled, `blocks` times the rows of blocks are kept among all blocks of the head; else `blocks` of each query, and
     means are those of a query.
     """
     height = BLOCK if pooled else 1
-    filled = F.pad(weights, (0, -weights.shape[1] % BLOCK, 0, -weights.shape[0] % height))
-    tiles = filled.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
-    rows, columns = tiles.shape[:2]
-    real = torch.ones_like(weights)
-    sizes = F.pad(real, (0, filled.shape[1] - weights.shape[1], 0, filled.shape[0] - weights.shape[0]))
-    sizes = sizes.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).sum((1, 3))
-    sums, squares = tiles.sum(-1), tiles.square().sum(-1)
+    tiles, real = (_tiles(x, height) for x in (weights, torch.ones_like(weights)))
+    sums = tiles.sum(-1)
     ranked = sums.view(1, -1) if pooled else sums
-    count = min(blocks * rows if pooled else blocks, ranked.shape[1])
-    others = torch.ones_like(ranked).scatter(1, ranked.topk(count, dim=1).indices, 0.0).view(rows, columns)
-    detail = ((squares - sums.square() / sizes) * others).sum().clamp(min=0.0) / squares.sum()
-    return ((sums * others).sum() / sums.sum()).item(), detail.sqrt().item()
+    best = ranked.topk(min(blocks * len(sums) if pooled else blocks, ranked.shape[1]), dim=1).indices
+    others = torch.ones_like(ranked).scatter(1, best, 0.0).view_as(sums)
+    off = (tiles - real * (sums / real.sum(-1)).unsqueeze(-1)) * others.unsqueeze(-1)
+    missed, misplaced = (sums * others).sum() / sums.sum(), off.abs().sum() / sums.sum() / 2
+    return LeftOut(missed.item(), misplaced.item(), (off.norm() / tiles.norm()).item())
+
+
+def _tiles(x: Tensor, height: int) -> Tensor:
+    """Return (Lq, Lk) as (rows of blocks, columns of blocks, height * BLOCK), with zeros at the ends."""
+    filled = F.pad(x, (0, -x.shape[1] % BLOCK, 0, -x.shape[0] % height))
+    return filled.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
 
 
 def by_head(found: Sequence[HeadError], name: str) -> Floats:
@@ -117,13 +130,11 @@ def predictions(group: str, found: Sequence[HeadError], columns: Columns) -> lis
     result: list[Prediction] = []
     for blocks in dict.fromkeys(error.blocks for error in found):
         here = [error for error in found if error.blocks == blocks]
-        error, missed = by_head(here, "error"), by_head(here, "missed")
-        numbers = {metric: columns.values[metric, TRAINED] for metric in columns.metrics()} | {
-            MISSED: missed,
-            DETAIL: by_head(here, "detail"),
-        }
+        error = by_head(here, "error")
+        numbers = {metric: columns.values[metric, TRAINED] for metric in columns.metrics()}
+        numbers |= {name: by_head(here, name) for name in LeftOut._fields}
         for name, x in numbers.items():
-            behind = statistics.lead(missed, x, error)
+            behind = statistics.lead(numbers[MISSED], x, error)
             result.append(Prediction(group, blocks, name, *_correlations(x, error, columns.layers), behind))
         even, odd = (by_head([e for e in here if e.sequence % 2 == half], "error") for half in (0, 1))
         if odd.size:

@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "both entropies": ("entropy_correlation", "uncertainty_frequency_entropy", "uncertainty_slack"),
     "positions": ("positional_entropy", "local_share", "window_entropy_16", "window_entropy_32", "window_entropy_64"),
-    "best blocks": (prediction.MISSED, prediction.DETAIL),
+    "best blocks": prediction.LeftOut._fields,
     "roundoff": ("reconstruction_error",),
     "the head itself": (prediction.AGAIN,),
 }
@@ -175,7 +175,7 @@ def errors_table(found: Found) -> str:
 
     def row(blocks: int) -> list[str]:
         here = [error for error in found.errors if error.blocks == blocks]
-        error, missed = (sorted(prediction.by_head(here, name).tolist()) for name in ("error", "missed"))
+        error, missed = (sorted(prediction.by_head(here, name).tolist()) for name in ("error", prediction.MISSED))
         middle = len(error) // 2
         return [
             str(blocks),

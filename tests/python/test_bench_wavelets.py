@@ -83,25 +83,26 @@ def test_what_the_best_blocks_leave(module):
     left_out = module("prediction").left_out
     eye = torch.eye(96, dtype=torch.float64)
     for pooled in (True, False):
-        assert left_out(eye, 1, pooled=pooled) == (0.0, 0.0)
+        assert left_out(eye, 1, pooled=pooled) == (0.0, 0.0, 0.0)
     even = torch.full((96, 80), 1 / 80, dtype=torch.float64)
-    assert left_out(even, 2, pooled=False) == pytest.approx((16 / 80, 0.0), abs=1e-7), "the last block has 16 keys"
-    assert left_out(even, 9, pooled=False) == (0.0, 0.0)
-    # Rows of blocks look at the last block, at the diagonal of the first, at all three alike.
+    left = left_out(even, 2, pooled=False)
+    assert left == pytest.approx((16 / 80, 0.0, 0.0), abs=FLOAT64_TOLERANCE), "the last block has 16 keys"
+    assert left_out(even, 9, pooled=False) == (0.0, 0.0, 0.0)
+    # Rows of blocks look at the last block, at two of them, at all three alike: three blocks are kept.
     weights = torch.zeros(96, 96, dtype=torch.float64)
     weights[:32, 64:] = 1 / 32
-    weights[32:64, :32] = torch.eye(32)
-    weights[64:] = 1 / 96
-    share, detail = left_out(weights, 1, pooled=True)
-    assert (share, detail) == pytest.approx((2 / 9, 0.0), abs=1e-7)
-    assert left_out(weights, 1, pooled=False)[0] == pytest.approx(2 / 9)
-    # The diagonal in the block of least attention: of a norm of 32 * 0.01^2 its mean of 0.01 / 32 leaves 31/32.
-    weights[32:64, :32] *= 0.01
+    weights[32:64, :32] = 0.01 * torch.eye(32)
     weights[32:64, 32:64] = 0.99 / 32
-    total = 1 + 32 * (0.01**2 + 0.99**2 / 32) + 1 / 3
-    share, detail = left_out(weights, 1, pooled=True)
-    assert (share, detail) == pytest.approx(((0.01 + 2 / 3) / 3, math.sqrt(31 * 0.01**2 / total)))
-    assert left_out(weights, 1, pooled=False) == pytest.approx((share, math.sqrt(31 * 0.01**2 / total)))
+    weights[64:] = 1 / 96
+    # What is left of the diagonal: 1/32 of it is where its mean is.
+    missed, misplaced = (0.01 + 2 / 3) / 3, 0.01 * 31 / 32 / 3
+    detail = math.sqrt(0.01**2 * 31 / (1 + 32 * 0.01**2 + 0.99**2 + 1 / 3))
+    assert left_out(weights, 1, pooled=True) == pytest.approx((missed, misplaced, detail))
+    assert left_out(weights, 1, pooled=False) == pytest.approx((missed, misplaced, detail))
+    # The mean of a block is that of all of its queries, or of each.
+    weights[32:64, :32] = 0.01 / 32 * (torch.arange(32) < 16)[:, None] * 2
+    assert left_out(weights, 1, pooled=False).misplaced_share == pytest.approx(0.0, abs=FLOAT64_TOLERANCE)
+    assert left_out(weights, 1, pooled=True).misplaced_share == pytest.approx(0.005 / 3)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -115,7 +116,7 @@ def test_errors_are_those_of_each_head(module, is_causal):
     ]
     for error in found:
         assert error.layer == 7
-        assert error.blocks == 2 or (error.error < 1e-5 and error.missed == pytest.approx(0.0)), "7 blocks are all"
+        assert error.blocks == 2 or (error.error < 1e-5 and error.missed_share == 0.0), "7 blocks are all"
     arguments = {"is_causal": is_causal, "enable_gqa": True}
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), **arguments)[0]
     ours = module("prediction").mra(query, key, value, blocks_per_row=2, **arguments)[0].double()
