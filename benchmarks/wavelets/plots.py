@@ -62,7 +62,7 @@ def _save(figure: Any, legend_of: Any, path: Path) -> None:
 def draw_bands(path: Path, found: Sequence[Found]) -> None:
     """Draw the low share of each head by the layer, and the mean over heads of each model."""
     with pyplot.style.context(STYLE):
-        figure, panels = _panels(found, 3.6, 3.4)
+        figure, panels = _panels(found, 2.9, 3.4)
         for axes, of in zip(panels, found, strict=True):
             layers = np.unique(of.columns.layers)
             axes.axhspan(0.6, 0.8, color="0.9", zorder=0, label="the paper's 0.60 to 0.80")
@@ -84,7 +84,7 @@ def draw_bands(path: Path, found: Sequence[Found]) -> None:
 def draw_bound(path: Path, found: Sequence[Found]) -> None:
     """Draw the entropy of frequencies against that of positions, and the least sum that they may have."""
     with pyplot.style.context(STYLE):
-        figure, panels = _panels(found, 3.6, 3.4)
+        figure, panels = _panels(found, 2.9, 3.4)
         for axes, of in zip(panels, found, strict=True):
             values = of.columns.values
             for model in (TRAINED, "shuffled", UNTRAINED):
@@ -99,8 +99,9 @@ def draw_bound(path: Path, found: Sequence[Found]) -> None:
 def draw_predictions(path: Path, found: Sequence[Found]) -> None:
     """Draw the correlations of predictors with the error at the first budget, over all heads and within layers."""
     with pyplot.style.context(STYLE):
-        figure, panels = _panels(found, 3.4, 4.4)
-        for axes, of in zip(panels, found, strict=True):
+        of_errors = [of for of in found if of.errors]
+        figure, panels = _panels(of_errors, 3.4, 4.6)
+        for axes, of in zip(panels, of_errors, strict=True):
             blocks = budgets(of)[0]
             by_name = {p.predictor: p for p in of.predictions if p.blocks == blocks}
             names = [name for name in SHOWN if name in by_name]

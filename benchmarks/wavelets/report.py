@@ -219,7 +219,7 @@ def predictions_table(found: Found) -> str:
     return markdown(("predictor", *heads), map(row, sorted(wanted, key=size, reverse=True)))
 
 
-TABLES: dict[str, Callable[[Found], str]] = {
+OF_METRICS: dict[str, Callable[[Found], str]] = {
     "Metrics, mean over heads": metrics_table,
     "Trained less the other model, and share of heads above": effects_table,
     "Correlation over heads of trained heads and null models": explained_table,
@@ -227,6 +227,8 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "Correlation with depth": trends_table,
     "Choices for the spectrum": spectral_choices_table,
     "Choices for scale sensitivity": sensitivity_choices_table,
+}
+OF_ERRORS: dict[str, Callable[[Found], str]] = {
     "Errors at a budget": errors_table,
     "Correlation with the error, the best of each family": families_table,
     "Correlation with the error, every predictor": predictions_table,
@@ -252,11 +254,34 @@ def beside_shuffled_table(found: Sequence[Found]) -> str:
     return markdown(("metric", *heads), map(row, SHOWN))
 
 
+def bound_table(found: Sequence[Found]) -> str:
+    """Return how far the sums of entropies of heads are from the least one, log N, in nats."""
+
+    def row(of: Found) -> list[str]:
+        values = of.columns.values
+        slack = values["uncertainty_slack", TRAINED]
+        bound = values["positional_entropy", TRAINED] + values["uncertainty_frequency_entropy", TRAINED] - slack
+        others = (values["uncertainty_slack", model].mean() for model in ("shuffled", "alibi", UNTRAINED))
+        numbers = (bound.mean(), slack.min(), slack.mean(), slack.max(), *others)
+        return [of.name, str(slack.size), *(number(float(x)) for x in numbers)]
+
+    which = ("least", "mean", "largest", *(f"{model}, mean" for model in ("shuffled", "alibi", UNTRAINED)))
+    return markdown(("group", "heads", "log N", *(f"above it, {x}" for x in which)), map(row, found))
+
+
 def all_tables(found: Sequence[Found], signals: Sequence[Signal]) -> dict[str, str]:
     """Return every table by its heading."""
-    of_groups = {f"{title}: {of.name}": table(of) for title, table in TABLES.items() for of in found}
+    of_errors = [of for of in found if of.errors]
+    chosen = ((OF_METRICS, found), (OF_ERRORS, of_errors))
+    of_groups = {
+        f"{title}: {of.name}": table(of)
+        for tables, groups in chosen
+        for title, table in tables.items()
+        for of in groups
+    }
     return {
         "Signals that no model made, 512 positions": signals_table(signals),
+        "Entropies above the uncertainty bound": bound_table(found),
         "Trained heads beside their own rows, shuffled": beside_shuffled_table(found),
         **of_groups,
     }

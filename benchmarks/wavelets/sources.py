@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from ..models import text
 SEED = 0
 """Of the weights of the untrained model."""
 
+PREFIX = 128
+"""About the length that the paper's five levels of wavelets suggest; shorter than the window of Gemma's layers."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -26,7 +29,7 @@ class Group:
 
     name: str
     budgets: tuple[int, ...]
-    """Blocks of 32 tokens in a row at which errors are measured."""
+    """Blocks of 32 tokens in a row at which errors are measured, if any."""
     trained: Sequence[AttentionCall]
     untrained: Sequence[AttentionCall]
 
@@ -73,7 +76,7 @@ def gemma(cache: Path, count: int, length: int) -> list[Group]:
 
 
 def split(trained: Sequence[AttentionCall], fresh: Sequence[AttentionCall]) -> list[Group]:
-    """Return the calls of a decoder as two groups, by whether a window hides keys."""
+    """Return the calls of a decoder as groups: by whether a window hides keys, and the first tokens of all layers."""
 
     def chosen(of: Sequence[AttentionCall], windowed: bool) -> list[AttentionCall]:
         return [call for call in of if (call.window_size[0] >= 0) == windowed]
@@ -81,4 +84,13 @@ def split(trained: Sequence[AttentionCall], fresh: Sequence[AttentionCall]) -> l
     return [
         Group("Gemma, global layers", (8, 16), chosen(trained, False), chosen(fresh, False)),
         Group("Gemma, window layers", (4, 8), chosen(trained, True), chosen(fresh, True)),
+        Group(f"Gemma, first {PREFIX} tokens", (), [*map(prefix, trained)], [*map(prefix, fresh)]),
     ]
+
+
+def prefix(call: AttentionCall) -> AttentionCall:
+    """Return the call of a causal layer for the first tokens, which do not see the others."""
+    if not call.is_causal or call.attn_mask is not None:
+        raise ValueError(f"layer {call.layer!r} must be causal and have no mask beside that")
+    tensors = {name: getattr(call, name)[..., :PREFIX, :] for name in ("query", "key", "value")}
+    return replace(call, **tensors, query_length=tensors["query"].shape[-2])

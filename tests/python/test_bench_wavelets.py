@@ -193,14 +193,15 @@ def test_a_small_run(module, tiny, monkeypatch, tmp_path, capsys):
     assert names[:3] == ["bands.png", "bound.png", "predictions.png"]
     assert (tmp_path / names[4]).read_text() in printed
     record = json.loads((tmp_path / names[3]).read_text(), parse_constant=lambda word: pytest.fail(word))
-    groups = ["MiniLM", "Gemma, global layers", "Gemma, window layers"]
+    groups = ["MiniLM", "Gemma, global layers", "Gemma, window layers", "Gemma, first 128 tokens"]
     heads = [(head["group"], head["layer"], head["head"]) for head in record["heads"]]
-    layers = ((groups[0], 0), (groups[0], 1), (groups[1], 1), (groups[2], 0))
+    layers = ((groups[0], 0), (groups[0], 1), (groups[1], 1), (groups[2], 0), (groups[3], 0), (groups[3], 1))
     assert heads == [(*layer, head) for layer in layers for head in (0, 1)]
     for group in groups:
-        assert f"## Correlation with the error, every predictor: {group}" in printed
         models = {row["model"] for row in record["effects"] if row["group"] == group}
         assert models == {"trained", "uniform", "random", "shuffled", "alibi", "untrained"}
+    for group in groups[:3]:
+        assert f"## Correlation with the error, every predictor: {group}" in printed
         predictors = {row["predictor"] for row in record["predictions"] if row["group"] == group}
         families = module("report").FAMILIES.values()
         assert {name for family in families for name in family} - predictors == set()
@@ -213,6 +214,19 @@ def test_what_is_missing_is_named_and_skipped(tiny, monkeypatch, capsys):
         "minilm: skipped, packages are missing. Install them with: pip install 2",
         "gemma: skipped, packages are missing. Install them with: pip install 4",
     ]
+
+
+def test_the_first_tokens_have_the_attention_that_they_have_alone(module):
+    tensors = torch.randn(3, 1, 2, 200, 8)
+    call = AttentionCall(*tensors, is_causal=True)
+    alone = module("sources").prefix(call)
+    assert alone.query_length == 128
+    arguments = {"is_causal": True, "blocks_per_row": math.inf}
+    attention = module("prediction").mra
+    whole = attention(call.query, call.key, call.value, **arguments)
+    assert torch.equal(attention(alone.query, alone.key, alone.value, **arguments), whole[..., :128, :])
+    with pytest.raises(ValueError, match="layer '' must be causal"):
+        module("sources").prefix(AttentionCall(*tensors))
 
 
 def test_an_untrained_model_is_the_same_each_time_and_draws_nothing(module):
