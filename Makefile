@@ -12,7 +12,7 @@ CHECKED := python tests/python benchmarks
 TESTS_AT_ONCE ?= auto
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist worksteal
 
-.PHONY: help demo test test-rust test-python test-oldest-torch lint lint-rust lint-python format wheel bench bench-models clean
+.PHONY: help demo test test-rust test-python test-oldest-torch lint lint-rust lint-python format wheel bench bench-models bench-wavelets clean
 .DELETE_ON_ERROR:
 
 help: ## List the jobs
@@ -46,6 +46,10 @@ bench: $(STAMPS)/module ## Check, time and record: speed, long sequences, qualit
 bench-models: $(STAMPS)/module ## What a budget costs two pretrained models, and saves in time (about 15 minutes)
 	$(BIN)/python -m pip install --group models
 	$(BIN)/python -m benchmarks.models
+
+bench-wavelets: $(STAMPS)/module ## What the heads of two pretrained models have of wavelets (about 10 minutes)
+	$(BIN)/python -m pip install --group models
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.wavelets
 
 lint: lint-rust lint-python ## Formatting, lints, types; the stub against the module
 

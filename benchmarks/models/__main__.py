@@ -24,11 +24,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     result.add_argument("--only", choices=tuple(MODELS), help="measure one of the models, and keep no record")
-    result.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 16384], help="tokens of Gemma's text")
-    result.add_argument("--blocks", type=_positive, nargs="+", default=[4, 8, 16, 32], help="Gemma's budgets")
-    result.add_argument("--rounds", type=_positive, default=1, help="how often each length is timed, in turns")
-    result.add_argument("--documents", type=_positive, default=64, help="documents for MiniLM, of 512 tokens")
-    result.add_argument("--threads", type=_positive, default=min(2, torch.get_num_threads()), help="of both sides")
+    result.add_argument("--lengths", type=positive, nargs="+", default=[8192, 16384], help="tokens of Gemma's text")
+    result.add_argument("--blocks", type=positive, nargs="+", default=[4, 8, 16, 32], help="Gemma's budgets")
+    result.add_argument("--rounds", type=positive, default=1, help="how often each length is timed, in turns")
+    result.add_argument("--documents", type=positive, default=64, help="documents for MiniLM, of 512 tokens")
+    result.add_argument("--threads", type=positive, default=min(2, torch.get_num_threads()), help="of both sides")
     result.add_argument("--cache", type=Path, default=CACHE, help="where Gemma's parts are joined, 253 MB")
     result.add_argument("--no-record", action="store_true", help="print only")
     return result
@@ -86,7 +86,8 @@ def _minilm(arguments: argparse.Namespace) -> tuple[Sequence[Any], str, str]:
 MODELS = {"gemma": (packages.GEMMA, _gemma), "minilm": (packages.MINILM, _minilm)}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return an argument of a command line that is 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
