@@ -1,0 +1,68 @@
+"""A metric of all heads as an array, layers by heads, beside null models."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .._arrays import Floats
+from ..table import Table
+
+OBSERVED = "value"
+
+
+class HeadGrid(NamedTuple):
+    """A metric of every head; NaN where a layer has no such head, or the metric is not defined."""
+
+    values: Floats
+    """`(layers, heads)`."""
+    nulls: dict[str, Floats]
+    """By null model, each `(layers, heads)`."""
+
+    def nearest_null(self) -> tuple[str, float, float] | None:
+        """Return the null model that comes nearest, the mean distance of heads to it, and how heads differ.
+
+        The latter is their mean distance from their own mean. None where nothing can be compared.
+        """
+        away = {name: np.abs(self.values - null) for name, null in self.nulls.items() if not np.isnan(null).all()}
+        means = {name: float(np.nanmean(x)) for name, x in away.items() if not np.isnan(x).all()}
+        if not means:
+            return None
+        name = min(means, key=lambda each: means[each])
+        return name, means[name], float(np.nanmean(np.abs(self.values - np.nanmean(self.values))))
+
+    def mean(self) -> float:
+        """Return the mean over all heads; NaN if there is none."""
+        return mean(self.values)
+
+
+def mean(values: Floats) -> float:
+    """Return the mean of what is not NaN; NaN if nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def layer_means(values: Floats) -> Floats:
+    """Return the mean over the heads of each layer."""
+    return np.array([mean(row) for row in values])
+
+
+def head_grid(table: Table, metric: str) -> HeadGrid:
+    """Return a metric of all heads of a table; layers are in the table's order."""
+    layers = list(dict.fromkeys(record.layer for record in table))
+    heads = 1 + max((record.head for record in table if record.head is not None), default=0)
+    found = {name: np.full((len(layers), heads), np.nan) for name in (OBSERVED, *table.nulls())}
+    place = {layer: i for i, layer in enumerate(layers)}
+    for record in table:
+        if record.metric == metric and record.head is not None:
+            for name, value in (record.nulls | {OBSERVED: record.value}).items():
+                found[name][place[record.layer], record.head] = value
+    return HeadGrid(found.pop(OBSERVED), found)
+
+
+def scales(table: Table) -> list[str]:
+    """Return the names of the wavelet scales that the table has, from the coarsest to the finest."""
+    prefix = "wavelet_energy_"
+    names = {record.metric.removeprefix(prefix) for record in table if record.metric.startswith(prefix)}
+    return sorted(names, key=lambda name: (name[0] == "d", -int(name[1:])))

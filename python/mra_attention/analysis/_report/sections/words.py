@@ -1,0 +1,32 @@
+"""Sentences that several sections have."""
+
+from __future__ import annotations
+
+from ..head_grid import HeadGrid
+from ..palette import NULLS
+from ..plots import number
+
+
+def null_name(name: str) -> str:
+    """Return what the page calls a null model."""
+    return NULLS[name].label.removeprefix("null: ")
+
+
+def explained(grid: HeadGrid, what: str) -> str:
+    """Say how much of a metric the nearest null model explains."""
+    nearest = grid.nearest_null()
+    if nearest is None:
+        return f"No null model is defined for {what} here."
+    name, away, apart = nearest
+    return (
+        f"For {what}, the null model “{null_name(name)}” comes nearest: on average a head is {number(away)} away from it, "
+        f"and {number(apart)} from the mean of all heads. So it explains {how_much(away, apart)} of what is seen."
+    )
+
+
+def how_much(away: float, apart: float) -> str:
+    """Say how much a null model explains that heads are `away` from, if they are `apart` from their mean.
+
+    Being nearer than the mean of all heads is what makes it say something of single heads.
+    """
+    return "little" if away >= apart else "a part" if away > 0.5 * apart else "most"
