@@ -69,7 +69,7 @@ def report(
 
     Notes
     -----
-    Where exact attention of all heads takes more than about 3e12 floating-point operations, errors and budgets are those
+    Where exact attention of all heads takes about 1e12 floating-point operations or more, errors and budgets are those
     of some of the heads, evenly spaced; the page says of which. Without all queries (`max_queries` of `capture`) it has
     no errors, budgets and blocks.
 
@@ -97,7 +97,7 @@ def report(
     found = find(
         subject(calls, heads),
         rows=max_rows,
-        candidates=candidates,
+        candidates=list(dict.fromkeys(candidates)),
         target=target,
         seed=numbers.integer("seed", seed, 0),
         progress=progress,

@@ -13,7 +13,7 @@ import torch
 from ...config import MRAConfig
 from .. import nulls
 from ..attention_call import AttentionCall
-from ..budget_curves import BudgetCurve, measure
+from ..budget_curves import BudgetCurve
 from ..budget_frontier import frontier
 from ..calibrating import calibrate
 from ..calibration import Calibration
@@ -55,8 +55,8 @@ class BudgetFindings:
     """Of queries and keys drawn at random, for each layer, with the first candidate."""
     best: list[Trade]
     """From the cheapest to the most exact, with budgets for every head."""
-    alike: list[tuple[float, Trade]]
-    """With one budget for all heads, and the first candidate."""
+    alike: dict[MRAConfig, list[tuple[float, Trade]]]
+    """With one budget for all heads: every budget, and what it does, for each candidate."""
     estimates: dict[str, list[Estimate]]
 
     def curves(self, layer: str) -> dict[MRAConfig, list[BudgetCurve]]:
@@ -72,8 +72,9 @@ class BudgetFindings:
         return next(trade for trade in self.best if trade.error <= target)
 
     def cheapest_alike(self, target: float) -> tuple[float, Trade]:
-        """Return the smallest budget that, given to all heads, keeps a target."""
-        return next(found for found in self.alike if found[1].error <= target)
+        """Return the budget, given to all heads with one of the candidates, that keeps a target at the least cost."""
+        found = (each for trades in self.alike.values() for each in trades if each[1].error <= target)
+        return min(found, key=lambda each: each[1].cost)
 
 
 def measure_budgets(
@@ -98,21 +99,21 @@ def measure_budgets(
     calibration = calibrate(calls, target_error=target, candidates=candidates)
     layers = list(calibration.layers)
     of_layers = [[call for call in calls if call.layer == layer] for layer in layers]
-    random = [
-        measure([nulls.random_call(call, seed + at) for at, call in enumerate(some)], candidates[:1], "flops")[0]
-        for some in of_layers
-    ]
+    drawn = [nulls.random_call(call, seed + at) for at, call in enumerate(calls)]
+    random: dict[str, list[BudgetCurve]] = {layer: [] for layer in layers}
+    for curve in calibrate(drawn, target_error=target, candidates=candidates[:1]).curves:
+        random[curve.layer].append(curve)
     findings = BudgetFindings(
         target,
         calibration,
         places,
-        dict(zip(layers, random, strict=True)),
+        random,
         [],
-        [],
+        {},
         {layer: _estimates(some, candidates[0], seed) for layer, some in zip(layers, of_layers, strict=True)},
     )
     findings.best.extend(_best(findings, layers))
-    findings.alike.extend(_alike(findings, layers))
+    findings.alike.update((config, _alike(findings, layers, config)) for config in candidates)
     return findings
 
 
@@ -130,8 +131,8 @@ def _best(findings: BudgetFindings, layers: Sequence[str]) -> list[Trade]:
     return [Trade(point.error / heads, point.cost / exact) for point in points]
 
 
-def _alike(findings: BudgetFindings, layers: Sequence[str]) -> list[tuple[float, Trade]]:
-    curves = list(itertools.chain.from_iterable(next(iter(findings.curves(layer).values())) for layer in layers))
+def _alike(findings: BudgetFindings, layers: Sequence[str], config: MRAConfig) -> list[tuple[float, Trade]]:
+    curves = list(itertools.chain.from_iterable(findings.curves(layer)[config] for layer in layers))
     budgets = sorted({budget for curve in curves for budget in curve.budgets})
     exact = findings.calibration.exact_cost
     found: list[tuple[float, Trade]] = []

@@ -11,6 +11,9 @@ from ..table import Table
 
 OBSERVED = "value"
 
+_KEPT = {"positional_entropy": ("shuffled",)}
+"""Null models that have the numbers of the model by construction, and so explain nothing, by metric."""
+
 
 class HeadGrid(NamedTuple):
     """A metric of every head; NaN where a layer has no such head, or the metric is not defined."""
@@ -19,13 +22,15 @@ class HeadGrid(NamedTuple):
     """`(layers, heads)`."""
     nulls: dict[str, Floats]
     """By null model, each `(layers, heads)`."""
+    kept: tuple[str, ...] = ()
+    """Null models that have the values by construction."""
 
     def nearest_null(self) -> tuple[str, float, float] | None:
         """Return the null model that comes nearest, the mean distance of heads to it, and how heads differ.
 
         The latter is their mean distance from their own mean. None where nothing can be compared.
         """
-        away = {name: np.abs(self.values - null) for name, null in self.nulls.items() if not np.isnan(null).all()}
+        away = {name: np.abs(self.values - null) for name, null in self.nulls.items() if name not in self.kept}
         means = {name: float(np.nanmean(x)) for name, x in away.items() if not np.isnan(x).all()}
         if not means:
             return None
@@ -58,7 +63,7 @@ def head_grid(table: Table, metric: str) -> HeadGrid:
         if record.metric == metric and record.head is not None:
             for name, value in (record.nulls | {OBSERVED: record.value}).items():
                 found[name][place[record.layer], record.head] = value
-    return HeadGrid(found.pop(OBSERVED), found)
+    return HeadGrid(found.pop(OBSERVED), found, _KEPT.get(metric, ()))
 
 
 def scales(table: Table) -> list[str]:

@@ -25,7 +25,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         If jinja2 is not installed.
     """
     jinja2 = require("jinja2", "jinja2", "a report")
-    folder = resources.files(__package__)
+    folder = resources.files("mra_attention.analysis._report")
     # Autoescape, since titles and layers may be named anything.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .._arrays import Floats
+from .._arrays import Floats, steps
 from .._extra import require
 from .document import Picture
 from .drawing import drawing
@@ -53,7 +53,7 @@ def by_layer(
     key: str, grid: HeadGrid, *, title: str, unit: str, limits: tuple[float | None, float | None] = (None, None)
 ) -> Picture:
     """Draw every head as a dot over its layer, the means of the layers, and those of the null models."""
-    layers = np.arange(grid.values.shape[0])
+    layers = steps(grid.values.shape[0])
     alt = f"{title} by layer, {spread(grid.values)}; null models: " + ", ".join(
         f"{NULLS[name].label.removeprefix('null: ')} {number(float(np.mean(known)))}"
         for name, null in grid.nulls.items()
@@ -61,8 +61,8 @@ def by_layer(
     )
     with drawing(key, alt) as drawn:
         axes = drawn.figure.subplots()
-        for column in grid.values.T:
-            axes.plot(layers, column, "o", color=OBSERVED, alpha=0.45, markersize=3, markeredgewidth=0)
+        for head in range(grid.values.shape[1]):
+            axes.plot(layers, grid.values[:, head], "o", color=OBSERVED, alpha=0.45, markersize=3, markeredgewidth=0)
         axes.plot(layers, layer_means(grid.values), color=OBSERVED, marker="o", label="model: mean, and its heads")
         draw_nulls(axes, layers, {name: layer_means(null) for name, null in grid.nulls.items()})
         axes.set(title=title, xlabel="layer", ylabel=unit, ylim=limits)
@@ -72,7 +72,7 @@ def by_layer(
     return drawn.picture
 
 
-def draw_nulls(axes: Any, x: Floats | Sequence[float] | Any, nulls: dict[str, Floats]) -> None:
+def draw_nulls(axes: Any, x: Floats, nulls: dict[str, Floats]) -> None:
     """Draw a line for each null model that is defined somewhere."""
     for name, values in nulls.items():
         if np.isfinite(values).any():
@@ -88,6 +88,21 @@ def draw_nulls(axes: Any, x: Floats | Sequence[float] | Any, nulls: dict[str, Fl
             )
 
 
+def decades(bar: Any) -> None:
+    """Label a colour bar of logarithms to the base of ten with the numbers themselves."""
+    low, high = bar.vmin, bar.vmax
+    ticks = [*range(math.ceil(low), math.floor(high) + 1)]
+    bar.set_ticks(ticks, labels=[f"{10.0**tick:g}" for tick in ticks])
+
+
+def layer_colors(count: int) -> Any:
+    """Return what gives layers their colours; the ends of the map, which a dark or a light page hides, are left out."""
+    require("matplotlib.cm", "matplotlib", "a report")
+    matplotlib = require("matplotlib", "matplotlib", "a report")
+    inner = matplotlib.colors.ListedColormap(matplotlib.colormaps[COLOR_MAP](np.linspace(0.3, 0.85, 256)))
+    return matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(count - 1, 1)), inner)
+
+
 def legend_below(axes: Any, columns: int = 2, **more: Any) -> None:
     """Put the legend below the axes, where it hides no data."""
     axes.figure.legend(loc="outside lower center", ncols=columns, **more)
@@ -101,9 +116,22 @@ def number_ticks(axis: Any, labels: Sequence[int]) -> None:
     axis.set_tick_params(length=0)
 
 
+def write_ticks(axis: Any, write: Callable[[float], str]) -> None:
+    """Label the values of an axis, and nothing between them."""
+
+    def label(value: float, _: int | None) -> str:
+        return write(value)
+
+    def nothing(*_: object) -> str:
+        return ""
+
+    axis.set_major_formatter(label)
+    axis.set_minor_formatter(nothing)
+
+
 def percent(axis: Any) -> None:
     """Label an axis of shares in percent."""
-    axis.set_major_formatter(lambda value, _: f"{100.0 * value:.3g} %")
+    write_ticks(axis, lambda value: f"{100.0 * value:.3g} %")
 
 
 def logarithmic_percent(axis: Any) -> None:
@@ -125,6 +153,8 @@ def share(value: float) -> str:
     """Write a share in percent."""
     if not math.isfinite(value):
         return number(value)
+    if 0.0 < abs(value) < 1e-4:
+        return "less than 0.01\N{NO-BREAK SPACE}%"
     return f"{100.0 * value:.{3 if abs(value) >= 0.9995 else 2}g}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
 
 

@@ -34,7 +34,8 @@ def all_heads(found: Findings) -> Section:
         "All heads",
         (
             "The numbers behind the maps, means over the rows that were looked at. The frequency selectivity is the "
-            "largest power of a frequency over the sum of all others. Formulas and conventions are in docs/analysis.md.",
+            "largest power of a frequency over the sum of all others. Formulas and conventions are in "
+            "docs/analysis.md.",
         ),
         (Grid("Numbers of all heads", ("Layer", "Head", *(title for _, title, _ in _COLUMNS)), rows, folded=True),),
     )

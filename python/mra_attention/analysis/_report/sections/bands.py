@@ -32,8 +32,8 @@ def bands(found: Findings) -> Section:
         (
             "A row of attention is a signal over the positions of the keys. Its power spectrum says how fast weights "
             "change along the text: low frequencies are broad hills, high ones are single tokens. The bands are those "
-            "up to 1/8, 1/8 to 3/8 and above 3/8 of a cycle per token; the frequency 0, the mean, is in the low one, and "
-            "a Hann window was applied.",
+            "up to 1/8, 1/8 to 3/8 and above 3/8 of a cycle per token; the frequency 0, the mean, is in the low one, "
+            "and a Hann window was applied.",
             _summary(grids),
             explained(grids["low"], "the share of low frequencies"),
         ),
@@ -41,9 +41,10 @@ def bands(found: Findings) -> Section:
             Figure(
                 "Shares of power by layer and head",
                 pictures,
-                "Left: every head as a cell; a bright cell has much of its power in this band. Right: the same heads by "
-                "layer, beside null models. A row with one peak has a flat spectrum, a quarter of which is in the low "
-                "band, half in the middle and a quarter in the high one; a uniform row has all its power in the low band.",
+                "In a map every head is a cell, and a bright one has much of its power in the band; the plot after it "
+                "has the same heads by layer, beside null models. A row with one peak has a flat spectrum, a quarter "
+                "of which is in the low band, half in the middle and a quarter in the high one; a uniform row has all "
+                "its power in the low band.",
             ),
         ),
     )

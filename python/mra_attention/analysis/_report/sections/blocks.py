@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..._arrays import steps
 from ..chosen_heads import ChosenHead
 from ..document import Figure, Picture, Section
 from ..drawing import drawing
 from ..findings import Findings
 from ..head_maps import HeadMap
 from ..palette import COLOR_MAP, NULLS, OBSERVED, VERMILION
-from ..plots import legend_below, number, percent, share
+from ..plots import decades, legend_below, number, percent, share
 
 
 def blocks(found: Findings) -> list[Section]:
@@ -25,22 +26,22 @@ def blocks(found: Findings) -> list[Section]:
             "blocks",
             "Chosen blocks",
             (
-                f"These are the maps of the heads shown before, with the blocks that are computed exactly at {budget} blocks "
-                "per row. The rest is not lost: it enters through averages.",
+                f"These are the maps of the heads shown before, with the blocks that are computed exactly at {budget} "
+                "blocks per row. The rest is not lost: it enters through averages.",
                 " ".join(sentences),
             ),
             (
                 Figure(
                     "Exact attention, and the blocks that are chosen",
                     pictures,
-                    "Left: the exact weights of the first sequence, queries down, keys across, on a logarithmic scale. Right: "
-                    "the same where it is computed exactly; what has no colour enters through averages.",
+                    "First the exact weights of the first sequence, queries down, keys across, on a logarithmic "
+                    "scale; then the same where they are computed exactly; what has no colour enters through averages.",
                 ),
                 Figure(
                     "How much of the attention the chosen blocks hold",
                     (_bars(found),),
-                    "Blue: the chosen blocks. Grey: as many blocks of each row at random, the null model. "
-                    "Red: as many blocks of each row that hold most, which only one who knows exact attention can choose. "
+                    "Blue: the chosen blocks. Grey: as many blocks of each row at random, the null model. Red: as "
+                    "many blocks of each row that hold most, which only one who knows exact attention can choose. "
                     "Where blue is near grey, attention is spread and no choice would help much; averages then say "
                     "most of it.",
                 ),
@@ -52,8 +53,8 @@ def blocks(found: Findings) -> list[Section]:
 def _sentence(found: Findings, head: ChosenHead, some: HeadMap) -> str:
     name = found.subject.name(head.layer, head.head)
     return (
-        f"Of {name}, {share(some.density)} of the blocks are exact; they hold {share(some.held)} of the attention "
-        f"(at random {share(some.chance)}, at best {share(some.best)})."
+        f"Of {name}, {share(some.density)} of the blocks are exact; they hold {share(some.held)} of the attention (at "
+        f"random {share(some.chance)}, at best {share(some.best)})."
     )
 
 
@@ -70,7 +71,8 @@ def _maps(found: Findings, head: ChosenHead, some: HeadMap) -> tuple[Picture, Pi
             np.where(some.chosen, logarithms, np.nan),
         ),
     ):
-        alt = f"{'Exact attention' if kind == 'exact' else 'Chosen blocks'} of {name}; the blocks hold {share(some.held)} of it"
+        what = "Exact attention" if kind == "exact" else f"Chosen blocks, with {share(some.held)} of the attention,"
+        alt = f"{what} of {name}"
         with drawing(f"map-{kind}-{head.key}", alt, (4.2, 3.5)) as drawn:
             axes = drawn.figure.subplots()
             extent = (0, some.shape[1], some.shape[0], 0)
@@ -78,8 +80,7 @@ def _maps(found: Findings, head: ChosenHead, some: HeadMap) -> tuple[Picture, Pi
             axes.set(title=title, xlabel="key position, tokens", ylabel="query position, tokens")
             axes.spines[:].set_visible(False)
             bar = drawn.figure.colorbar(image, ax=axes, label="attention weight")
-            ticks = np.arange(np.ceil(top - 5.0), top + 1e-9)
-            bar.set_ticks(ticks, labels=[f"{10.0**tick:g}" for tick in ticks])
+            decades(bar)
             bar.outline.set_visible(False)
         pictures.append(drawn.picture)
     return pictures[0], pictures[1]
@@ -95,7 +96,7 @@ def _bars(found: Findings) -> Picture:
     )
     with drawing("held", alt, (4.5, 3.2)) as drawn:
         axes = drawn.figure.subplots()
-        places = np.arange(len(names))
+        places = steps(len(names))
         for at, (field, color, label) in enumerate(
             (
                 ("chance", NULLS["uniform"].color, "null: random blocks"),

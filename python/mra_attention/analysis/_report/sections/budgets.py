@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -15,6 +16,7 @@ from ..drawing import drawing
 from ..findings import Findings
 from ..palette import NULLS, OBSERVED, VERMILION
 from ..plots import head_map, legend_below, logarithmic_percent, number, percent, share
+from .words import difference
 
 
 def budgets(found: Findings) -> list[Section]:
@@ -32,15 +34,15 @@ def budgets(found: Findings) -> list[Section]:
                 Figure(
                     "Error against cost",
                     (_trades(given),),
-                    "The line is what the best budgets for every head reach, the squares are one budget for all heads, from 1 "
-                    "block per row to every block. The gap between the two is what knowing the heads is worth. "
+                    "The line is what the best budgets for every head reach, the marks are one budget for all heads, "
+                    "from 1 block per row to every block. The gap between the two is what knowing the heads is worth. "
                     "Costs are floating-point operations as a share of those of exact attention.",
                 ),
                 Figure(
                     f"Budgets for a mean error of {share(given.target)}",
                     (_budget_map(found, given),),
-                    "Bright cells are heads that need many blocks per row; dark ones do with few. Numbers are blocks per "
-                    "row, where there is room for them.",
+                    "Bright cells are heads that need many blocks per row; dark ones do with few. Numbers are blocks "
+                    "per row, where there is room for them.",
                 ),
                 _layers(given),
                 *_configs(found, given),
@@ -54,11 +56,12 @@ def _paragraphs(given: BudgetFindings) -> list[str]:
     budget, alike = given.cheapest_alike(given.target)
     every = "every block" if math.isinf(budget) else f"{number(budget)} blocks per row"
     return [
-        "Budgets are chosen by calibrate: a head gets more blocks where that saves more error for its cost than it would "
-        "elsewhere, until the mean error over all heads is at most the target.",
-        f"For a mean error of {share(given.target)} the recommended budgets take {share(chosen.cost / chosen.exact_cost)} of the "
-        f"floating-point operations of exact attention; their mean error here is {share(chosen.error)}. One budget for "
-        f"all heads that keeps the same error is {every}, at {share(alike.cost)}.",
+        "Budgets are chosen by calibrate: a head gets more blocks where that saves more error for its cost than it "
+        "would elsewhere, until the mean error over all heads is at most the target.",
+        f"For a mean error of {share(given.target)} the recommended budgets take "
+        f"{share(chosen.cost / chosen.exact_cost)} of the floating-point operations of exact attention; their mean "
+        f"error here is {share(chosen.error)}. One budget for all heads of those that were tried, that keeps the same "
+        f"error is {every}, at {share(alike.cost)}.",
         "What is saved in time is less than what is saved in operations, the more so the shorter the text; and on "
         "another text the error will be another one. An error of attention is not yet one of the model: "
         "calibrate(target_loss=..., loss=...) chooses budgets by what the model is used for.",
@@ -91,7 +94,8 @@ def _targets(given: BudgetFindings) -> Grid:
             "Its operations",
         ),
         rows,
-        "With budgets for every head, and in the last two columns with one for all heads, of the budgets that were tried.",
+        "With budgets for every head, and in the last two columns with one for all heads, of the budgets that were "
+        "tried.",
     )
 
 
@@ -99,18 +103,19 @@ def _trades(given: BudgetFindings) -> Picture:
     alt = "Mean error against cost: budgets by head, and one budget for all heads"
     with drawing("trades", alt, (5.6, 3.4)) as drawn:
         axes = drawn.figure.subplots()
-        alike = [trade for _, trade in given.alike if trade.error > 0.0]
         best = [trade for trade in given.best if trade.error > 0.0]
         style = NULLS["uniform"]
-        axes.plot(
-            [t.cost for t in alike],
-            [t.error for t in alike],
-            color=style.color,
-            linestyle=style.line,
-            marker="s",
-            markersize=3.5,
-            label="null: one budget for all heads",
-        )
+        for (config, trades), marker in zip(given.alike.items(), itertools.cycle("sD^v")):
+            alike = [trade for _, trade in trades if trade.error > 0.0]
+            axes.plot(
+                [t.cost for t in alike],
+                [t.error for t in alike],
+                color=style.color,
+                linestyle=style.line,
+                marker=marker,
+                markersize=3.5,
+                label=f"null: one budget for all heads{difference(config, given.alike)}",
+            )
         axes.plot([t.cost for t in best], [t.error for t in best], color=OBSERVED, label="budgets by head")
         chosen = given.calibration
         if chosen.error > 0.0:
@@ -129,12 +134,14 @@ def _trades(given: BudgetFindings) -> Picture:
             yscale="log",
             xlim=(0.0, None),
         )
-        floor = min((t.error for t in alike), default=1e-3) / 10.0
+        floor = (
+            min((t.error for _, trades in given.alike.items() for _, t in trades if t.error > 0.0), default=1e-3) / 10.0
+        )
         axes.set_ylim(max(floor, 1e-6), None)
         percent(axes.xaxis)
         logarithmic_percent(axes.yaxis)
         axes.grid(True)
-        legend_below(axes, 3)
+        legend_below(axes, 1 if len(given.alike) > 1 else 3)
     return drawn.picture
 
 

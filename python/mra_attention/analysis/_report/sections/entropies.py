@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..._arrays import steps
 from ..document import Figure, Picture, Section
 from ..drawing import drawing
 from ..findings import Findings
 from ..head_grid import HeadGrid, head_grid, mean
-from ..palette import COLOR_MAP, NULLS
-from ..plots import by_layer, head_map, legend_below, number
+from ..palette import NULLS
+from ..plots import by_layer, head_map, layer_colors, legend_below, number
 from .words import explained
 
 
@@ -22,14 +23,15 @@ def entropies(found: Findings) -> Section:
         "entropies",
         "Entropies",
         (
-            "The positional entropy of a row says over how many keys attention is spread: its exponential is the number "
-            "of keys that an even row with the same entropy would have. The spectral entropy says the same of the "
-            "frequencies of the row. Both are in nats.",
+            "The positional entropy of a row says over how many keys attention is spread: its exponential is the "
+            "number of keys that an even row with the same entropy would have. The spectral entropy says the same of "
+            "the frequencies of the row. Both are in nats. Shuffling the weights of a row keeps the first by "
+            "construction.",
             _summary(positional),
             "The two tend to go in opposite directions in any signal: one peak has all frequencies, an even row has "
-            "one. So a negative correlation of the two over the rows of a head says little by itself; shuffled rows have it "
-            "as well: their mean is "
-            f"{number(mean(correlation.nulls['shuffled']))}, that of the model {number(correlation.mean())}.",
+            "one. So a negative correlation of the two over the rows of a head says little by itself; shuffled rows "
+            f"have it as well: their mean is {number(mean(correlation.nulls['shuffled']))}, that of the model "
+            f"{number(correlation.mean())}.",
             explained(correlation, "the correlation"),
         ),
         (
@@ -41,9 +43,9 @@ def entropies(found: Findings) -> Section:
                         "entropy-map", positional.values, found.subject.heads, title="positional entropy", unit="nats"
                     ),
                 ),
-                "Left: each head is a dot, coloured by its layer, at the means of its two entropies; null models are small "
-                "marks for the same heads. Heads that lie among the marks of a null model are explained by it. "
-                "Right: dark cells are heads that look at few keys.",
+                "In the first plot each head is a dot, coloured by its layer, at the means of its two entropies; null "
+                "models are small marks for the same heads. Heads that lie among the marks of a null model are "
+                "explained by it. In the map dark cells are heads that look at few keys.",
             ),
             Figure(
                 "Correlation of the two entropies over the rows of a head",
@@ -64,8 +66,8 @@ def entropies(found: Findings) -> Section:
                         limits=(-1.05, 1.05),
                     ),
                 ),
-                "−1: rows that are spread over more keys have fewer frequencies, without exception; 0: the two are "
-                "unrelated. Uniform rows have no correlation where all rows are alike, and no line then.",
+                "\N{MINUS SIGN}1: rows that are spread over more keys have fewer frequencies, without exception; 0: "
+                "the two are unrelated. Uniform rows have no correlation where all rows are alike, and no line then.",
             ),
         ),
     )
@@ -84,10 +86,11 @@ def _summary(positional: HeadGrid) -> str:
 
 
 def _scatter(positional: HeadGrid, spectral: HeadGrid) -> Picture:
-    layers = np.arange(positional.values.shape[0])[:, None] + 0.0 * positional.values
+    layers = steps(positional.values.shape[0]).repeat(positional.values.shape[1])
     alt = "Positional against spectral entropy of all heads, coloured by layer, and of null models"
     with drawing("entropy-scatter", alt, (4.5, 3.6)) as drawn:
         axes = drawn.figure.subplots()
+        colors = layer_colors(positional.values.shape[0])
         for name in positional.nulls:
             style = NULLS[name]
             axes.scatter(
@@ -100,11 +103,16 @@ def _scatter(positional: HeadGrid, spectral: HeadGrid) -> Picture:
                 linewidths=0,
                 label=style.label,
             )
-        dots = axes.scatter(
-            positional.values, spectral.values, c=layers, cmap=COLOR_MAP, s=22, linewidths=0, label="model: a head"
+        axes.scatter(
+            positional.values,
+            spectral.values,
+            color=colors.to_rgba(layers),
+            s=22,
+            linewidths=0,
+            label="model: a head",
         )
         axes.set(title="entropies of heads", xlabel="positional entropy, nats", ylabel="spectral entropy, nats")
-        drawn.figure.colorbar(dots, ax=axes, label="layer").outline.set_visible(False)
+        drawn.figure.colorbar(colors, ax=axes, label="layer").outline.set_visible(False)
         axes.grid(True)
         legend_below(axes, 3)
     return drawn.picture

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....config import MRAConfig
 from ..._extra import require
 from ..budget_findings import BudgetFindings, mean_curve
 from ..document import Figure, Picture, Section
 from ..drawing import drawing
 from ..findings import Findings
-from ..palette import COLOR_MAP, NULLS, OBSERVED, VERMILION
-from ..plots import legend_below, logarithmic_percent, share
+from ..palette import NULLS, OBSERVED, VERMILION
+from ..plots import layer_colors, legend_below, logarithmic_percent, share, write_ticks
+from .words import difference
 
 MOST_LAYERS = 12
 
@@ -24,8 +24,8 @@ def errors(found: Findings) -> Section:
             "errors",
             "Errors at budgets",
             (
-                "The capture has only some of the queries of its calls, and the errors of the package are those of whole "
-                "outputs. Capture without max_queries to have this section, and those on budgets and on blocks.",
+                "The capture has only some of the queries of its calls, and the errors of the package are those of "
+                "whole outputs. Capture without max_queries to have this section, and those on budgets and on blocks.",
             ),
         )
     layers = list(budgets.calibration.layers)
@@ -36,27 +36,28 @@ def errors(found: Findings) -> Section:
         "Errors at budgets",
         (
             "With a budget of so many blocks per row, the most important blocks of the attention matrix are computed "
-            "exactly and the others enter through averages. The error of a head is the norm of what its output differs by "
-            "from that of exact attention, divided by the norm of the latter.",
+            "exactly and the others enter through averages. The error of a head is the norm of what its output "
+            "differs by from that of exact attention, divided by the norm of the latter.",
             _summary(budgets),
-            "The null model is the same layer with random queries and keys, which makes logits of the same size without "
-            "any structure. A layer below its line has structure that blocks catch; one above it is harder than "
-            "random logits, as where attention is much more concentrated than they make it. Uniform attention has "
-            "the error 0 at any budget, since averages say all of it.",
+            "The null model is the same layer with random queries and keys, which makes logits of the same size "
+            "without any structure. A layer below its line has structure that blocks catch; one above it is harder "
+            "than random logits, as where attention is much more concentrated than they make it. Uniform attention "
+            "has the error 0 at any budget, since averages say all of it.",
         ),
         (
             Figure(
                 "Error against budget, all layers",
                 (_all_layers(budgets),),
-                "Each line is the mean over the heads of a layer, measured on the whole outputs; bright lines are later "
-                "layers. Both axes are logarithmic. Further down is better; at the budget of every block the error is 0, "
-                "which is beyond the right end.",
+                "Each line is the mean over the heads of a layer, measured on the whole outputs; bright lines are "
+                "later layers. Both axes are logarithmic. Further down is better; at the budget of every block the "
+                "error is 0, which is beyond the right end.",
             ),
             Figure(
                 "Error against budget, layer by layer",
                 [_one_layer(found, budgets, layers, i) for i in shown],
-                "Thin lines are heads, the thick line is their mean. Bars are what error_estimate says of that mean from "
-                "64 queries of each head, with a 95 % confidence interval: an error can be known without computing "
+                "Thin lines are heads, the thick line is their mean. Bars are what error_estimate says of that mean "
+                "from 64 queries of each head, with a 95 % confidence interval: an error can be known without "
+                "computing "
                 "exact attention for all queries." + some,
             ),
         ),
@@ -64,12 +65,12 @@ def errors(found: Findings) -> Section:
 
 
 def _summary(budgets: BudgetFindings) -> str:
-    at_four = [trade for budget, trade in budgets.alike if budget == 4.0]
+    at_four = [trade for budget, trade in next(iter(budgets.alike.values())) if budget == 4.0]
     if not at_four:
         return "The text is shorter than 5 blocks, so budgets below all blocks are few."
     return (
-        f"With 4 blocks per row in all heads, the mean error is {share(at_four[0].error)}, at {share(at_four[0].cost)} of the "
-        "floating-point operations of exact attention."
+        f"With 4 blocks per row in all heads, the mean error is {share(at_four[0].error)}, at "
+        f"{share(at_four[0].cost)} of the floating-point operations of exact attention."
     )
 
 
@@ -78,7 +79,7 @@ def _all_layers(budgets: BudgetFindings) -> Picture:
     alt = f"Mean error of heads against blocks per row, a line for each of {len(layers)} layers, and random null model"
     with drawing("errors-all", alt, (5.6, 3.6)) as drawn:
         axes = drawn.figure.subplots()
-        colors = _layer_colors(len(layers))
+        colors = layer_colors(len(layers))
         for place, layer in enumerate(layers):
             curves = next(iter(budgets.curves(layer).values()))
             axes.plot(*mean_curve(curves), color=colors.to_rgba(place), marker="o", markersize=3)
@@ -106,11 +107,14 @@ def _one_layer(found: Findings, budgets: BudgetFindings, layers: list[str], plac
         axes = drawn.figure.subplots()
         for curve in curves:
             axes.plot(curve.budgets[:-1], curve.errors[:-1], color=OBSERVED, alpha=0.35, linewidth=0.7)
-        axes.plot(xs, ys, color=OBSERVED, linewidth=2, label=f"mean of heads{_of(curves[0].config, candidates)}")
+        axes.plot(xs, ys, color=OBSERVED, linewidth=2, label=f"mean of heads{difference(curves[0].config, candidates)}")
         for number, (config, others) in enumerate(list(candidates.items())[1:]):
             style = ((0, (4, 1)), (0, (1, 1)), (0, (6, 1, 1, 1)))[number % 3]
             axes.plot(
-                *mean_curve(others), color=OBSERVED, linestyle=style, label=f"mean of heads{_of(config, candidates)}"
+                *mean_curve(others),
+                color=OBSERVED,
+                linestyle=style,
+                label=f"mean of heads{difference(config, candidates)}",
             )
         null = NULLS["random"]
         axes.plot(*mean_curve(budgets.random[layer]), color=null.color, linestyle=null.line, label=null.label)
@@ -134,34 +138,11 @@ def _one_layer(found: Findings, budgets: BudgetFindings, layers: list[str], plac
     return drawn.picture
 
 
-def _of(config: MRAConfig, candidates: dict[MRAConfig, Any]) -> str:
-    """Return what tells a candidate from the others."""
-    if len(candidates) == 1:
-        return ""
-    names = (
-        "coarse",
-        "mode",
-        "resolutions",
-        "score",
-        "first_blocks",
-        "diagonal_blocks",
-        "local_blocks",
-        "coarse_shift",
-    )
-    differing = [name for name in names if len({getattr(each, name) for each in candidates}) > 1]
-    return ", " + ", ".join(f"{name}={getattr(config, name)}" for name in differing)
-
-
 def _axes_of_errors(axes: Any) -> None:
     axes.set(xlabel="budget, blocks per row", ylabel="relative error", xscale="log", yscale="log")
     ticker = require("matplotlib.ticker", "matplotlib", "a report")
     axes.xaxis.set_major_locator(ticker.LogLocator(base=2.0, numticks=12))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    write_ticks(axes.xaxis, lambda value: f"{value:g}")
     logarithmic_percent(axes.yaxis)
     axes.grid(True)
-
-
-def _layer_colors(count: int) -> Any:
-    cm, colors = (require(f"matplotlib.{name}", "matplotlib", "a report") for name in ("cm", "colors"))
-    return cm.ScalarMappable(colors.Normalize(0, max(count - 1, 1)), COLOR_MAP)

@@ -18,11 +18,12 @@ def locality(found: Findings) -> Section:
         "locality",
         "Local and global heads",
         (
-            "The local share of a head is the share of its attention that goes to keys less than 32 tokens away from the "
-            "query. In a short text, or at the beginning of a causal one, few keys are farther away, so compare it "
-            "with uniform attention.",
-            f"{local} of {int((grid.values >= 0.0).sum())} heads pay more than half of their attention to near keys. The "
-            f"mean over heads is {share(grid.mean())}; uniform attention would have {share(float(uniform[uniform >= 0].mean()))}.",
+            "The local share of a head is the share of its attention that goes to keys less than 32 tokens away from "
+            "the query. In a short text, or at the beginning of a causal one, few keys are farther away, so compare "
+            "it with uniform attention.",
+            f"{local} of {int((grid.values >= 0.0).sum())} heads pay more than half of their attention to near keys. "
+            f"The mean over heads is {share(grid.mean())}; uniform attention would have "
+            f"{share(float(uniform[uniform >= 0].mean()))}.",
             explained(grid, "the local share"),
         ),
         (
@@ -39,8 +40,8 @@ def locality(found: Findings) -> Section:
                     ),
                     by_layer("local-layers", grid, title="local share", unit="share of attention", limits=(0.0, 1.02)),
                 ),
-                "Left: bright cells are local heads, dark ones global. Right: the same heads by layer. A head near "
-                "the line “distance alone” may look nearby whatever the text says; one near “uniform” or "
+                "In the map bright cells are local heads, dark ones global; the plot has the same heads by layer. A "
+                "head near the line “distance alone” may look nearby whatever the text says; one near “uniform” or "
                 "“shuffled” takes no notice of the distance.",
             ),
         ),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import torch
 
 from .... import __version__
+from ....config import SETTINGS, MRAConfig
 from ...attention_call import AttentionCall
 from ..document import Grid, Section
 from ..findings import Findings
@@ -26,14 +28,14 @@ def measured(found: Findings, about: Mapping[str, str]) -> Section:
         ("Calls of attention", f"{len(subject.calls)}, {_lengths(subject)}"),
         ("Queries looked at", _rows(found)),
         ("Errors and budgets", _budgets(found)),
-        ("Approximation", f"{_settings(found)}; block size {found.config.block_size} tokens"),
+        ("Approximation", f"blocks of {found.config.block_size} tokens, {_settings(found)}"),
         ("Seed", str(found.seed)),
         ("Versions", _versions()),
     ]
     paragraphs = (
         "Everything on this page comes from the queries, keys and values that the layers of the model handed to "
-        "attention while it read the text. The same calls, options and versions give the same page. No number depends on "
-        "the CPU but by rounding: costs are counted in floating-point operations, not in seconds.",
+        "attention while it read the text. The same calls, options and versions give the same page. No number depends "
+        "on the CPU but by rounding: costs are counted in floating-point operations, not in seconds.",
     )
     return Section(
         "measured",
@@ -84,19 +86,22 @@ def _budgets(found: Findings) -> str:
 
 def _settings(found: Findings) -> str:
     if found.budgets is None:
-        return "none"
-    configs = list(dict.fromkeys(curve.config for curve in found.budgets.calibration.curves))
-    return " or ".join(f"mode “{config.mode}”, coarse “{config.coarse}”" for config in configs)
+        return "not used"
+    configs = list(found.budgets.alike)
+    default = MRAConfig()
+    told = [name for name in SETTINGS if any(getattr(config, name) != getattr(default, name) for config in configs)]
+    settings = (", ".join(f"{name}={getattr(config, name)}" for name in told) for config in configs)
+    return " or ".join(settings) if told else "default settings"
 
 
 def _versions() -> str:
-    found = {"mra-attention": __version__, "torch": torch.__version__, "NumPy": np.__version__}
-    for package, name in (("PyWavelets", "PyWavelets"), ("transformers", "transformers")):
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found["Python"] = platform.python_version()
+    found: dict[str, Any] = {
+        "mra-attention": __version__,
+        "torch": torch.__version__,
+        "NumPy": np.__version__,
+        "PyWavelets": metadata.version("PyWavelets"),
+        "Python": platform.python_version(),
+    }
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 

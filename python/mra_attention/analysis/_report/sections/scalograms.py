@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from ..._arrays import Floats
+from ..._arrays import Floats, steps
 from ..chosen_heads import ChosenHead
 from ..document import Figure, Picture, Section
 from ..drawing import drawing
 from ..findings import Findings
 from ..head_grid import head_grid, scales
 from ..palette import COLOR_MAP, NULLS, OBSERVED
-from ..plots import draw_nulls, legend_below, percent
+from ..plots import decades, draw_nulls, legend_below, percent, write_ticks
 from ..scalograms import Scalogram
 
 
@@ -26,10 +24,10 @@ def scalograms(found: Findings) -> Section:
         "scalograms",
         "Scalograms",
         (
-            "A wavelet transform says at which place and at which scale a row of attention changes: its finest details, "
-            f"d1, compare neighbouring tokens, each next scale twice as many, and {names[0]} is what is left, the broad "
-            "shape. A wavelet transform loses nothing and describes any signal, noise too, so a head is not “wavelet-like” "
-            "because it has one; compare it with the null models.",
+            "A wavelet transform says at which place and at which scale a row of attention changes: its finest "
+            f"details, d1, compare neighbouring tokens, each next scale twice as many, and {names[0]} is what is "
+            "left, the broad shape. A wavelet transform loses nothing and describes any signal, noise too, so a head "
+            "is not “wavelet-like” because it has one; compare it with the null models.",
             "Shown are the heads at the ends of some metrics: " + _chosen(found) + ".",
         ),
         (
@@ -37,16 +35,17 @@ def scalograms(found: Findings) -> Section:
                 "One row of attention, by place and scale",
                 single,
                 "Top: the weights of one query, in the middle of the text, on a logarithmic scale, and what distance "
-                "alone would give. Middle: the energy of the row's wavelet transform by place (across) and scale (up); "
-                "bright cells hold most of it. Bottom: the same for the row with its weights shuffled. Energy that "
-                "gathers near the query at all scales is a peak there; what looks the same in the lower map is a matter "
-                "of the sizes of the weights, not of their places.",
+                "alone would give. Middle: the energy of the row's wavelet transform by place (across) and scale "
+                "(up); bright cells hold most of it. Bottom: the same for the row with its weights shuffled. Energy "
+                "that gathers near the query at all scales is a peak there; what looks the same in the lower map is a "
+                "matter of the sizes of the weights, not of their places.",
             ),
             Figure(
                 "Energy by scale",
                 energies,
-                "Shares of the wavelet energy, mean over the rows that were looked at, from the broad shape on the left "
-                "to single tokens on the right. Where the blue line follows a null model, that one explains the shares.",
+                "Shares of the wavelet energy, mean over the rows that were looked at, from the broad shape on the "
+                "left to single tokens on the right. Where the blue line follows a null model, that one explains the "
+                "shares.",
             ),
         ),
     )
@@ -64,14 +63,14 @@ def _scalogram(found: Findings, head: ChosenHead, some: Scalogram) -> Picture:
     alt = f"Attention of query {some.query} of {_title(found, head)}, and its energy by place and scale"
     with drawing(f"scalogram-{head.key}", alt, (4.5, 4.3)) as drawn:
         row, observed, shuffled = drawn.figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1, 1))
-        places = np.arange(some.row.size)
+        places = steps(some.row.size)
         null = NULLS["alibi"]
         row.plot(places, some.row, color=OBSERVED, linewidth=0.7, label="model")
         row.plot(places, some.distance_alone, color=null.color, linestyle=null.line, linewidth=1.1, label=null.label)
         row.axvline(some.query, color=NULLS["uniform"].color, linewidth=0.8, linestyle=":", label="the query")
         row.set(title=_title(found, head), ylabel="weight", yscale="log")
         row.set_ylim(max(float(some.row.max()) * 1e-6, 1e-12), float(some.row.max()) * 2.0)
-        _plain_decades(row.yaxis)
+        write_ticks(row.yaxis, lambda value: f"{value:g}")
         largest = max(float(some.energy.max()), float(some.shuffled.max()))
         for axes, energy, name in ((observed, some.energy, "model"), (shuffled, some.shuffled, "null: shuffled")):
             image = axes.imshow(
@@ -89,16 +88,10 @@ def _scalogram(found: Findings, head: ChosenHead, some: Scalogram) -> Picture:
             axes.tick_params(length=0)
         shuffled.set_xlabel("key position, tokens")
         bar = drawn.figure.colorbar(image, ax=(observed, shuffled), label="share of energy")
-        ticks = np.arange(np.ceil(np.log10(largest) - 5.0), np.log10(largest) + 1e-9)
-        bar.set_ticks(ticks, labels=[f"{10.0**tick:g}" for tick in ticks])
+        decades(bar)
         bar.outline.set_visible(False)
         legend_below(row, 3)
     return drawn.picture
-
-
-def _plain_decades(axis: Any) -> None:
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda *_: "")
 
 
 def _energies(found: Findings, head: ChosenHead, names: list[str]) -> Picture:
@@ -111,7 +104,7 @@ def _energies(found: Findings, head: ChosenHead, names: list[str]) -> Picture:
     alt = f"Energy by scale of {_title(found, head)}; {largest} has most"
     with drawing(f"energy-{head.key}", alt, (4.5, 2.9)) as drawn:
         axes = drawn.figure.subplots()
-        places = np.arange(len(names))
+        places = steps(len(names))
         axes.plot(places, observed, color=OBSERVED, marker="o", label="model")
         draw_nulls(axes, places, nulls)
         axes.set_xticks(places, names)

@@ -55,7 +55,8 @@ def summary(found: Findings) -> Section:
                 "The model beside null models",
                 header,
                 rows,
-                "The nearest null model is the one whose numbers, head by head, are least away from those of the model.",
+                "The nearest null model is the one whose numbers, head by head, are least away from those of the "
+                "model.",
             ),
         ),
     )
@@ -67,24 +68,27 @@ def _paragraphs(found: Findings) -> list[str]:
     keys = max(call.key.shape[-2] for call in found.subject.calls)
     local = int((grid.values > 0.5).sum())
     paragraphs = [
-        f"This page looks at {heads} heads in {layers} layers, on a text of {keys} tokens. {local} of them pay more than "
-        "half of their attention to keys less than 32 tokens away."
+        f"This page looks at {heads} heads in {layers} layers, on a text of {keys} tokens. {local} of them pay more "
+        "than half of their attention to keys less than 32 tokens away."
     ]
     if found.budgets is not None:
         chosen = found.budgets.calibration
         paragraphs.append(
             f"For a mean error of {share(found.budgets.target)} of their outputs, heads need "
-            f"{share(chosen.cost / chosen.exact_cost)} of the floating-point operations of exact attention if each has the "
-            f"budget that suits it, and {share(found.budgets.cheapest_alike(found.budgets.target)[1].cost)} if all have the same."
+            f"{share(chosen.cost / chosen.exact_cost)} of the floating-point operations of exact attention if each "
+            f"has the budget that suits it, and {share(found.budgets.cheapest_alike(found.budgets.target)[1].cost)} "
+            "if all have the same."
         )
     amounts: dict[str, list[str]] = {}
     for metric, label, _ in _METRICS:
         nearest = head_grid(found.table, metric).nearest_null()
         if nearest is not None:
             amounts.setdefault(how_much(*nearest[1:]), []).append(label.split(":")[0].split(",")[0].lower())
-    paragraphs.extend(
-        f"A null model explains {amount} of: {', '.join(amounts[amount])}."
+    said = [
+        f"{amount} of {' and of '.join(amounts[amount])}"
         for amount in ("most", "a part", "little")
         if amount in amounts
-    )
+    ]
+    if said:
+        paragraphs.append(f"What the nearest of four null models explains: {'; '.join(said)}.")
     return paragraphs

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from ....config import SETTINGS, MRAConfig
 from ..head_grid import HeadGrid
 from ..palette import NULLS
 from ..plots import number
@@ -19,8 +22,8 @@ def explained(grid: HeadGrid, what: str) -> str:
         return f"No null model is defined for {what} here."
     name, away, apart = nearest
     return (
-        f"For {what}, the null model “{null_name(name)}” comes nearest: on average a head is {number(away)} away from it, "
-        f"and {number(apart)} from the mean of all heads. So it explains {how_much(away, apart)} of what is seen."
+        f"For {what}, the null model “{null_name(name)}” comes nearest: on average a head is {number(away)} away from "
+        f"it, and {number(apart)} from the mean of all heads. So it explains {how_much(away, apart)} of what is seen."
     )
 
 
@@ -30,3 +33,9 @@ def how_much(away: float, apart: float) -> str:
     Being nearer than the mean of all heads is what makes it say something of single heads.
     """
     return "little" if away >= apart else "a part" if away > 0.5 * apart else "most"
+
+
+def difference(config: MRAConfig, candidates: Collection[MRAConfig]) -> str:
+    """Return the settings that tell a candidate from the others, for a label; nothing if it is the only one."""
+    told = [name for name in SETTINGS if len({getattr(each, name) for each in candidates}) > 1]
+    return "".join(f", {name}={getattr(config, name)}" for name in told)
