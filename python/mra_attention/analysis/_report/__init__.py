@@ -9,7 +9,9 @@ from typing import Any
 
 from ..._checks import numbers
 from ...config import MRAConfig
+from .._extra import require
 from ..attention_call import AttentionCall
+from ..calibration_arguments import check_candidates
 
 __all__ = ["report"]
 
@@ -64,14 +66,16 @@ def report(
         If an argument has the wrong type.
     ValueError
         If there is no call, a head is not there, or a value is not accepted.
+    FileNotFoundError, IsADirectoryError
+        If `path` is in no folder, or is one.
     NotImplementedError, TypeError, ValueError
         If `calibrate` refuses a call with one of the candidates.
 
     Notes
     -----
     Where exact attention of all heads takes about 1e12 floating-point operations or more, errors and budgets are those
-    of some of the heads, evenly spaced; the page says of which. Without all queries (`max_queries` of `capture`) it has
-    no errors, budgets and blocks.
+    of some of the heads, evenly spaced; the page says of which. Without all queries (`max_queries` of `capture`), or
+    where all keys are in one block, it has no errors, budgets and blocks.
 
     Deterministic: the same bytes for the same calls, arguments, versions and number of threads.
 
@@ -91,18 +95,30 @@ def report(
 
     for name, given in (("title", title), *(("about", each) for pair in (about or {}).items() for each in pair)):
         _check_text(name, given)
+    _check_path(Path(path))
     numbers.check_bool("progress", progress)
     numbers.optional_integer("max_rows", max_rows, 1)
     target = numbers.finite("target_error", target_error, 0.0)
+    for module, package in (("jinja2", "jinja2"), ("matplotlib", "matplotlib"), ("pywt", "PyWavelets")):
+        require(module, package, "a report")
+    check_candidates(candidates)
     found = find(
         subject(calls, heads),
         rows=max_rows,
-        candidates=list(dict.fromkeys(candidates)),
+        candidates=tuple(dict.fromkeys(candidates)),
         target=target,
         seed=numbers.integer("seed", seed, 0),
         progress=progress,
     )
     Path(path).write_text(page.render(title, sections(found, about or {})), encoding="utf-8")
+
+
+def _check_path(path: Path) -> None:
+    """Refuse a path that cannot be written, before what takes minutes."""
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file to write, and {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be a file in a folder that is there, got {path}")
 
 
 def _check_text(name: str, given: Any) -> None:

@@ -137,8 +137,11 @@ def _alike(findings: BudgetFindings, layers: Sequence[str], config: MRAConfig) -
     exact = findings.calibration.exact_cost
     found: list[tuple[float, Trade]] = []
     for budget in budgets:
-        # Where a layer has fewer blocks than the budget, the next rung of its ladder is every block.
-        places = [next(i for i, rung in enumerate(curve.budgets) if rung >= budget) for curve in curves]
+        # Where a layer has fewer blocks than the budget, it gets every block, the last rung of its ladder.
+        places = [
+            next((i for i, rung in enumerate(curve.budgets) if rung >= budget), len(curve.budgets) - 1)
+            for curve in curves
+        ]
         errors = [curve.errors[i] for curve, i in zip(curves, places, strict=True)]
         cost = sum(curve.costs[i] for curve, i in zip(curves, places, strict=True))
         found.append((budget, Trade(math.fsum(errors) / len(errors), cost / exact)))

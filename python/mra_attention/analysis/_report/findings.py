@@ -37,7 +37,7 @@ class Findings:
     chosen: list[ChosenHead]
     scalograms: dict[ChosenHead, Scalogram]
     budgets: BudgetFindings | None
-    """None where only some queries of the calls were kept."""
+    """None where only some queries of the calls were kept, or all keys are in one block."""
     maps: dict[ChosenHead, HeadMap]
     """Empty where `budgets` is None."""
     config: MRAConfig
@@ -61,7 +61,8 @@ def find(
     scalograms: dict[ChosenHead, Scalogram] = {}
     maps: dict[ChosenHead, HeadMap] = {}
     budgets: BudgetFindings | None = None
-    is_whole = all(call.query_rows is None for call in subject.calls)
+    longest = max(call.key.shape[-2] for call in subject.calls)
+    is_whole = longest > candidates[0].block_size and all(call.query_rows is None for call in subject.calls)
     with _Stages(progress, 1 + is_whole + len(chosen)) as stages:
         if is_whole:
             stages.next("errors at budgets")

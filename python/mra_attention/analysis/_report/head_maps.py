@@ -27,10 +27,8 @@ class HeadMap(NamedTuple):
     """`(rows, columns)`: where the middle of the pixel is computed exactly."""
     shape: tuple[int, int]
     """Queries and keys."""
-    blocks: int
-    """How many blocks are exact."""
     density: float
-    """Their share of all blocks that a row of the plan sees."""
+    """The share of exact blocks among those that the rows of the plan see."""
     held: float
     """The share of attention in the blocks."""
     best: float
@@ -71,7 +69,6 @@ def map_head(call: AttentionCall, head: int, config: MRAConfig) -> HeadMap:
         (image / (steps[0] * steps[1])).numpy(),
         blocks.chosen(*middles).numpy(),
         shape,
-        int(mask.sum()),
         *blocks.shares(),
     )
 
@@ -83,6 +80,7 @@ class _Blocks:
         self._mask = mask
         self._of_tokens = mask.shape[0] == shape[0]
         self._self_attention = shape[0] == shape[1]
+        self._length = shape[0]
         self._size = block_size
         self._first: int | None = None
         self._mass = torch.zeros(mask.shape, dtype=torch.float64)
@@ -107,7 +105,9 @@ class _Blocks:
         if self._of_tokens:
             return queries
         first = (self._first or 0) if self._self_attention else 0
-        return ((queries - first) // self._size).clamp(0, self._mask.shape[0] - 1)
+        # Padded queries in front of the first valid one may have blocks of their own.
+        front = max(0, self._mask.shape[0] + (first - self._length) // self._size)
+        return ((queries - first) // self._size + front).clamp(0, self._mask.shape[0] - 1)
 
     def chosen(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return bool `(queries, keys)`: which pairs are in chosen blocks."""

@@ -31,7 +31,7 @@ def head_map(
     """Draw a number of every head as a colour, layers by heads; `text` is written into the cells."""
     layers, columns = values.shape
     alt = f"Map of {title}: {layers} layers by {columns} heads, {spread(values)}"
-    height = min(4.4, 1.3 + 0.22 * layers)
+    height = min(3.6, 1.3 + 0.22 * layers)
     with drawing(key, alt, (4.5, height)) as drawn:
         axes = drawn.figure.subplots()
         # Rows of pixels are layers, from the bottom as the model computes.

@@ -17,7 +17,7 @@ class Scalogram(NamedTuple):
     """A row of attention, and where its energy is."""
 
     query: int
-    """The position of the query among the keys."""
+    """The position of the query among the `N` keys, from the first to the last that it sees."""
     row: Floats
     """`(N,)`."""
     distance_alone: Floats
@@ -36,7 +36,10 @@ def scalogram_of(call: AttentionCall, head: int, seed: int) -> Scalogram | None:
     if found is None:
         return None
     middle = slice(found.positions.size // 2, found.positions.size // 2 + 1)
-    row, visible, position = normalized(found.weights[middle]), found.visible[middle], found.positions[middle]
+    seen = found.visible[middle][0].nonzero()[0]
+    keys = slice(int(seen[0]), int(seen[-1]) + 1)
+    row, visible = normalized(found.weights[middle, keys]), found.visible[middle, keys]
+    position = found.positions[middle] - keys.start
     names, energy = _energy(row[0])
     return Scalogram(
         query=int(position[0]),

@@ -52,7 +52,7 @@ def calls_of(source: str, layers: str | None, reading: Reading) -> tuple[Sequenc
         If an argument is not accepted, or does not go with the source.
     """
     folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if reading.gguf_file is not None or not folder.is_dir() or (folder / "config.json").exists():
         return capture_model(source, layers, reading, None)
     for name, given in vars(reading).items():
         if given is not None:

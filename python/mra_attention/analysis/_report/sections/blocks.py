@@ -67,8 +67,8 @@ def _maps(found: Findings, head: ChosenHead, some: HeadMap) -> tuple[Picture, Pi
         ("exact", name, np.where(some.weights > 0.0, logarithms, np.nan)),
         (
             "chosen",
-            f"its {some.blocks} chosen blocks, {share(some.density)} of all",
-            np.where(some.chosen, logarithms, np.nan),
+            f"its chosen blocks, {share(some.density)} of all",
+            np.where(some.chosen & (some.weights > 0.0), logarithms, np.nan),
         ),
     ):
         what = "Exact attention" if kind == "exact" else f"Chosen blocks, with {share(some.held)} of the attention,"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._arrays import Floats
-from ..budget_findings import TARGETS, BudgetFindings
+from ..budget_findings import TARGETS, BudgetFindings, Trade
 from ..document import Code, Figure, Grid, Picture, Section
 from ..drawing import drawing
 from ..findings import Findings
 from ..palette import NULLS, OBSERVED, VERMILION
 from ..plots import head_map, legend_below, logarithmic_percent, number, percent, share
 from .words import difference
+
+MOST_WRITTEN = 16
+"""Layers and heads of a map whose cells have room for numbers."""
 
 
 def budgets(found: Findings) -> list[Section]:
@@ -44,7 +47,7 @@ def budgets(found: Findings) -> list[Section]:
                     "Bright cells are heads that need many blocks per row; dark ones do with few. Numbers are blocks "
                     "per row, where there is room for them.",
                 ),
-                _layers(given),
+                _layers(found, given),
                 *_configs(found, given),
             ),
         )
@@ -54,14 +57,13 @@ def budgets(found: Findings) -> list[Section]:
 def _paragraphs(given: BudgetFindings) -> list[str]:
     chosen = given.calibration
     budget, alike = given.cheapest_alike(given.target)
-    every = "every block" if math.isinf(budget) else f"{number(budget)} blocks per row"
     return [
         "Budgets are chosen by calibrate: a head gets more blocks where that saves more error for its cost than it "
         "would elsewhere, until the mean error over all heads is at most the target.",
         f"For a mean error of {share(given.target)} the recommended budgets take "
         f"{share(chosen.cost / chosen.exact_cost)} of the floating-point operations of exact attention; their mean "
-        f"error here is {share(chosen.error)}. One budget for all heads of those that were tried, that keeps the same "
-        f"error is {every}, at {share(alike.cost)}.",
+        f"error here is {share(chosen.error)}. The cheapest budget for all heads alike, among those that were tried, "
+        f"is {_blocks(budget, alike)}, at {share(alike.cost)}.",
         "What is saved in time is less than what is saved in operations, the more so the shorter the text; and on "
         "another text the error will be another one. An error of attention is not yet one of the model: "
         "calibrate(target_loss=..., loss=...) chooses budgets by what the model is used for.",
@@ -79,7 +81,7 @@ def _targets(given: BudgetFindings) -> Grid:
                 share(best.error),
                 share(best.cost),
                 f"{1.0 / best.cost:.2f} times less",
-                "every block" if math.isinf(budget) else number(budget),
+                _blocks(budget, alike),
                 share(alike.cost),
             )
         )
@@ -145,27 +147,35 @@ def _trades(given: BudgetFindings) -> Picture:
     return drawn.picture
 
 
-def _of_heads(given: BudgetFindings) -> list[list[float]]:
-    """Return the recommended budgets of each layer, one for each head."""
-    found: list[list[float]] = []
-    for layer in given.calibration.layers.values():
+def _blocks(budget: float, trade: Trade) -> str:
+    # Without an error there is nothing but every block, whatever its number is in each layer.
+    return "every block" if trade.error == 0.0 else f"{number(budget)} blocks per row"
+
+
+class _LayerBudgets(NamedTuple):
+    key_blocks: int
+    of_heads: list[float]
+
+
+def _layer_budgets(found: Findings, given: BudgetFindings) -> list[_LayerBudgets]:
+    """Return the recommended budgets of each layer, none above the number of its key blocks."""
+    result: list[_LayerBudgets] = []
+    for name, layer in given.calibration.layers.items():
+        longest = max(call.key.shape[-2] for call in found.subject.calls if call.layer == name)
+        key_blocks = -(-longest // layer.config.block_size)
         budgets = layer.config.budgets()[0]
-        found.append(budgets * (len(layer.errors) if len(budgets) == 1 else 1))
-    return found
+        of_heads = budgets * len(layer.errors) if len(budgets) == 1 else budgets
+        result.append(_LayerBudgets(key_blocks, [min(budget, float(key_blocks)) for budget in of_heads]))
+    return result
 
 
 def _budget_map(found: Findings, given: BudgetFindings) -> Picture:
-    rows = _of_heads(given)
-    values: Floats = np.full((len(rows), max(map(len, rows))), np.nan)
-    text: list[list[str]] = []
-    for place, (layer, row) in enumerate(zip(given.calibration.layers, rows, strict=True)):
-        blocks = max(
-            -(-call.key.shape[-2] // found.config.block_size) for call in found.subject.calls if call.layer == layer
-        )
-        values[place, : len(row)] = [min(budget, blocks) for budget in row]
-        text.append([f"{min(budget, blocks):g}" for budget in row])
+    rows = _layer_budgets(found, given)
+    values: Floats = np.full((len(rows), max(len(row.of_heads) for row in rows)), np.nan)
+    for place, row in enumerate(rows):
+        values[place, : len(row.of_heads)] = row.of_heads
     heads = [found.subject.heads[place] for place in given.places]
-    fits = values.shape[1] <= 16 and values.shape[0] <= 16
+    text = [[f"{budget:g}" for budget in row.of_heads] for row in rows]
     return head_map(
         "budget-map",
         values,
@@ -173,23 +183,26 @@ def _budget_map(found: Findings, given: BudgetFindings) -> Picture:
         title="recommended budget",
         unit="blocks per row",
         limits=(0.0, None),
-        text=text if fits else None,
+        text=text if max(values.shape) <= MOST_WRITTEN else None,
     )
 
 
-def _layers(given: BudgetFindings) -> Grid:
+def _layers(found: Findings, given: BudgetFindings) -> Grid:
     rows = [
         (
             str(place),
-            " ".join("all" if math.isinf(budget) else f"{budget:g}" for budget in budgets),
+            str(budgets.key_blocks),
+            " ".join(f"{budget:g}" for budget in budgets.of_heads),
             share(math.fsum(layer.errors) / len(layer.errors)),
             share(layer.cost / layer.exact_cost),
         )
-        for place, (layer, budgets) in enumerate(zip(given.calibration.layers.values(), _of_heads(given), strict=True))
+        for place, (layer, budgets) in enumerate(
+            zip(given.calibration.layers.values(), _layer_budgets(found, given), strict=True)
+        )
     ]
     return Grid(
         "Recommended budgets, layer by layer",
-        ("Layer", "Blocks per row, by head", "Mean error", "Operations, of exact"),
+        ("Layer", "Key blocks", "Blocks per row, by head", "Mean error", "Operations, of exact"),
         rows,
         folded=True,
     )

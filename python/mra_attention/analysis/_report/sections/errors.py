@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..._extra import require
@@ -15,19 +16,17 @@ from .words import difference
 
 MOST_LAYERS = 12
 
+_WHY_NOT = (
+    "Errors, and with them budgets and blocks, are not on this page: they need all queries of the calls, and more keys "
+    "than one block has. The capture has only some of the queries, or its texts are shorter than a block."
+)
+
 
 def errors(found: Findings) -> Section:
     """Return the section."""
     budgets = found.budgets
     if budgets is None:
-        return Section(
-            "errors",
-            "Errors at budgets",
-            (
-                "The capture has only some of the queries of its calls, and the errors of the package are those of "
-                "whole outputs. Capture without max_queries to have this section, and those on budgets and on blocks.",
-            ),
-        )
+        return Section("errors", "Errors at budgets", (_WHY_NOT,))
     layers = list(budgets.calibration.layers)
     shown = [i * len(layers) // min(len(layers), MOST_LAYERS) for i in range(min(len(layers), MOST_LAYERS))]
     some = "" if len(shown) == len(layers) else f" {len(shown)} of {len(layers)} layers, evenly spaced, are shown."
@@ -91,6 +90,8 @@ def _all_layers(budgets: BudgetFindings) -> Picture:
             )
         axes.plot([], [], color=colors.to_rgba(0), marker="o", markersize=3, label="a layer, mean of its heads")
         _axes_of_errors(axes)
+        alike = next(iter(budgets.alike.values()))
+        _limit(axes, [budget for budget, trade in alike if trade.error > 0.0], [trade.error for _, trade in alike], 4.0)
         axes.set_title("mean error of the heads of a layer")
         drawn.figure.colorbar(colors, ax=axes, label="layer").outline.set_visible(False)
         legend_below(axes, 1)
@@ -131,8 +132,7 @@ def _one_layer(found: Findings, budgets: BudgetFindings, layers: list[str], plac
                 label="estimate, 95 % interval" if some is budgets.estimates[layer][0] else None,
             )
         _axes_of_errors(axes)
-        lowest = min((y for y in ys if y > 0.0), default=1e-3)
-        axes.set_ylim(max(lowest / 10.0, 1e-5), 1.5)
+        _limit(axes, xs, ys, 10.0)
         axes.set_title(f"layer {place}")
         legend_below(axes, 1)
     return drawn.picture
@@ -146,3 +146,10 @@ def _axes_of_errors(axes: Any) -> None:
     write_ticks(axes.xaxis, lambda value: f"{value:g}")
     logarithmic_percent(axes.yaxis)
     axes.grid(True)
+
+
+def _limit(axes: Any, budgets: Sequence[float], errors: Sequence[float], below: float) -> None:
+    """Limit the axes to some budgets, and to errors down to a part of the least one; both may be missing."""
+    lowest = min((error for error in errors if error > 0.0), default=0.01)
+    axes.set_ylim(max(lowest / below, 1e-6), 1.5)
+    axes.set_xlim(0.9, 1.1 * max(budgets, default=2.0))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 import torch
 
 from .... import __version__
@@ -98,7 +97,7 @@ def _versions() -> str:
     found: dict[str, Any] = {
         "mra-attention": __version__,
         "torch": torch.__version__,
-        "NumPy": np.__version__,
+        "NumPy": metadata.version("numpy"),
         "PyWavelets": metadata.version("PyWavelets"),
         "Python": platform.python_version(),
     }

@@ -85,10 +85,8 @@ def _paragraphs(found: Findings) -> list[str]:
         if nearest is not None:
             amounts.setdefault(how_much(*nearest[1:]), []).append(label.split(":")[0].split(",")[0].lower())
     said = [
-        f"{amount} of {' and of '.join(amounts[amount])}"
-        for amount in ("most", "a part", "little")
-        if amount in amounts
+        f"{amount} of: {', '.join(amounts[amount])}" for amount in ("most", "a part", "little") if amount in amounts
     ]
     if said:
-        paragraphs.append(f"What the nearest of four null models explains: {'; '.join(said)}.")
+        paragraphs.append(f"The nearest null model explains {'; '.join(said)}.")
     return paragraphs

@@ -9,6 +9,9 @@ from ..head_grid import HeadGrid
 from ..palette import NULLS
 from ..plots import number
 
+AMOUNTS = ("most", "a part", "little")
+"""What `how_much` says."""
+
 
 def null_name(name: str) -> str:
     """Return what the page calls a null model."""
@@ -32,7 +35,8 @@ def how_much(away: float, apart: float) -> str:
 
     Being nearer than the mean of all heads is what makes it say something of single heads.
     """
-    return "little" if away >= apart else "a part" if away > 0.5 * apart else "most"
+    most, part, little = AMOUNTS
+    return little if away >= apart else part if away > 0.5 * apart else most
 
 
 def difference(config: MRAConfig, candidates: Collection[MRAConfig]) -> str:
