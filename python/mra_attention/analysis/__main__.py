@@ -82,10 +82,10 @@ def _numbers(text: str) -> list[int]:
     """Return the numbers of `0,3-5`."""
     numbers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        ends = part.split("-")
+        if len(ends) > 2 or not all(map(str.isdecimal, ends)) or int(ends[0]) > int(ends[-1]):
             raise argparse.ArgumentTypeError(f"must be numbers and ranges as 0,3-5, got {text!r}")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.extend(range(int(ends[0]), int(ends[-1]) + 1))
     return numbers
 
 

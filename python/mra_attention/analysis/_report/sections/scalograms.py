@@ -96,7 +96,10 @@ def _scalogram(found: Findings, head: ChosenHead, some: Scalogram) -> Picture:
 
 
 def _energies(found: Findings, head: ChosenHead, names: list[str]) -> Picture:
-    of_scales = [head_grid(found.table, f"wavelet_energy_{name}") for name in names]
+    grids = {name: head_grid(found.table, f"wavelet_energy_{name}") for name in names}
+    # A layer with fewer keys than others has fewer scales.
+    names = [name for name, grid in grids.items() if not np.isnan(grid.values[head.layer, head.head])]
+    of_scales = [grids[name] for name in names]
     observed = _shares([grid.values[head.layer, head.head] for grid in of_scales])
     nulls = {
         name: _shares([grid.nulls[name][head.layer, head.head] for grid in of_scales]) for name in found.table.nulls()
