@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from mra_attention import MRAConfig, plan, scaled_dot_product_attention
 from mra_attention.analysis import AttentionCall, calibrate, report
 from mra_attention.analysis._report.budget_findings import measure_budgets
+from mra_attention.analysis._report.drawing import drawing
 from mra_attention.analysis._report.head_maps import map_head
 from mra_attention.analysis._report.scalograms import scalogram_of
 from mra_attention.analysis._report.subject import heads_within, rows_within, with_heads
@@ -32,7 +34,7 @@ def call(layer: str = "layer", *, length: int = LENGTH, heads: int = HEADS, **mo
 @pytest.fixture(scope="module")
 def calls() -> list[AttentionCall]:
     torch.manual_seed(0)
-    return [call(HOSTILE), call(HOSTILE, length=100), call("second", is_causal=True), call("of one block", length=9)]
+    return [call(HOSTILE), call(HOSTILE, length=100), call("second", is_causal=True), call("third", length=9, heads=2)]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +110,21 @@ def test_names_are_text(page: str, tree: Element) -> None:
     assert tree.one("title").text() == f"Of {HOSTILE}"
     assert tree.one("h1").text() == f"Of {HOSTILE}"
     assert {"What": "Model", "Value": HOSTILE} in grid(sections(tree)["measured"], "Model, text and options")
-    assert [row["Name"] for row in grid(sections(tree)["measured"], "Layers")] == [HOSTILE, "second", "of one block"]
+    assert [row["Name"] for row in grid(sections(tree)["measured"], "Layers")] == [HOSTILE, "second", "third"]
     assert "<script" not in page
+
+
+def test_words_of_a_drawing_are_text() -> None:
+    with drawing("key", f'"{HOSTILE}"') as drawn:
+        drawn.figure.subplots().set_title(HOSTILE)
+    picture = parse(drawn.picture.svg).one("svg")
+    assert picture.attributes["aria-label"] == f'"{HOSTILE}"'
+    assert HOSTILE in [text.text() for text in picture.all("text")]
 
 
 def test_the_numbers_of_heads_are_those_of_formulas_in_float64(calls: list[AttentionCall], tree: Element) -> None:
     rows = grid(sections(tree)["heads"], "Numbers of all heads")
-    assert [(row["Layer"], row["Head"]) for row in rows] == [(str(i), str(j)) for i in range(3) for j in range(HEADS)]
+    assert [(row["Layer"], row["Head"]) for row in rows] == [*product("01", "012"), *product("2", "01")]
     for row in rows:
         layer, head = int(row["Layer"]), int(row["Head"])
         local, entropy = [], []

@@ -73,9 +73,9 @@ def report(
 
     Notes
     -----
-    Where exact attention of all heads takes about 1e12 floating-point operations or more, errors and budgets are those
-    of some of the heads, evenly spaced; the page says of which. Without all queries (`max_queries` of `capture`), or
-    where all keys are in one block, it has no errors, budgets and blocks.
+    Where exact attention of all heads takes more than about 7e11 floating-point operations, errors and budgets are of
+    some heads, evenly spaced; the page says of which. Without all queries (`max_queries` of `capture`), or where all
+    keys are in one block, it has no errors, budgets and blocks.
 
     Deterministic: the same bytes for the same calls, arguments, versions and number of threads.
 

@@ -95,7 +95,7 @@ def measure_budgets(
     seed : int
         Of the random null model and of the queries of which errors are estimated.
     """
-    calls = [with_heads(call, places) for call in calls]
+    calls = [with_heads(call, [place for place in places if place < call.query.shape[1]]) for call in calls]
     calibration = calibrate(calls, target_error=target, candidates=candidates)
     layers = list(calibration.layers)
     of_layers = [[call for call in calls if call.layer == layer] for layer in layers]

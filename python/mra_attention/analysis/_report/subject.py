@@ -14,8 +14,8 @@ from ..attention_call import AttentionCall
 MOST_WEIGHTS = 200_000_000
 """How many weights the metrics look at, about: a minute on one core."""
 
-MOST_WORK = 3_000_000_000_000
-"""Floating-point operations of exact attention whose errors are measured, about: some minutes on one core."""
+MOST_WORK = 6_000_000_000_000
+"""How many floating-point operations the errors take, about: some minutes on one core."""
 
 ROWS = 128
 
@@ -108,8 +108,8 @@ def rows_within(calls: Sequence[AttentionCall]) -> int:
 def heads_within(calls: Sequence[AttentionCall]) -> list[int]:
     """Return the heads, evenly spaced, of which errors are measured, so that this takes some minutes."""
     count = max(call.query.shape[1] for call in calls)
-    # Once exactly, and at budgets that grow by factors: together about four times.
-    work = 4.0 * sum(_work(call) for call in calls)
+    # Once exactly, and at budgets that grow by factors, together about four times; and all of that for the null model.
+    work = 8.0 * sum(_work(call) for call in calls)
     kept = max(1, min(count, int(count * MOST_WORK / max(work, 1.0))))
     return [at * count // kept for at in range(kept)]
 
