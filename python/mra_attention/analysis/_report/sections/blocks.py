@@ -40,10 +40,11 @@ def blocks(found: Findings) -> list[Section]:
                 Figure(
                     "How much of the attention the chosen blocks hold",
                     (_bars(found),),
-                    "Blue: the chosen blocks. Grey: as many blocks of each row at random, the null model. Red: as "
-                    "many blocks of each row that hold most, which only one who knows exact attention can choose. "
-                    "Where blue is near grey, attention is spread and no choice would help much; averages then say "
-                    "most of it.",
+                    "Random blocks are as many of each row by chance, the null model; best blocks are as many of each "
+                    "row that hold most, which only one who knows exact attention can choose. Where the best hold "
+                    "little more than random ones, attention is spread, no choice helps much, and averages say most "
+                    "of it. Where they hold much more and the chosen ones do not, what the head looks at does not "
+                    "show in the averages from which blocks are chosen.",
                 ),
             ),
         )

@@ -34,8 +34,8 @@ def null_models() -> Section:
         "nulls",
         "How to read the figures",
         (
-            "A number says something of a head only beside what attention would have that knows less. Such null "
-            "models are drawn in every figure, always in the same colours. Where a head is on the line of a null "
+            "A number says something of a head only beside what attention would have that knows less. So every number "
+            "is drawn beside such null models, always in the same colours. Where a head is on the line of a null "
             "model, that model explains the number, and the head need not have learned anything for it.",
             "Heads and layers are numbered from 0. Dots are heads, lines join the means of layers.",
         ),

@@ -38,8 +38,8 @@ def scalograms(found: Findings) -> Section:
                 "alone would give. Middle: the energy of the row's wavelet transform by place (across) and scale "
                 "(up); bright cells hold most of it. Bottom: the same for the row with its weights shuffled. Energy "
                 "that gathers near the query at all scales is a peak there; what looks the same in the lower map is a "
-                "matter of the sizes of the weights, not of their places. "
-                "The transform joins the ends of a row, so what is at one end shows at the other, too.",
+                "matter of the sizes of the weights, not of their places. The transform joins the ends of a row, so "
+                "what is at one end shows at the other, too.",
             ),
             Figure(
                 "Energy by scale",
