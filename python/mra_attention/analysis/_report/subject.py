@@ -15,7 +15,7 @@ MOST_WEIGHTS = 200_000_000
 """How many weights the metrics look at, about: a minute on one core."""
 
 MOST_WORK = 6_000_000_000_000
-"""How many floating-point operations the errors take, about: some minutes on one core."""
+"""How many floating-point operations the errors take, about: a minute or two on one core."""
 
 ROWS = 128
 
@@ -106,7 +106,7 @@ def rows_within(calls: Sequence[AttentionCall]) -> int:
 
 
 def heads_within(calls: Sequence[AttentionCall]) -> list[int]:
-    """Return the heads, evenly spaced, of which errors are measured, so that this takes some minutes."""
+    """Return the heads, evenly spaced, of which errors are measured, so that this takes a minute or two."""
     count = max(call.query.shape[1] for call in calls)
     # Once exactly, and at budgets that grow by factors, together about four times; and all of that for the null model.
     work = 8.0 * sum(_work(call) for call in calls)
