@@ -17,6 +17,7 @@ from mra_attention import MRAConfig, plan, scaled_dot_product_attention
 from mra_attention.analysis import AttentionCall, calibrate, report
 from mra_attention.analysis._report.budget_findings import measure_budgets
 from mra_attention.analysis._report.drawing import drawing
+from mra_attention.analysis._report.head_grid import HeadGrid
 from mra_attention.analysis._report.head_maps import map_head
 from mra_attention.analysis._report.scalograms import scalogram_of
 from mra_attention.analysis._report.subject import heads_within, rows_within, with_heads
@@ -112,6 +113,24 @@ def test_names_are_text(page: str, tree: Element) -> None:
     assert {"What": "Model", "Value": HOSTILE} in grid(sections(tree)["measured"], "Model, text and options")
     assert [row["Name"] for row in grid(sections(tree)["measured"], "Layers")] == [HOSTILE, "second", "third"]
     assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("heads", "nearest", "explains"),
+    [
+        ([0.1, 0.9], [0.15, 0.85], "most"),  # 0.05 away, 0.4 from the mean
+        ([0.1, 0.9], [0.4, 0.6], "a part"),
+        ([0.1, 0.9], [0.0, 0.1], "little"),
+        ([0.501, 0.503], [0.5, 0.5], "most"),  # the other null model is 1.5 away from this one
+        ([0.601, 0.603], [0.5, 0.5], "a part"),
+        ([0.701, 0.703], [0.5, 0.5], "little"),
+    ],
+)
+def test_a_null_model_explains_what_is_near_to_it(heads: list[float], nearest: list[float], explains: str) -> None:
+    nulls = {"uniform": np.array([nearest]), "random": np.array([[2.0, 2.0]]), "shuffled": np.array([heads])}
+    found = HeadGrid(np.array([heads]), nulls, kept=("shuffled",)).nearest_null()
+    assert found is not None
+    assert (found.name, found.explains) == ("uniform", explains)
 
 
 def test_words_of_a_drawing_are_text() -> None:

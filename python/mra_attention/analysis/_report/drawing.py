@@ -31,6 +31,7 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
+    "savefig.dpi": 200.0,  # of what is drawn as pixels
     "legend.framealpha": 0.0,
     "legend.edgecolor": "none",
     "legend.fontsize": 7.0,

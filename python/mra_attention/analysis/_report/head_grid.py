@@ -11,8 +11,33 @@ from ..table import Table
 
 OBSERVED = "value"
 
+AMOUNTS = ("most", "a part", "little")
+
 _KEPT = {"positional_entropy": ("shuffled",)}
 """Null models that have the numbers of the model by construction, and so explain nothing, by metric."""
+
+
+class Nearest(NamedTuple):
+    """The null model that comes nearest to the heads."""
+
+    name: str
+    away: float
+    """How far heads are from it, on average."""
+    apart: float
+    """How far heads are from the mean of all heads, on average."""
+    span: float
+    """How far the means of the null models are apart, at most."""
+
+    @property
+    def explains(self) -> str:
+        """How much of what is seen the null model explains, in words; one of `AMOUNTS`.
+
+        To say something of single heads it must be nearer than the mean of all heads. But where heads hardly differ, a
+        distance that is small beside that of the null models from each other is enough.
+        """
+        most, part, little = AMOUNTS
+        yardstick = max(self.apart, 0.1 * self.span)
+        return little if self.away >= yardstick else part if self.away > 0.5 * yardstick else most
 
 
 class HeadGrid(NamedTuple):
@@ -25,17 +50,16 @@ class HeadGrid(NamedTuple):
     kept: tuple[str, ...] = ()
     """Null models that have the values by construction."""
 
-    def nearest_null(self) -> tuple[str, float, float] | None:
-        """Return the null model that comes nearest, the mean distance of heads to it, and how heads differ.
-
-        The latter is their mean distance from their own mean. None where nothing can be compared.
-        """
+    def nearest_null(self) -> Nearest | None:
+        """Return the null model that comes nearest; None where nothing can be compared."""
         away = {name: np.abs(self.values - null) for name, null in self.nulls.items() if name not in self.kept}
         means = {name: float(np.nanmean(x)) for name, x in away.items() if not np.isnan(x).all()}
         if not means:
             return None
         name = min(means, key=lambda each: means[each])
-        return name, means[name], float(np.nanmean(np.abs(self.values - np.nanmean(self.values))))
+        apart = float(np.nanmean(np.abs(self.values - np.nanmean(self.values))))
+        of_nulls = [mean(null) for null in self.nulls.values() if not np.isnan(null).all()]
+        return Nearest(name, means[name], apart, max(of_nulls) - min(of_nulls))
 
     def mean(self) -> float:
         """Return the mean over all heads; NaN if there is none."""

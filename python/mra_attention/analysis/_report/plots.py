@@ -17,6 +17,9 @@ from .palette import COLOR_MAP, NULLS, OBSERVED
 
 MOST_TICKS = 12
 
+MOST_DOTS = 1000
+"""More dots than these are drawn as pixels, which take less room on the page."""
+
 
 def head_map(
     key: str,
@@ -61,8 +64,9 @@ def by_layer(
     )
     with drawing(key, alt) as drawn:
         axes = drawn.figure.subplots()
+        dots = {"color": OBSERVED, "alpha": 0.45, "markersize": 3, "markeredgewidth": 0}
         for head in range(grid.values.shape[1]):
-            axes.plot(layers, grid.values[:, head], "o", color=OBSERVED, alpha=0.45, markersize=3, markeredgewidth=0)
+            axes.plot(layers, grid.values[:, head], "o", **dots, rasterized=grid.values.size > MOST_DOTS)
         axes.plot(layers, layer_means(grid.values), color=OBSERVED, marker="o", label="model: mean, and its heads")
         draw_nulls(axes, layers, {name: layer_means(null) for name, null in grid.nulls.items()})
         axes.set(title=title, xlabel="layer", ylabel=unit, ylim=limits)

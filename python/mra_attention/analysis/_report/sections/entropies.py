@@ -10,7 +10,7 @@ from ..drawing import drawing
 from ..findings import Findings
 from ..head_grid import HeadGrid, head_grid, mean
 from ..palette import NULLS
-from ..plots import by_layer, head_map, layer_colors, legend_below, number
+from ..plots import MOST_DOTS, by_layer, head_map, layer_colors, legend_below, number
 from .words import explained
 
 
@@ -91,6 +91,7 @@ def _scatter(positional: HeadGrid, spectral: HeadGrid) -> Picture:
     with drawing("entropy-scatter", alt, (4.5, 3.6)) as drawn:
         axes = drawn.figure.subplots()
         colors = layer_colors(positional.values.shape[0])
+        is_large = positional.values.size > MOST_DOTS
         for name in positional.nulls:
             style = NULLS[name]
             axes.scatter(
@@ -101,6 +102,7 @@ def _scatter(positional: HeadGrid, spectral: HeadGrid) -> Picture:
                 color=style.color,
                 alpha=0.7,
                 linewidths=0,
+                rasterized=is_large,
                 label=style.label,
             )
         axes.scatter(
@@ -109,6 +111,7 @@ def _scatter(positional: HeadGrid, spectral: HeadGrid) -> Picture:
             color=colors.to_rgba(layers),
             s=22,
             linewidths=0,
+            rasterized=is_large,
             label="model: a head",
         )
         axes.set(title="entropies of heads", xlabel="positional entropy, nats", ylabel="spectral entropy, nats")

@@ -8,7 +8,7 @@ from ..document import Grid, Section
 from ..findings import Findings
 from ..head_grid import head_grid, mean
 from ..plots import number, share
-from .words import how_much, null_name
+from .words import null_name
 
 _METRICS = (
     ("local_share", "Local share: attention to keys less than 32 tokens away", share),
@@ -36,7 +36,7 @@ def summary(found: Findings) -> Section:
                 write(grid.mean()),
                 ends,
                 *(write(mean(grid.nulls[name])) for name in nulls),
-                "none" if nearest is None else null_name(nearest[0]),
+                "none" if nearest is None else null_name(nearest.name),
             ]
         )
     header = (
@@ -83,7 +83,7 @@ def _paragraphs(found: Findings) -> list[str]:
     for metric, label, _ in _METRICS:
         nearest = head_grid(found.table, metric).nearest_null()
         if nearest is not None:
-            amounts.setdefault(how_much(*nearest[1:]), []).append(label.split(":")[0].split(",")[0].lower())
+            amounts.setdefault(nearest.explains, []).append(label.split(":")[0].split(",")[0].lower())
     said = [
         f"{amount} of: {', '.join(amounts[amount])}" for amount in ("most", "a part", "little") if amount in amounts
     ]

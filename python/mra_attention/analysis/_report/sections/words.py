@@ -9,9 +9,6 @@ from ..head_grid import HeadGrid
 from ..palette import NULLS
 from ..plots import number
 
-AMOUNTS = ("most", "a part", "little")
-"""What `how_much` says."""
-
 
 def null_name(name: str) -> str:
     """Return what the page calls a null model."""
@@ -23,20 +20,12 @@ def explained(grid: HeadGrid, what: str) -> str:
     nearest = grid.nearest_null()
     if nearest is None:
         return f"No null model is defined for {what} here."
-    name, away, apart = nearest
+    name, away, apart, span = nearest
     return (
         f"For {what}, the null model “{null_name(name)}” comes nearest: on average a head is {number(away)} away from "
-        f"it, and {number(apart)} from the mean of all heads. So it explains {how_much(away, apart)} of what is seen."
+        f"it, and {number(apart)} from the mean of all heads; the null models are up to {number(span)} from each "
+        f"other. So it explains {nearest.explains} of what is seen."
     )
-
-
-def how_much(away: float, apart: float) -> str:
-    """Say how much a null model explains that heads are `away` from, if they are `apart` from their mean.
-
-    Being nearer than the mean of all heads is what makes it say something of single heads.
-    """
-    most, part, little = AMOUNTS
-    return little if away >= apart else part if away > 0.5 * apart else most
 
 
 def difference(config: MRAConfig, candidates: Collection[MRAConfig]) -> str:
