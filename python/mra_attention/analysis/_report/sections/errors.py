@@ -17,8 +17,8 @@ from .words import difference
 MOST_LAYERS = 12
 
 _WHY_NOT = (
-    "Errors, and with them budgets and blocks, are not on this page: they need all queries of the calls, and more keys "
-    "than one block has. The capture has only some of the queries, or its texts are shorter than a block."
+    "Errors, and with them budgets and blocks, are not on this page: they need all queries of the calls, and more "
+    "keys than one block has. The capture has only some of the queries, or its texts are shorter than a block."
 )
 
 
@@ -38,10 +38,10 @@ def errors(found: Findings) -> Section:
             "exactly and the others enter through averages. The error of a head is the norm of what its output "
             "differs by from that of exact attention, divided by the norm of the latter.",
             _summary(budgets),
-            "The null model is the same layer with random queries and keys, which makes logits of the same size "
-            "without any structure. A layer below its line has structure that blocks catch; one above it is harder "
-            "than random logits, as where attention is much more concentrated than they make it. Uniform attention "
-            "has the error 0 at any budget, since averages say all of it.",
+            "The null model is the same layer with random queries and keys of the same size: attention without "
+            "structure. A layer below its line has structure that blocks catch; one above it is harder, as where "
+            "logits are much larger than by chance and attention is more concentrated. Uniform attention has the "
+            "error 0 at any budget, since averages say all of it.",
         ),
         (
             Figure(

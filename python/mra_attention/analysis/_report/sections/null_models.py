@@ -13,7 +13,7 @@ _MODELS = (
     (
         "random",
         "Queries and keys are drawn at random, as large as those of the head on average.",
-        "What any softmax of logits of this size has.",
+        "What queries and keys of this size give by chance.",
     ),
     (
         "shuffled",

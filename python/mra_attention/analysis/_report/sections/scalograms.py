@@ -115,7 +115,7 @@ def _energies(found: Findings, head: ChosenHead, names: list[str]) -> Picture:
         axes.set(
             title=_title(found, head), xlabel="scale, from the broad shape to single tokens", ylabel="share of energy"
         )
-        axes.set_ylim(0.0, 1.0)
+        axes.set_ylim(0.0, 1.04)
         percent(axes.yaxis)
         axes.grid(True)
         legend_below(axes, 3)
