@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 HOSTILE = '<script>alert("1")</script> & $x_$'
 LENGTH, HEADS = 170, 3
+CANDIDATES = [MRAConfig(), MRAConfig(coarse="first_order")]
 
 
 def call(layer: str = "layer", *, length: int = LENGTH, heads: int = HEADS, **more: Any) -> AttentionCall:
@@ -41,7 +43,7 @@ def calls() -> list[AttentionCall]:
 @pytest.fixture(scope="module")
 def page(calls: list[AttentionCall], tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "page.html"
-    report(calls, path, title=f"Of {HOSTILE}", about={"Model": HOSTILE}, progress=False)
+    report(calls, path, title=f"Of {HOSTILE}", about={"Model": HOSTILE}, candidates=CANDIDATES, progress=False)
     return path.read_text(encoding="utf-8")
 
 
@@ -113,6 +115,36 @@ def test_names_are_text(page: str, tree: Element) -> None:
     assert {"What": "Model", "Value": HOSTILE} in grid(sections(tree)["measured"], "Model, text and options")
     assert [row["Name"] for row in grid(sections(tree)["measured"], "Layers")] == [HOSTILE, "second", "third"]
     assert "<script" not in page
+
+
+def test_the_budgets_to_copy_are_those_of_calibrate(calls: list[AttentionCall], tree: Element) -> None:
+    section = sections(tree)["budgets"]
+    made: dict[str, Any] = {}
+    exec(str(section.one("code").children[0]), made)
+    expected = calibrate(calls, target_error=0.05, candidates=CANDIDATES)
+    assert made["layers"] == expected.configs
+    rows = grid(section, "Recommended budgets, layer by layer")
+    assert [row["Key blocks"] for row in rows] == ["6", "6", "1"]
+    for row, layer in zip(rows, expected.layers.values(), strict=True):
+        budgets = layer.config.budgets()[0]
+        of_heads = budgets * len(layer.errors) if len(budgets) == 1 else budgets
+        assert [float(x) for x in row["Blocks per row, by head"].split()] == [
+            min(budget, float(row["Key blocks"])) for budget in of_heads
+        ]
+    told = {row["What"]: row["Value"] for row in grid(sections(tree)["measured"], "Model, text and options")}
+    assert told["Approximation"] == "blocks of 32 tokens, coarse=mean or coarse=first_order"
+
+
+def test_settings_of_matplotlib_change_no_drawing() -> None:
+    def draw() -> str:
+        with drawing("key", "a title") as drawn:
+            drawn.figure.subplots().set_title("a title")
+        return drawn.picture.svg
+
+    before = draw()
+    with matplotlib.rc_context({"font.size": 30.0, "axes.grid": True}):
+        assert draw() == before
+        assert matplotlib.rcParams["font.size"] == 30.0
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ _POINTS_PER_REM = 11.0
 
 _STYLE = {
     "svg.fonttype": "none",
-    # A layer may be named "$x$".
-    "text.parse_math": False,
+    "text.parse_math": False,  # labels are text, whatever is in them
     "font.family": "sans-serif",
     "font.size": 8.0,
     "axes.titlesize": 8.5,
@@ -49,8 +48,6 @@ _STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.0,
 }
-
-INK = _INK
 
 
 class Drawing:
@@ -79,10 +76,10 @@ def drawing(key: str, alt: str, size: tuple[float, float] = (4.5, 3.2)) -> Gener
     ImportError
         If matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "matplotlib", "a report")
-    require("matplotlib.figure", "matplotlib", "a report")
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
-        drawn = Drawing(matplotlib.figure.Figure(figsize=size, layout="constrained"))
+    style, figure = (require(f"matplotlib.{name}", "matplotlib", "a report") for name in ("style", "figure"))
+    # From the defaults, so that no matplotlibrc changes the page.
+    with style.context(["default", _STYLE | {"svg.hashsalt": key}]):
+        drawn = Drawing(figure.Figure(figsize=size, layout="constrained"))
         yield drawn
         file = io.StringIO()
         drawn.figure.savefig(file, format="svg", metadata={"Date": None})
