@@ -172,6 +172,14 @@ def test_sequences_of_a_layer_are_put_together():
     assert [x.layer for x in table.select(metric="low_share")] == ["one"] * 3 + ["two"] * 3
 
 
+def test_short_sequences():
+    """Of three tokens a quarter is none, so that metric is not defined; the others are."""
+    table = analyze([call_of(length=3)], progress=False)
+    assert math.isnan(value(table, "scale_sensitivity_0.25"))
+    assert value(table, "wavelet_energy_a0") > 0.0
+    assert math.isnan(value(analyze([call_of(length=1)], progress=False), "scale_sensitivity_0.5"))
+
+
 def test_same_bits_for_the_same_seed():
     call = call_of()
     before = torch.get_rng_state(), np.random.get_state()[2]  # noqa: NPY002
@@ -323,8 +331,10 @@ def test_progress(capsys):
         ({"metrics": "entropies"}, TypeError, r"metrics must be a sequence of names, .* pass \['entropies'\]"),
         ({"nulls": ["none"]}, ValueError, "nulls must be one of 'uniform', .* got 'none'"),
         ({"reduction": "first"}, ValueError, "reduction must be one of 'each', 'mean', 'last'; got 'first'"),
-        ({"first_row": -1}, ValueError, "first_row must be at least 0"),
-        ({"max_rows": 0}, ValueError, "max_rows at least 1, got 0 and 0"),
+        ({"first_row": -1}, ValueError, "first_row must be an integer of at least 0 .* got -1"),
+        ({"max_rows": 0}, ValueError, "max_rows must be an integer of at least 1 .* got 0"),
+        ({"max_rows": 2.5}, TypeError, "max_rows must be an integer of at least 1, got 2.5"),
+        ({"seed": -1}, ValueError, "seed must be an integer of at least 0"),
         ({"first_row": LENGTH}, ValueError, "layer 'one' has 2 heads here and rows of 0 heads in all"),
         ({"options": {"entropy": {}}}, ValueError, "options has 'entropy', which is none of power_spectral_density"),
         ({"options": {"wavelet_energy": {"wavelet": "haar"}}}, ValueError, "has 'wavelet', which is none of normalize"),

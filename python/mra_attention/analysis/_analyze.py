@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from .._checks import numbers
 from . import nulls as null_models
 from ._arguments import choice
 from ._arrays import Floats
-from ._extra import require
+from ._extra import with_progress
 from .attention_call import AttentionCall
 from .attention_map import AttentionMap
 from .heads import HeadRows, SampledCall, SampledMap, Sampling, Source, shape_of
@@ -82,7 +83,7 @@ def analyze(
     ImportError
         If PyWavelets or tqdm is missing and needed.
     TypeError
-        If a source is neither a call nor a map.
+        If a source is neither a call nor a map, or an argument has the wrong type.
     ValueError
         If an argument is not accepted, sources of a layer differ in their heads, or no row of a head is left.
 
@@ -99,16 +100,17 @@ def analyze(
     wanted = _checked("metrics", metrics, tuple(METRICS))
     models = _checked("nulls", nulls, NULLS)
     choice("reduction", reduction, ("each", "mean", "last"))
-    if first_row < 0 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"first_row must be at least 0 and max_rows at least 1, got {first_row} and {max_rows}")
+    numbers.check_bool("progress", progress)
+    sampling = Sampling(numbers.integer("first_row", first_row, 0), numbers.optional_integer("max_rows", max_rows, 1))
+    seed = numbers.integer("seed", seed, 0)
     given: Options = {} if options is None else options
     check_options(given)
     if isinstance(sources, (AttentionCall, AttentionMap)):
         raise TypeError(f"sources must be several calls or maps, got one {type(sources).__name__}; pass a list of it")
     found: Found = {}
-    for number, source in enumerate(_shown(sources, progress)):
+    for number, source in enumerate(with_progress(sources, progress, "analyze", "call")):
         _check_source(source, nulls)
-        for head, model, rows in _rows(source, models, Sampling(first_row, max_rows), (seed, number)):
+        for head, model, rows in _rows(source, models, sampling, (seed, number)):
             samples = HeadSamples(rows, reduction, given)
             of_head = found.setdefault((source.layer, head), {})
             for name in wanted:
@@ -125,13 +127,6 @@ def _checked(name: str, given: Sequence[str] | None, accepted: tuple[str, ...]) 
     for x in given:
         choice(name, x, accepted)
     return tuple(dict.fromkeys(given))
-
-
-def _shown(sources: Iterable[Source], progress: bool) -> Iterable[Source]:
-    if not progress:
-        return sources
-    tqdm = require("tqdm", "tqdm", "progress=True")
-    return cast("Iterable[Source]", tqdm.tqdm(sources, desc="analyze", unit="call"))
 
 
 def _check_source(source: Any, nulls: Sequence[str] | None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_Item = TypeVar("_Item")
 
 
 def require(module: str, package: str, what: str) -> Any:
@@ -18,3 +21,8 @@ def require(module: str, package: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{what} needs {package}: pip install mra-attention[analysis]") from error
+
+
+def with_progress(items: Iterable[_Item], shown: bool, what: str, unit: str) -> Iterable[_Item]:
+    """Return what is to be gone through, with a bar if one is to be shown."""
+    return require("tqdm.auto", "tqdm", "progress=True").tqdm(items, desc=what, unit=unit) if shown else items

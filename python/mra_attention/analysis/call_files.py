@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 from collections.abc import Generator
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._extra import require
 from .attention_call import AttentionCall
 
 _KEY = "mra_attention.AttentionCall"
@@ -94,7 +94,4 @@ def _metadata(file: Any, path: Path) -> dict[str, Any]:
 
 
 def _safetensors(module: str = "safetensors") -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError("calls in files need safetensors: pip install 'mra-attention[analysis]'") from error
+    return require(module, "safetensors", "a folder of calls")

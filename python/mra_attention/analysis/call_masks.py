@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from .._checks import block_mask, causal_bias, masks
 from .._checks.arguments import Arguments
-from .visibility import Alignment, Visibility, recognise
+from .visibility import Alignment, Visibility, recognise, without_repeats
 
 
 class Sight(NamedTuple):
@@ -45,7 +45,7 @@ class CallMasks:
                 if not is_causal and window == (-1, -1):
                     _, is_causal, window, alignment = seen
                 else:
-                    mask = _as_pairs(arguments.attn_mask, lead, queries, keys).clone()
+                    mask = without_repeats(_as_pairs(arguments.attn_mask, lead, queries, keys)).clone()
         if queries == 1 < keys and not is_causal and window == (-1, -1):
             # A step with a cache, as for replace_sdpa: its query is that of the last key, and sees all.
             is_causal, alignment = True, "lower_right"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -12,6 +13,7 @@ import torch
 
 from .._checks import numbers
 from . import call_files
+from ._extra import with_progress
 from .attention_call import AttentionCall
 from .captured import Capture
 from .layer_patterns import LayerPatterns
@@ -115,10 +117,10 @@ def capture(
         keep: Callable[[AttentionCall], object] = calls.append
         if spill is not None:
             folder = stack.enter_context(call_files.new_folder(spill, "spill"))
-            numbered = iter(range(10**6))
+            numbered = itertools.count()
             keep = lambda call: call_files.write(call, folder, next(numbered))  # noqa: E731
         recording = Recording(patterns, most, keep)
-        for each in _shown(_batches(batch), progress):
+        for each in with_progress(_batches(batch), progress, "capture", "batch"):
             with recording.on(), contextlib.nullcontext() if enable_grad else torch.no_grad():
                 _run(model, each)
         patterns.check(type(model).__name__)
@@ -154,16 +156,6 @@ def _run(model: Callable[..., Any], batch: Any) -> None:
             "batch has an item that is no tensor, tuple, list, mapping or callable that takes the model: "
             f"{type(batch).__name__}"
         )
-
-
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'mra-attention[analysis]'") from error
-    return cast("Iterable[Any]", tqdm(batches, desc="capture", unit="batch"))
 
 
 def _refuse_scripted(model: Any) -> None:

@@ -142,7 +142,13 @@ def _wavelet_entropy(x: HeadSamples) -> Samples:
 
 def _sensitivity(x: HeadSamples) -> Samples:
     given = x.options("scale_sensitivity") | x.options("wavelet_coefficients")
-    return {f"scale_sensitivity_{alpha}": sensitivity.scale_sensitivity(x.signals, alpha, **given) for alpha in ALPHAS}
+    count, length = x.signals.shape
+    return {
+        f"scale_sensitivity_{alpha}": sensitivity.scale_sensitivity(x.signals, alpha, **given)
+        if alpha * length >= 1.0
+        else np.full(count, np.nan)
+        for alpha in ALPHAS
+    }
 
 
 def _local_share(x: HeadSamples) -> Samples:

@@ -24,7 +24,6 @@ from .call_masks import CallMasks
 from .layer_patterns import LayerPatterns
 
 _torch: Any = torch
-_FLEX: Any = _torch.ops.higher_order.flex_attention
 
 
 class Recording:
@@ -158,13 +157,11 @@ class _Mode(AttentionMode):
         with self._recording.paused():
             return call.run()
 
-    def other(self, call: Call) -> Any:
-        if call.function is _FLEX:
-            raise NotImplementedError(
-                "flex_attention is not captured, since it may compute any score; for a model of transformers call "
-                'model.set_attn_implementation("sdpa")'
-            )
-        return call.run()
+    def flex(self, call: Call) -> Any:
+        raise NotImplementedError(
+            "flex_attention is not captured, since it may compute any score; for a model of transformers call "
+            'model.set_attn_implementation("sdpa")'
+        )
 
 
 def _arguments(

@@ -28,7 +28,7 @@ def recognise(mask: Tensor, query_length: int, key_length: int) -> Visibility:
     A mask that is padding, causality, a window, or these together, is told by its values. Any other mask is returned as
     it is, without what is repeated.
     """
-    mask = _without_repeats(mask)
+    mask = without_repeats(mask)
     visible = _as_bool(mask)
     if visible is None or visible.shape[2] not in (1, query_length) or visible.shape[3] != key_length:
         return Visibility(mask)
@@ -46,7 +46,8 @@ def _as_padding(valid: Tensor) -> Tensor | None:
     return None if bool(valid.all()) else valid[:, None, None, :]
 
 
-def _without_repeats(mask: Tensor) -> Tensor:
+def without_repeats(mask: Tensor) -> Tensor:
+    """Return a mask with one element along dimensions in which it is expanded."""
     for dim, stride in enumerate(mask.stride()):
         if stride == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)

@@ -21,6 +21,7 @@ _ATTENTION: tuple[Any, ...] = (
     _torch.ops.aten.scaled_dot_product_attention.default,
 )
 _MULTI_HEAD: Any = torch.nn.functional.multi_head_attention_forward
+_FLEX: Any = _torch.ops.higher_order.flex_attention
 # Compiled and exported programs have these where the model was traced without a mode, and Dynamo does not let a mode
 # turn them off as it is turned off otherwise.
 _FUSED: tuple[Any, ...] = (
@@ -85,8 +86,8 @@ class AttentionMode(TorchFunctionMode, ABC):
     def backward(self, call: Call) -> Any:
         """Answer a call of a function that runs backward, where checkpointed layers compute attention again."""
 
-    def other(self, call: Call) -> Any:
-        """Answer a call of any other function."""
+    def flex(self, call: Call) -> Any:
+        """Answer a call of flex_attention."""
         return call.run()
 
     def __torch_function__(
@@ -97,15 +98,18 @@ class AttentionMode(TorchFunctionMode, ABC):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Hand a call to its method."""
-        call = Call(func, types, args, kwargs or {})
+        # Every function of torch comes here, so a value is made of the few calls alone that have a method.
+        kwargs = kwargs or {}
         if self.is_covered:
-            return call.run()
+            return func(*args, **kwargs)
         if func in _ATTENTION:
-            return self.attention(call)
+            return self.attention(Call(func, types, args, kwargs))
         if func is _MULTI_HEAD:
-            return self.multi_head(call)
+            return self.multi_head(Call(func, types, args, kwargs))
         if func in _FUSED:
-            return self.fused(call)
+            return self.fused(Call(func, types, args, kwargs))
+        if func is _FLEX:
+            return self.flex(Call(func, types, args, kwargs))
         if func in BACKWARD and all(kind is Tensor for kind in types):
-            return self.backward(call)
-        return self.other(call)
+            return self.backward(Call(func, types, args, kwargs))
+        return func(*args, **kwargs)
