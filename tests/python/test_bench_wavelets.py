@@ -271,7 +271,7 @@ def test_tables_of_the_page_are_those_of_the_record():
 
 def test_numbers_and_pictures_of_the_page_are_those_of_the_record():
     prose = re.sub(r"\]\(\S+\)|`[^`]*`|arXiv \S+", "", page())
-    numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?![\w.])", prose)
+    numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)", prose)
     assert numbers
     known = {number.lstrip("+-") for number in re.findall(r"[+-]?\d+\.\d+", record())}
     assert [number for number in numbers if number.lstrip("+-") not in known] == []
