@@ -9,11 +9,13 @@ from .config import MRAConfig
 from .functional import can_run, plan, scaled_dot_product_attention
 from .integrations.report import FallbackWarning
 from .integrations.sdpa import replace_sdpa
+from .layer_configs import LayerConfigs
 from .varlen import varlen_attention
 
 __all__ = [
     "FallbackWarning",
     "KVCache",
+    "LayerConfigs",
     "MRAConfig",
     "Plan",
     "__version__",

@@ -17,6 +17,7 @@ SECTIONS = {
     "Without touching the model": None,
     "Modules": "['layers.0.self_attn']\n",
     "transformers": None,
+    "Settings of single layers": None,
     "The MRA models of transformers": None,
     "Beside the softmax": None,
     "Images": None,
@@ -55,7 +56,13 @@ def test_document(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "described", [mra_attention.replace_sdpa, mra_attention.nn.MultiheadAttention, mra_attention.nn.convert]
+    "described",
+    [
+        mra_attention.LayerConfigs,
+        mra_attention.replace_sdpa,
+        mra_attention.nn.MultiheadAttention,
+        mra_attention.nn.convert,
+    ],
 )
 def test_docstrings(described):
     (test,) = doctest.DocTestFinder(recurse=False).find(described, described.__name__, globs={})

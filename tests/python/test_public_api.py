@@ -44,6 +44,7 @@ def test_names():
     assert mra_attention.__all__ == [
         "FallbackWarning",
         "KVCache",
+        "LayerConfigs",
         "MRAConfig",
         "Plan",
         "__version__",

@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 import transformers_models as models
-from mra_attention import MRAConfig
+from mra_attention import LayerConfigs, MRAConfig
+from mra_attention.analysis import capture
 from mra_attention.integrations.transformers import configure, register, settings
 from transformers_models import EXACT, SMALL, SMALL_EVERYWHERE, build, error, padding, tokens
 
+FEW = MRAConfig.from_dict(SMALL)
 DEFAULTS = settings.Defaults(MRAConfig(blocks_per_row=6, mode="sparse"), MRAConfig(blocks_per_row=math.inf))
 
 
@@ -238,3 +240,54 @@ def test_models_that_compute_attention_by_themselves_are_refused():
     )
     with pytest.raises(ValueError, match="LongformerModel computes attention by itself"):
         configure(transformers.LongformerModel(config), {"blocks_per_row": 2})
+
+
+def test_layers_by_name():
+    """Names become numbers in the config of the part, and a layer computes with its settings."""
+    exact, few = MRAConfig(blocks_per_row=math.inf), FEW
+    heads = MRAConfig(resolutions=(8, 1), blocks_per_row=(1, 2, 3, math.inf))
+    model, ids = build("llama", EXACT), tokens()
+    expected = model(ids).logits
+    configure(model, few, layers={"model.layers.*": exact})
+    assert error(model(ids).logits, expected) < 1e-10
+    configure(model, {"layers": {"0": SMALL, "1": EXACT}}, layers={"model.layers.1.self_attn": heads})
+    assert model.config.mra == {"layers": {"0": SMALL, "1": heads.to_dict()}}
+    assert error(model(ids).logits, expected) > 1e-3
+    configure(model, None, layers=LayerConfigs({"*": few, "model.layers.0.*": exact}))
+    assert model.config.mra == {"layers": {"0": exact.to_dict(), "1": few.to_dict()}}
+    configure(model, None, layers={})
+    assert not hasattr(model.config, "mra")
+
+    # The parts of T5 have configs of their own; self-attention and cross-attention have the same numbers.
+    model = build("t5", EXACT)
+    configure(model, EXACT, layers={"encoder.*": few, "decoder.block.1.*": heads})
+    assert model.encoder.config.mra["layers"] == {"0": few.to_dict(), "1": few.to_dict()}
+    assert model.decoder.config.mra["layers"] == {"1": heads.to_dict()}
+    assert model.config.mra == EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("llama", {"model.layers.2.self_attn": FEW}, r"'model\.layers\.2\.self_attn', which matches none of 'model\.l"),
+        ("llama", {"model.layers.0.mlp": FEW}, "matches none of"),
+        ("llama", {"model.layers.0.self_attn": None}, r"None for 'model\.layers\.0.*blocks_per_row=math\.inf"),
+        ("vit", {"*": FEW}, "this model does not number those"),
+        ("t5", {"*.SelfAttention": FEW}, "but both are number 0 in one config"),
+        ("bart", {"model.encoder.*": FEW, "model.decoder.*": MRAConfig()}, "but both are number 0 in one config"),
+        ("bart", {"model.encoder.*": MRAConfig()}, "but both are number 0 in one config"),
+    ],
+)
+def test_layers_that_cannot_be_named(name: str, layers: dict[str, Any], message: str):
+    model = build(name, EXACT)
+    with pytest.raises(ValueError, match=message):
+        configure(model, SMALL, layers=layers)
+    assert model.config.mra == EXACT
+
+
+def test_what_was_captured_and_configured_has_the_same_names():
+    for name in ("bert", "qwen2", "gpt_oss"):
+        model = build(name, EXACT)
+        layers = capture(model, tokens()).layers()
+        configure(model, EXACT, layers={layers[1]: FEW})
+        assert model.config.mra["layers"] == {"1": FEW.to_dict()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -35,14 +36,14 @@ def recognise(mask: Tensor, query_length: int, key_length: int) -> Visibility:
         return Visibility(mask)
     mask, pairs = mask[:, :1], visible[:, 0]
     valid = pairs.any(1)
-    padding = None if bool(valid.all()) else valid[:, None, None, :]
     if torch.equal(pairs, valid[:, None].expand_as(pairs)):
-        return Visibility(padding)
+        return Visibility(_as_padding(valid))
     # What a band hides from all queries, as the keys behind the last one, is no padding.
-    if (found := next(_bands(pairs, torch.ones_like(valid)), None)) is not None:
-        return found
-    found = next(_bands(pairs, valid), None)
-    return Visibility(mask) if found is None else found._replace(attn_mask=padding)
+    return next(_bands(pairs, [torch.ones_like(valid), valid]), Visibility(mask))
+
+
+def _as_padding(valid: Tensor) -> Tensor | None:
+    return None if bool(valid.all()) else valid[:, None, None, :]
 
 
 def _without_repeats(mask: Tensor) -> Tensor:
@@ -63,17 +64,17 @@ def _as_bool(mask: Tensor) -> Tensor | None:
     return None if bool(lowest.any()) and not bool(visible.any(-1).all()) else visible
 
 
-def _bands(pairs: Tensor, valid: Tensor) -> Iterator[Visibility]:
-    """Yield the causality and windows that show the valid keys as `pairs` `(B, Lq, Lk)` does."""
+def _bands(pairs: Tensor, keys_shown: list[Tensor]) -> Iterator[Visibility]:
+    """Yield the causality and windows that show some valid keys, `(B, Lk)` each, as `pairs` `(B, Lq, Lk)` does."""
     queries, keys = pairs.shape[1:]
-    sees, seen = pairs.any(-1), pairs.sum(-1)
+    sees, seen = pairs.any(-1), pairs.sum(-1, dtype=torch.int32)
     first = pairs.to(torch.uint8).argmax(-1)
     last = keys - 1 - pairs.flip(-1).to(torch.uint8).argmax(-1)
-    before = F.pad(valid.cumsum(-1), (1, 0))
     alignments: list[tuple[Alignment, int]] = [("upper_left", 0)]
     if queries != keys:
         alignments.insert(0, ("lower_right", keys - queries))
-    for alignment, offset in alignments:
+    for valid, (alignment, offset) in itertools.product(keys_shown, alignments):
+        before = F.pad(valid.cumsum(-1, dtype=torch.int32), (1, 0))
         places = torch.arange(queries) + offset
         left, right = int((places - first)[sees].max()), int((last - places)[sees].max())
         is_causal = right == 0
@@ -85,4 +86,5 @@ def _bands(pairs: Tensor, valid: Tensor) -> Iterator[Visibility]:
             high = torch.full_like(places, keys) if window[1] < 0 else (places + window[1] + 1).clamp(0, keys)
             # No visible pair is outside, so equal numbers are equal pairs. Bands beside the diagonal have others.
             if torch.equal(before[:, high] - before[:, low], seen):
-                yield Visibility(None, is_causal, (-1, -1) if window == (-1, 0) else window, alignment)
+                window = (-1, -1) if window == (-1, 0) else window
+                yield Visibility(_as_padding(valid), is_causal, window, alignment)

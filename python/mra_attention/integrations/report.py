@@ -56,9 +56,12 @@ class Report:
     ----------
     rows : tuple of Calls
         One for each layer, function and reason.
+    unmatched : tuple of str
+        The names and patterns of `layers` that no layer matched so far.
     """
 
     rows: tuple[Calls, ...]
+    unmatched: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Calls]:
         return iter(self.rows)
@@ -85,7 +88,10 @@ class Report:
         *columns, _ = zip(*lines, strict=True)
         widths = [max(map(len, column)) for column in columns]
         table = ["  ".join([*map(str.ljust, line[:-1], widths), line[-1]]) for line in lines]
-        return "\n".join([*table, f"{self.taken} calls taken, {self.not_taken} not"])
+        table.append(f"{self.taken} calls taken, {self.not_taken} not")
+        if self.unmatched:
+            table.append(f"layers without a call: {', '.join(map(repr, self.unmatched))}")
+        return "\n".join(table)
 
 
 def _text(shape: Shape) -> str:

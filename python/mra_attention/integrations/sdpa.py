@@ -7,7 +7,7 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch.nn.attention.bias import CausalBias
 from .._checks import numbers
 from ..config import MRAConfig, MRASettings, Unpack, configure, with_settings
 from ..functional import scaled_dot_product_attention
+from ..layer_configs import LayerConfigs
 from ..nn.multi_head import multi_head_attention_forward
 from .backward import without_dispatch
 from .calls import WHY_FUSED, AttentionMode, Call
@@ -38,6 +39,10 @@ _LATE = (
     inspect.isgeneratorfunction,
     inspect.isasyncgenfunction,
 )
+_LEFT_OUT = "None in layers"
+_WHY_COMPILED = (
+    "compiled code does not know its layers, of which layers speaks; convert the model with mra_attention.nn.convert"
+)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -56,6 +61,11 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
         How attention is approximated.
     min_length : int, default 256
         Calls with fewer keys go to torch, without a warning; for jagged tensors the average length counts.
+    layers : mapping of str to MRAConfig or None, optional
+        Other configs for some layers, by their names in the outermost module that is called, as `report` shows them,
+        or by patterns: see `mra_attention.LayerConfigs`. With None a layer goes to torch, without a warning. Names are
+        known when layers call: `report` lists those that none has. Code that is compiled has no names; with `layers` it
+        goes to torch, with a warning.
     **settings
         Fields of `MRAConfig`; they take the place of those of `config`.
 
@@ -101,17 +111,25 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
 
     @with_settings
     def __init__(
-        self, config: MRAConfig | None = None, *, min_length: int = MIN_LENGTH, **settings: Unpack[MRASettings]
+        self,
+        config: MRAConfig | None = None,
+        *,
+        min_length: int = MIN_LENGTH,
+        layers: Mapping[str, MRAConfig | None] | None = None,
+        **settings: Unpack[MRASettings],
     ) -> None:
         self._config = configure(config, settings)
         self._min_length = numbers.integer("min_length", min_length, 0)
         self._too_short = f"fewer keys than min_length={self._min_length}"
+        self._of_layers = LayerConfigs({} if layers is None else layers)
         self._calls = Recorder()
         self._layers = LayerNames()
 
     def report(self) -> Report:
         """Return what became of all calls so far, in this context and all others made with this object."""
-        return self._calls.report()
+        report = self._calls.report()
+        unmatched = self._of_layers.without_layers(row.layer for row in report)
+        return replace(report, unmatched=tuple(unmatched))
 
     def __enter__(self) -> replace_sdpa:
         outer = _thread.modes
@@ -160,10 +178,11 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
 
     def _compute(self, call: Call, function: str, ours: Callable[..., Any], length: float) -> Any:
         """Compute a call with this package's attention, or with torch's where that is not to be."""
-        reason = self._reason_beforehand(call, length)
+        config = self._config_here()
+        reason = self._reason_beforehand(call, length) if isinstance(config, MRAConfig) else config
         if reason is None:
             try:
-                out = ours(*call.args, **call.kwargs, config=self._config)
+                out = ours(*call.args, **call.kwargs, config=config)
             except (TypeError, ValueError, NotImplementedError) as refusal:
                 reason = str(refusal)
             else:
@@ -171,6 +190,14 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
                 return out
         self._record(function, _shape(call.query), _shape(call.key), reason)
         return call.run()
+
+    def _config_here(self) -> MRAConfig | str:
+        """Return the config of the layer that calls, or why there is none."""
+        if not self._of_layers:
+            return self._config
+        if torch.compiler.is_compiling():
+            return _WHY_COMPILED
+        return self._of_layers.of_layer(self._layers.current(), self._config) or _LEFT_OUT
 
     def _reason_beforehand(self, call: Call, length: float) -> str | None:
         if length < self._min_length:
@@ -190,7 +217,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801  it is used as a 
     def count(self, layer: str, function: str, query: Sequence[Any], key: Sequence[Any], reason: str | None) -> None:
         """Count a call with these shapes, and warn of the first one of its kind that goes to torch."""
         is_new = self._calls.add(layer, function, query, key, reason)
-        if is_new and reason not in (None, self._too_short):
+        if is_new and reason not in (None, self._too_short, _LEFT_OUT):
             warnings.warn(f"{layer}: torch's {function} is used: {reason}", FallbackWarning, _frames_to_caller())
 
 

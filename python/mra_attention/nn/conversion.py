@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 
 from ..config import MRAConfig, MRASettings, Unpack, configure, with_settings
+from ..layer_configs import LayerConfigs
 from .attention import MultiheadAttention, check_heads
 
 
@@ -34,9 +34,8 @@ def convert(
     config : MRAConfig, optional
         How attention is approximated, with one budget or one for each head.
     layers : mapping of str to MRAConfig or None, optional
-        Other configs for some layers, by their names in `model.named_modules()` or by patterns of them, such as
-        `"encoder.layers.1?.self_attn"` or `"decoder.*"`. Of several patterns that match, the last one counts. With None
-        a layer stays as it is.
+        Other configs for some layers, by their names in `model.named_modules()` or by patterns of them: see
+        `mra_attention.LayerConfigs`. With None a layer stays as it is.
     **settings
         Fields of `MRAConfig`; they take the place of those of `config`.
 
@@ -77,12 +76,10 @@ def convert(
     }
     if not found:
         raise ValueError(f"model has no torch.nn.MultiheadAttention to convert{_subclasses(model)}")
-    configs: dict[str, MRAConfig | None] = dict.fromkeys(found, configure(config, settings))
-    for pattern, other in _checked(layers).items():
-        names = [name for name in found if fnmatchcase(name, pattern)]
-        if not names:
-            raise ValueError(f"layers has {pattern!r}, which matches none of {', '.join(map(repr, found))}")
-        configs.update(dict.fromkeys(names, other))
+    default, others = configure(config, settings), LayerConfigs({} if layers is None else layers)
+    for pattern in others.without_layers(found):
+        raise ValueError(f"layers has {pattern!r}, which matches none of {', '.join(map(repr, found))}")
+    configs = {name: others.of_layer(name, default) for name in found}
     chosen = {name: given for name, given in configs.items() if given is not None}
     if not chosen:
         raise ValueError("layers leaves out every torch.nn.MultiheadAttention of model, so there is nothing to convert")
@@ -109,19 +106,6 @@ def _attentions(model: torch.nn.Module) -> dict[str, torch.nn.MultiheadAttention
 def _subclasses(model: torch.nn.Module) -> str:
     names = ", ".join(map(repr, _attentions(model)))
     return f", only subclasses of it, which are left alone: {names}" if names else ""
-
-
-def _checked(layers: Any) -> Mapping[str, MRAConfig | None]:
-    if layers is None:
-        return {}
-    if not isinstance(layers, Mapping):
-        raise TypeError(f"layers must be a mapping of names to MRAConfig or None, got {type(layers).__name__}")
-    for name, given in cast("Mapping[Any, Any]", layers).items():
-        if not isinstance(name, str):
-            raise TypeError(f"layers must have names of modules as keys, got {name!r}")
-        if given is not None and not isinstance(given, MRAConfig):
-            raise TypeError(f"layers[{name!r}] must be a mra_attention.MRAConfig or None, got {type(given).__name__}")
-    return cast("Mapping[str, MRAConfig | None]", layers)
 
 
 def _convert(module: torch.nn.MultiheadAttention, config: MRAConfig) -> MultiheadAttention:

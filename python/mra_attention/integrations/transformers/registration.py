@@ -16,7 +16,8 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from ...config import MRAConfig
-from . import settings
+from ...layer_configs import LayerConfigs
+from . import numbering, settings
 from .attention import Registered, attend
 from .masks import mra_mask
 
@@ -89,7 +90,12 @@ def register(
     AttentionMaskInterface.register(NAME, mra_mask)
 
 
-def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | None) -> None:
+def configure(
+    model: PreTrainedModel,
+    config: MRAConfig | Mapping[str, Any] | None,
+    *,
+    layers: Mapping[str, MRAConfig | None] | None = None,
+) -> None:
     """Write settings into the config of a model and of all its parts.
 
     Encoders and decoders, and the parts of composite models, often have configs of their own, which are copies: a value
@@ -102,12 +108,18 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
     config : MRAConfig, mapping or None
         Its settings; as a mapping, what `model.config.mra` may hold, `"sliding"` and `"layers"` too. None takes the
         settings away, so that those of `register` count again.
+    layers : mapping of str to MRAConfig, optional
+        Configs of single layers, by the names in `model.named_modules()` of the modules that compute attention, or by
+        patterns: see `mra_attention.LayerConfigs`. They are written as the entry `"layers"`, by number, in place of
+        those that `config` has for the same numbers, and say everything of a layer, also if it has a sliding window.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
         If the settings have an unknown name or a value that is not accepted, name a layer that no part has, or the
-        model does not use the attention functions of transformers. Then nothing is written.
+        model does not use the attention functions of transformers; if `layers` has None, or other settings for layers
+        that have one number in one config, as may be for the self-attention and the cross-attention of a decoder. Then
+        nothing is written.
 
     Examples
     --------
@@ -126,12 +138,18 @@ def configure(model: PreTrainedModel, config: MRAConfig | Mapping[str, Any] | No
             "have no effect"
         )
     configs = _configs(model)
+    numbered = {} if layers is None else numbering.by_number(model, LayerConfigs(layers))
+    if numbered and given is None:
+        given = {}
     if given is not None:
         counts = [getattr(found, "num_hidden_layers", None) for found in configs]
         settings.check(given, max((count for count in counts if count is not None), default=None))
     for found in configs:
         if given is not None:
-            setattr(found, settings.FIELD, copy.deepcopy(dict(given)))
+            value = copy.deepcopy(dict(given))
+            if id(found) in numbered:
+                value[settings.LAYERS] = {**value.get(settings.LAYERS, {}), **numbered[id(found)]}
+            setattr(found, settings.FIELD, value)
         elif hasattr(found, settings.FIELD):
             delattr(found, settings.FIELD)
 
