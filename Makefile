@@ -47,7 +47,7 @@ bench-models: $(STAMPS)/module ## What a budget costs two pretrained models, and
 	$(BIN)/python -m pip install --group models
 	$(BIN)/python -m benchmarks.models
 
-bench-wavelets: $(STAMPS)/module ## What the heads of two pretrained models have of wavelets (about 10 minutes)
+bench-wavelets: $(STAMPS)/module ## What the heads of two pretrained models have of wavelets (about 15 minutes)
 	$(BIN)/python -m pip install --group models
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.wavelets
 

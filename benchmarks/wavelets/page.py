@@ -8,8 +8,8 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "wavelets.md"
 
-TABLE = re.compile(r"<!-- (.+) -->\n\n(?:\|.*\n)*")
-"""A comment with the heading that the table has in the record, and the table."""
+TABLE = re.compile(r"<!-- (.+) -->\n+(?:\|.*\n)*\n*")
+"""A comment with the heading that the table has in the record, the table if there is one yet, and empty lines."""
 
 
 def with_tables(text: str, sections: Mapping[str, str]) -> str:
@@ -25,6 +25,6 @@ def with_tables(text: str, sections: Mapping[str, str]) -> str:
         raise ValueError(f"the page has the tables {sorted(found)}, and none of them was measured")
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n\n{sections[match[1]]}\n" if match[1] in sections else match[0]
+        return f"<!-- {match[1]} -->\n\n{sections[match[1]]}\n\n" if match[1] in sections else match[0]
 
-    return TABLE.sub(table, text)
+    return TABLE.sub(table, text).rstrip("\n") + "\n"

@@ -76,8 +76,9 @@ def draw_bands(path: Path, found: Sequence[Found]) -> None:
                 if model == TRAINED:
                     color = line[0].get_color()
                     axes.scatter(of.columns.layers, values, s=10, alpha=0.4, color=color, label="trained, one head")
-            axes.set(xlabel="layer", ylabel="share of the power in the low band", ylim=(0, 1.05), xticks=layers)
+            axes.set(xlabel="layer", ylim=(0, 1.05), xticks=layers[:: 1 + len(layers) // 10])
             axes.tick_params(labelsize=7)
+        panels[0].set_ylabel("share of the power in the low band")
         _save(figure, panels[0], path)
 
 

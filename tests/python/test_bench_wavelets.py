@@ -244,8 +244,11 @@ def test_an_untrained_model_is_the_same_each_time_and_draws_nothing(module):
 def test_tables_of_a_page_are_replaced(module):
     with_tables = module("page").with_tables
     text = "# A page\n\n<!-- one: x -->\n\n| a |\n|---|\n\nText | here.\n\n<!-- two -->\n\n| b |\n"
-    replaced = with_tables(text, {"one: x": "| new |\n|---|\n| 1 |", "three": "| no |"})
+    measured = {"one: x": "| new |\n|---|\n| 1 |", "three": "| no |"}
+    replaced = with_tables(text, measured)
     assert replaced == text.replace("| a |\n|---|\n", "| new |\n|---|\n| 1 |\n")
+    assert with_tables(text.replace("| a |\n|---|\n\n", ""), measured) == replaced, "where there is none yet"
+    assert with_tables(replaced, measured) == replaced
     with pytest.raises(ValueError, match=r"tables \['one: x', 'two'\], and none of them was measured"):
         with_tables(text, {"three": ""})
 
@@ -268,7 +271,7 @@ def test_tables_of_the_page_are_those_of_the_record():
 
 def test_numbers_and_pictures_of_the_page_are_those_of_the_record():
     prose = re.sub(r"\]\(\S+\)|`[^`]*`|arXiv \S+", "", page())
-    numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?![\w.])", prose)
+    numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)", prose)
     assert numbers
     known = {number.lstrip("+-") for number in re.findall(r"[+-]?\d+\.\d+", record())}
     assert [number for number in numbers if number.lstrip("+-") not in known] == []
