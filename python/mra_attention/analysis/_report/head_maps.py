@@ -52,7 +52,7 @@ def map_head(call: AttentionCall, head: int, config: MRAConfig) -> HeadMap:
     call = with_heads(call, [head])
     given = {name: value for name, value in call.arguments().items() if name != "sinks"}
     mask = functional.plan(call.query, call.key, config=config, **given).block_masks()[0][0]
-    queries = SampledCall(call, Sampling(0, None)).queries(0, 0)
+    queries = SampledCall(call, Sampling(0, None)).queries(0)
     shape = call.query.shape[-2], call.key.shape[-2]
     steps = -(-shape[0] // MOST_PIXELS), -(-shape[1] // MOST_PIXELS)
     image = torch.zeros(-(-shape[0] // steps[0]), -(-shape[1] // steps[1]), dtype=torch.float64)
