@@ -118,10 +118,11 @@ def measure_budgets(
 
 
 def mean_curve(curves: Sequence[BudgetCurve]) -> tuple[list[float], list[float]]:
-    """Return budgets and the mean errors of heads, but for the budget of every block, whose error is 0."""
-    budgets = list(curves[0].budgets[:-1])
-    errors = zip(*(curve.errors[:-1] for curve in curves), strict=True)
-    return budgets, [math.fsum(some) / len(curves) for some in errors]
+    """Return budgets and the mean errors of heads where these are not 0, as they are with every block."""
+    errors = zip(*(curve.errors for curve in curves), strict=True)
+    means = [math.fsum(some) / len(curves) for some in errors]
+    points = [point for point in zip(curves[0].budgets, means, strict=True) if point[1] > 0.0]
+    return [budget for budget, _ in points], [error for _, error in points]
 
 
 def _best(findings: BudgetFindings, layers: Sequence[str]) -> list[Trade]:

@@ -56,8 +56,8 @@ def errors(found: Findings) -> Section:
                 [_one_layer(found, budgets, layers, i) for i in shown],
                 "Thin lines are heads, the thick line is their mean. Bars are what error_estimate says of that mean "
                 "from 64 queries of each head, with a 95 % confidence interval: an error can be known without "
-                "computing "
-                "exact attention for all queries." + some,
+                "computing exact attention for all queries. Where few queries have most of the error, the interval may "
+                "miss it." + some,
             ),
         ),
     )
@@ -107,7 +107,7 @@ def _one_layer(found: Findings, budgets: BudgetFindings, layers: list[str], plac
     with drawing(f"errors-{place}", alt, (3.1, 2.9)) as drawn:
         axes = drawn.figure.subplots()
         for curve in curves:
-            axes.plot(curve.budgets[:-1], curve.errors[:-1], color=OBSERVED, alpha=0.35, linewidth=0.7)
+            axes.plot(*mean_curve([curve]), color=OBSERVED, alpha=0.35, linewidth=0.7)
         axes.plot(xs, ys, color=OBSERVED, linewidth=2, label=f"mean of heads{difference(curves[0].config, candidates)}")
         for number, (config, others) in enumerate(list(candidates.items())[1:]):
             style = ((0, (4, 1)), (0, (1, 1)), (0, (6, 1, 1, 1)))[number % 3]

@@ -45,7 +45,7 @@ def scalograms(found: Findings) -> Section:
                 "Energy by scale",
                 energies,
                 "Shares of the wavelet energy, mean over the rows that were looked at, from the broad shape on the "
-                "left to single tokens on the right. Where the blue line follows a null model, that one explains the "
+                "left to single tokens on the right. Where the model follows a null model, that one explains the "
                 "shares.",
             ),
         ),
