@@ -1,6 +1,7 @@
 """What the heads of a model do: spectra and wavelets of attention, errors before they are paid, budgets from data."""
 
 from ._analyze import analyze
+from ._report import report
 from .attention_call import AttentionCall
 from .attention_map import AttentionMap
 from .bound import ErrorBound, error_bound
@@ -61,6 +62,7 @@ __all__ = [
     "power_spectral_density",
     "random_call",
     "reconstruction_error",
+    "report",
     "rows",
     "scale_sensitivity",
     "shuffled_rows",
