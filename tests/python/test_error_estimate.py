@@ -213,6 +213,11 @@ def test_a_sample_without_an_error_says_nothing_of_the_rest() -> None:
     found = error_estimate(call, out=exact.clone(), rows=8)
     assert (found.estimate.item(), found.low.item(), found.high.item()) == (0.0, 0.0, math.inf)
     assert error_estimate(replace(call, value=0 * v), out=0 * exact, rows=8).estimate.item() == 0.0
+    both = AttentionCall(*(x.expand(1, 2, -1, -1) for x in (call.query, call.key, call.value)))
+    one_is_off = torch.cat((exact, exact + torch.rand(60, 1)), 1)
+    found = error_estimate(both, out=one_is_off, rows=8)
+    assert found.high[0, 1] < math.inf
+    assert found.mean[0, 2] == math.inf
 
 
 REFUSED: dict[str, tuple[Callable[[AttentionCall, Tensor], object], type[Exception], str]] = {
