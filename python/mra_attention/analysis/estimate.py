@@ -221,7 +221,7 @@ def _of_item(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return estimate, low and high of the heads, the mean with its limits, and the number of rows."""
     heads = out.shape[1]
-    population = pairs.valid(item).nonzero()[:, 0]
+    population = pairs.valid(item)[0].nonzero()[:, 0]
     count = population.shape[0]
     everything = count <= sampling.rows
     if everything:
