@@ -296,6 +296,24 @@ def test_random_call():
     assert (drawn.query * scaled.query).mean().abs() < 5 * 7 / math.sqrt(500 * DIM)
 
 
+def test_random_call_of_a_padded_sequence():
+    """The root mean square is that of valid tokens, whatever the padding holds."""
+    call, valid = call_of(is_causal=False), torch.arange(LENGTH) < 25
+    mask = valid[None, None, None]
+    drawn = []
+    for padding in (0.0, 7.0, math.nan):
+        query, key = (x.masked_fill(~mask.mT, padding) for x in (call.query, call.key))
+        drawn.append(m.random_call(replace(call, query=query, key=key, attn_mask=mask), 3))
+    for other in drawn[1:]:
+        assert torch.equal(drawn[0].query, other.query)
+        assert torch.equal(drawn[0].key, other.key)
+    whole = m.random_call(call, 3).query[0, 0]
+    size = [x[0, 0].double().square().mean().sqrt() for x in (call.query[..., :25, :], call.query)]
+    torch.testing.assert_close(
+        drawn[0].query[0, 0], whole * (size[0] / size[1]).float(), rtol=4 * torch.finfo().eps, atol=0.0
+    )
+
+
 def test_table(tmp_path):
     records = [Record("a", 0, "x", 0.1, {"uniform": math.inf}), Record("b", None, "y", math.nan, {"uniform": 2.0})]
     table = Table(records)

@@ -224,6 +224,18 @@ def test_calls_of_this_package():
         captured(lambda: attend(query, key.float(), value))
 
 
+def test_a_mask_beside_causality_is_kept_without_repeats():
+    query, key, value = qkv(20)
+    window = torch.ones(20, 20, dtype=torch.bool).triu(-4)
+    (call,) = captured(
+        lambda: mra_attention.scaled_dot_product_attention(
+            query, key, value, attn_mask=window.expand(1, HEADS, 20, 20), is_causal=True
+        )
+    )
+    assert call.is_causal
+    assert torch.equal(call.attn_mask, window[None, None])
+
+
 def test_nested_and_packed_sequences_are_calls_each():
     sequences = [torch.randn(length, HEADS, 8, dtype=torch.float64) for length in (5, 40)]
     jagged = torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2)

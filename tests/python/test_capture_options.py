@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 import sys
 import threading
 from collections import UserDict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -237,11 +235,3 @@ def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (section,) = (section for section in text.split("\n## ") if section.startswith("Capture"))
     monkeypatch.chdir(tmp_path)
     run(section, {})
-
-
-@pytest.mark.parametrize("described", [capture, Capture])
-def test_docstrings(described: Any):
-    (test,) = doctest.DocTestFinder(recurse=False).find(described, described.__name__, globs={})
-    result = doctest.DocTestRunner().run(test)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -147,6 +147,16 @@ def test_padded_queries_are_no_part_of_the_error() -> None:
     assert error_estimate(replace(of_keys, query_padding_mask=every), **few).rows.tolist() == [60]
 
 
+def test_an_item_of_padding_has_no_error() -> None:
+    q, k, v, *_ = random_inputs((2, 2, 20, 20, 4))
+    valid = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    valid[1] = False
+    found = error_estimate(AttentionCall(q, k, v, attn_mask=valid), resolutions=(8, 1), blocks_per_row=1)
+    assert found.rows.tolist() == [20, 0]
+    assert found.estimate[1].tolist() == found.high[1].tolist() == [0.0, 0.0]
+    assert bool((found.estimate[0] > 0.0).all())
+
+
 def test_a_causal_bias_is_causality() -> None:
     q, k, v, *_ = random_inputs((1, 2, 20, 30, 4))
     rows = torch.tensor([[0, 19], [7, 8]])
@@ -213,6 +223,11 @@ def test_a_sample_without_an_error_says_nothing_of_the_rest() -> None:
     found = error_estimate(call, out=exact.clone(), rows=8)
     assert (found.estimate.item(), found.low.item(), found.high.item()) == (0.0, 0.0, math.inf)
     assert error_estimate(replace(call, value=0 * v), out=0 * exact, rows=8).estimate.item() == 0.0
+    both = AttentionCall(*(x.expand(1, 2, -1, -1) for x in (call.query, call.key, call.value)))
+    one_is_off = torch.cat((exact, exact + torch.rand(60, 1)), 1)
+    found = error_estimate(both, out=one_is_off, rows=8)
+    assert found.high[0, 1] < math.inf
+    assert found.mean[0, 2] == math.inf
 
 
 REFUSED: dict[str, tuple[Callable[[AttentionCall, Tensor], object], type[Exception], str]] = {

@@ -60,7 +60,7 @@ def analyze(
         Queries before this one are left out. Those of causal attention see few keys.
     max_rows : int, optional
         At most how many rows of a head and sequence are looked at, evenly spaced, the last one among them; None for
-        all. Memory is proportional to `max_rows * Lk`. 128 by default.
+        all. Memory is proportional to `max_rows * Lk`: with None, to the matrix of one head. 128 by default.
     options : mapping, optional
         Keyword arguments of the functions that compute, by the name of the function, for example
         `{"power_spectral_density": {"demean": True}, "wavelet_coefficients": {"wavelet": "haar"}}`. The functions are

@@ -29,7 +29,7 @@ class ErrorEstimate(NamedTuple):
     high: Tensor
     """`(B, H)`; infinite where the sample says nothing."""
     mean: Tensor
-    """`(B, 3)`: the mean over heads, and its limits."""
+    """`(B, 3)`: the mean over heads, and its limits; the upper one is infinite where that of a head is."""
     rows: Tensor
     """int64 `(B,)`: the queries of each head that were computed exactly."""
 
@@ -221,7 +221,7 @@ def _of_item(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return estimate, low and high of the heads, the mean with its limits, and the number of rows."""
     heads = out.shape[1]
-    population = pairs.valid(item).nonzero()[:, 0]
+    population = pairs.valid(item)[0].nonzero()[:, 0]
     count = population.shape[0]
     everything = count <= sampling.rows
     if everything:
@@ -254,7 +254,10 @@ def _by_strata(errors: Tensor, sizes: Tensor, count: int, confidence: float) -> 
     parts = (shares.square() * of_heads.variance / 4).nan_to_num(nan=0.0)
     degrees = (parts.sum().square() / (parts.square() / of_heads.degrees).sum()).nan_to_num(nan=1.0)
     of_mean = _intervals.Spread(estimate.mean(), parts.sum(), degrees)
-    return estimate, low.sqrt(), high.sqrt(), torch.stack((of_mean.ratio, *_intervals.log_limits(of_mean, confidence)))
+    mean_low, mean_high = _intervals.log_limits(of_mean, confidence)
+    # A head of which the sample says nothing may have any error.
+    mean_high = torch.where(high.isinf().any(), torch.inf, mean_high)
+    return estimate, low.sqrt(), high.sqrt(), torch.stack((of_mean.ratio, mean_low, mean_high))
 
 
 def _by_betting(

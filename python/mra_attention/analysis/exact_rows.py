@@ -55,12 +55,12 @@ def outputs_of_rows(pairs: Pairs, item: int, rows: Tensor) -> Tensor:
     every = slice(0, call.query.shape[1])
     logits, visible = logits_of_rows(pairs, item, every, rows, precision)
     value = call.value[item].detach().to(precision)
-    groups = value.shape[0]
+    in_group = rows.numel() // max(1, value.shape[0])
     if visible is not None and call.attn_mask is not None:  # what nobody sees may hold NaN
-        seen = visible.expand_as(logits).reshape(groups, -1, value.shape[1]).any(1)
+        seen = visible.expand_as(logits).reshape(value.shape[0], in_group, value.shape[1]).any(1)
         value = value.masked_fill(~seen[..., None], 0.0)
     weights = softmax_of_rows(logits, pairs.sinks(item, every, precision))
-    return (weights.view(groups, -1, value.shape[1]) @ value).view(*rows.shape, -1)
+    return (weights.view(value.shape[0], in_group, value.shape[1]) @ value).view(*rows.shape, value.shape[-1])
 
 
 def logits_of_rows(
@@ -76,7 +76,8 @@ def logits_of_rows(
     query = call.query[item, heads].detach()
     chosen = query.gather(1, rows[..., None].expand(-1, -1, query.shape[-1])).to(dtype)
     # The heads of a group are rows of one product, so that no key is copied.
-    logits = (chosen * pairs.scale).reshape(key.shape[0], -1, key.shape[-1]) @ key.mT
+    in_group = rows.numel() // max(1, key.shape[0])
+    logits = (chosen * pairs.scale).reshape(key.shape[0], in_group, key.shape[-1]) @ key.mT
     logits = logits.view(*rows.shape, key.shape[1])
     if pairs.softcap is not None:
         logits = (logits / pairs.softcap).tanh() * pairs.softcap

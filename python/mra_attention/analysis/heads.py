@@ -55,7 +55,8 @@ class SampledCall:
     def queries(self, batch: int) -> Tensor:
         """Return int64 `(R,)`: the numbers of the queries of a sequence that are looked at."""
         if batch not in self._queries:
-            self._queries[batch] = _spread(self._pairs.queries[self._pairs.valid(batch)], self._sampling)
+            valid, _ = self._pairs.valid(batch)
+            self._queries[batch] = _spread(self._pairs.queries[valid], self._sampling)
         return self._queries[batch]
 
     def rows(self, batch: int, head: int) -> HeadRows | None:

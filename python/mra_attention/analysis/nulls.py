@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ._arrays import Floats, Ints, normalized, steps, weights
 from .attention_call import AttentionCall
+from .pairs import Pairs
 
 __all__ = ["alibi_rows", "alibi_slope", "random_call", "shuffled_rows", "uniform_rows"]
 
@@ -93,7 +94,7 @@ def random_call(call: AttentionCall, seed: int) -> AttentionCall:
     """Return the call with queries and keys of independent normal numbers, in place of its own.
 
     Those of each head have the root mean square of the head's, so logits are about as large, and nothing is related.
-    What is not finite, as padding may be, does not count.
+    Padding does not count, nor what is not finite.
     Masks, scale and all else stay.
 
     Parameters
@@ -104,11 +105,16 @@ def random_call(call: AttentionCall, seed: int) -> AttentionCall:
         Of the random numbers; the same seed gives the same bits.
     """
     generator = torch.Generator().manual_seed(seed)
+    pairs = Pairs(call)
+    valid = [pairs.valid(item) for item in range(call.query.shape[0])]
 
-    def drawn(x: torch.Tensor) -> torch.Tensor:
+    def drawn(x: torch.Tensor, tokens: list[torch.Tensor]) -> torch.Tensor:
         squares = x.detach().double().square()
         known = squares.isfinite()
+        for of_item, is_valid in zip(known, tokens, strict=True):
+            of_item &= is_valid[:, None]
         size = squares.where(known, 0.0).sum((-2, -1), keepdim=True) / known.sum((-2, -1), keepdim=True).clamp(min=1)
         return (torch.randn(x.shape, generator=generator, dtype=torch.float64) * size.sqrt()).to(x.dtype)
 
-    return replace(call, query=drawn(call.query), key=drawn(call.key))
+    query = drawn(call.query, [queries for queries, _ in valid])
+    return replace(call, query=query, key=drawn(call.key, [keys for _, keys in valid]))

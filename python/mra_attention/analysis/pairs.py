@@ -56,9 +56,10 @@ class Pairs:
         sinks = self._inputs.sinks
         return None if sinks is None else sinks[item, heads].detach().to(dtype)
 
-    def valid(self, item: int) -> Tensor:
-        """Return which of the queries that the call has are not padding, bool `(R,)`."""
-        return valid_tokens(self._inputs, item).queries[self.queries]
+    def valid(self, item: int) -> tuple[Tensor, Tensor]:
+        """Return which of the queries that the call has, and which keys, are not padding, bool `(R,)` and `(Lk,)`."""
+        tokens = valid_tokens(self._inputs, item)
+        return tokens.queries[self.queries], tokens.keys
 
     def of_rows(
         self, item: int, heads: slice, queries: Tensor, dtype: torch.dtype
