@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 from collections import UserDict
@@ -58,8 +57,9 @@ def test_batches():
 
 
 def test_progress(capsys):
-    capture(encoder(), [tokens(), tokens()], progress=True)
+    capture(encoder(), [tokens(), tokens()])
     assert "2/2" in capsys.readouterr().err
+    capture(encoder(), [tokens(), tokens()], progress=False)
     capture(encoder(), tokens())
     assert capsys.readouterr().err == ""
 
@@ -68,16 +68,16 @@ def test_layers():
     x = tokens()
     for layers, expected in {
         "0": ["0"],
-        r"\d": ["0", "2"],
+        "?": ["0", "2"],
         ("2", "0"): ["0", "2"],
-        (re.compile("[1-9]"),): ["2"],
+        ("[1-9]",): ["2"],
         None: ["0", "2"],
     }.items():
         assert capture(vision_model(), x, layers=layers).layers() == expected
     with pytest.raises(ValueError, match=r"layers has '1', which matches none of '0', '2'"):
         capture(vision_model(), x, layers=["0", "1"])
-    for wrong, error in ((3, TypeError), ([3], TypeError), (re.compile(b"0"), TypeError), ("(", ValueError)):
-        with pytest.raises(error, match="layers"):
+    for wrong in (3, [3], [b"0"]):
+        with pytest.raises(TypeError, match="layers"):
             capture(vision_model(), x, layers=wrong)
 
 
@@ -226,7 +226,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch.setitem(sys.modules, name, None)
     for options, message in (({"progress": True}, "tqdm"), ({"spill": tmp_path / "a"}, "safetensors")):
         with pytest.raises(ImportError, match=rf"{message}: pip install mra-attention\[analysis\]"):
-            capture(encoder(), tokens(), **options)
+            capture(encoder(), [tokens(), tokens()], **{"progress": False} | options)
     assert list(tmp_path.iterdir()) == []
 
 

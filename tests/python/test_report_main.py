@@ -47,7 +47,7 @@ def test_a_saved_capture_has_a_page(folder: Path, capsys: pytest.CaptureFixture[
 def test_options_are_handed_on(folder: Path, handed: dict[str, Any]) -> None:
     (folder / "about.json").write_text(json.dumps({"Model": "a model", "Text": "a text"}))
     page = folder.parent / "page.html"
-    options = "--layers .*1 --heads 0-1,1 --rows 7 --target-error 0.1 --seed 5 --coarse mean first_order"
+    options = "--layers *1 --heads 0-1,1 --rows 7 --target-error 0.1 --seed 5 --coarse mean first_order"
     arguments = ["report", str(folder), "-o", str(page), "--title", "A title", *options.split()]
     assert command.main(arguments) == 0
     assert [call.layer for call in handed.pop("calls")] == ["layers.1"]

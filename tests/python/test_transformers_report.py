@@ -42,7 +42,7 @@ def test_by_default_it_reads_as_much_as_it_takes(model: str) -> None:
 
 
 def test_it_reads_a_text_and_some_layers_are_captured(model: str, text: Path) -> None:
-    calls, about = calls_of(model, r"encoder\.layer\.1\..*", Reading(text, 10))
+    calls, about = calls_of(model, "encoder.layer.1.*", Reading(text, 10))
     assert [(call.layer, call.query_length) for call in calls] == [("encoder.layer.1.attention.self", 10)]
     assert about["Text"] == "letters.txt; the first 10 tokens"
     # A whole text has two tokens more, which begin and end it.

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads; by default Python's reference")
     parser.add_argument("--tokens", type=int, help=f"how much of it; by default {TOKENS}, or what the model takes")
-    parser.add_argument("--layers", metavar="REGEX", help="layers to look at: their whole names match this")
+    parser.add_argument("--layers", metavar="PATTERN", help="layers to look at, as in 'encoder.layers.1?.*'")
     parser.add_argument("--gguf-file", metavar="FILE", help="the file of the model in its folder, where that is GGUF")
 
 

@@ -24,10 +24,10 @@ def capture(
     model: Callable[..., Any],
     batch: Any,
     *,
-    layers: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None = None,
+    layers: str | Iterable[str] | None = None,
     max_queries: int | None = None,
     spill: str | PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool = True,
     enable_grad: bool = False,
 ) -> Capture:
     """Run a model and return what its layers handed to attention.
@@ -45,17 +45,17 @@ def capture(
         A tensor is the one argument of the model, a tuple its arguments, a mapping its keyword arguments; a callable is
         called with the model, as `lambda model: model.generate(ids)`. A list or another iterable, as a `DataLoader`,
         has several batches, among which a list is taken as a tuple.
-    layers : str, re.Pattern or iterable of these, optional
-        Which layers to capture: their names in the outermost module that is called, or regular expressions that match
-        the whole name. All by default.
+    layers : str or iterable of str, optional
+        Which layers to capture: their names in the outermost module that is called, or patterns that match the whole
+        name, as `"encoder.layers.1?.self_attn"` or `"decoder.*"`. All by default.
     max_queries : int, optional
         Of a call with more queries keep so many, evenly spread; `query_rows` of the call says which. A mask that is
         kept has all of them.
     spill : str or path, optional
         A folder, new or empty. Every call is written there as it comes, and the result reads it when it is asked for;
         `Capture.load` does so later. Without it calls are kept in memory.
-    progress : bool, default False
-        Whether to show a bar of the batches.
+    progress : bool, default True
+        Whether to show a bar of the batches, by tqdm, where there are several.
     enable_grad : bool, default False
         Whether the model runs with gradients where the caller has them. What is captured has none.
 
@@ -70,7 +70,7 @@ def capture(
     ValueError
         If no call of attention was seen, or one of `layers` matches none.
     TypeError
-        If an argument has the wrong type, or `layers` is no regular expression.
+        If an argument has the wrong type.
     NotImplementedError
         If the model has attention that cannot be seen: in scripted modules, `flex_attention`, encoder layers that were
         exported as one operator, `KVCache.attend`, below `torch.vmap`.
@@ -120,7 +120,7 @@ def capture(
             numbered = itertools.count()
             keep = lambda call: call_files.write(call, folder, next(numbered))  # noqa: E731
         recording = Recording(patterns, most, keep)
-        for each in with_progress(_batches(batch), progress, "capture", "batch"):
+        for each in with_progress(_batches(batch), progress and not _is_one(batch), "capture", "batch"):
             with recording.on(), contextlib.nullcontext() if enable_grad else torch.no_grad():
                 _run(model, each)
         patterns.check(type(model).__name__)

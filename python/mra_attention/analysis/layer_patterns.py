@@ -1,28 +1,29 @@
-"""Which layers are wanted: names, or regular expressions of them."""
+"""Which layers are wanted: names, or patterns of them as `LayerConfigs` has."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
 class LayerPatterns:
-    """Regular expressions that whole names match, and what they were asked about.
+    """Patterns of names, and what they were asked about.
 
     Parameters
     ----------
-    given : str, re.Pattern, iterable of these, or None
-        None wants every layer.
+    given : str, iterable of str, or None
+        Patterns that whole names match, as `"encoder.layers.1?.self_attn"`; None wants every layer.
 
     Raises
     ------
-    TypeError, ValueError
-        If one is no regular expression.
+    TypeError
+        If one is no string.
     """
 
     def __init__(self, given: Any) -> None:
-        self._patterns = None if given is None else [_compiled(each) for each in _listed(given)]
-        self._matched: set[re.Pattern[str]] = set()
+        self._patterns = None if given is None else _listed(given)
+        self._matched: set[str] = set()
         self._seen: dict[str, None] = {}
 
     def want(self, layer: str) -> bool:
@@ -30,7 +31,7 @@ class LayerPatterns:
         self._seen[layer] = None
         if self._patterns is None:
             return True
-        matching = [pattern for pattern in self._patterns if pattern.fullmatch(layer)]
+        matching = [pattern for pattern in self._patterns if fnmatchcase(layer, pattern)]
         self._matched.update(matching)
         return bool(matching)
 
@@ -45,24 +46,14 @@ class LayerPatterns:
             )
         for pattern in self._patterns or ():
             if pattern not in self._matched:
-                raise ValueError(
-                    f"layers has {pattern.pattern!r}, which matches none of {', '.join(map(repr, self._seen))}"
-                )
+                raise ValueError(f"layers has {pattern!r}, which matches none of {', '.join(map(repr, self._seen))}")
 
 
-def _listed(given: Any) -> list[Any]:
-    if isinstance(given, (str, re.Pattern)):
-        return [given]
-    try:
-        return list(given)
-    except TypeError:
-        raise TypeError(f"layers must be None, a regular expression or several, got {given!r}") from None
-
-
-def _compiled(given: Any) -> re.Pattern[str]:
-    if not isinstance(getattr(given, "pattern", given), str):
-        raise TypeError(f"layers must be names or regular expressions of names, got {given!r}")
-    try:
-        return re.compile(given)
-    except re.error as error:
-        raise ValueError(f"layers has {given!r}, which is no regular expression: {error}") from error
+def _listed(given: Any) -> list[str]:
+    if not isinstance(given, (str, Iterable)):
+        raise TypeError(f"layers must be None, a name or pattern, or several, got {given!r}")
+    patterns: list[Any] = [given] if isinstance(given, str) else [*given]  # pyright: ignore[reportUnknownArgumentType]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"layers must be names or patterns of names, got {pattern!r}")
+    return patterns

@@ -38,7 +38,7 @@ def calls_of(source: str, layers: str | None, reading: Reading) -> tuple[Sequenc
     source : str
         The folder of a saved capture, or what `transformers.AutoModel.from_pretrained` takes.
     layers : str, optional
-        A regular expression that whole names of layers match.
+        A pattern that whole names of layers match, as `"encoder.*"`.
     reading : Reading
         What the model reads; nothing for a saved capture.
 
