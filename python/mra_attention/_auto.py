@@ -3,6 +3,7 @@
 A level is added above the coarsest one where that would have more than `MOST_BLOCKS` blocks, and every level above the
 finest refines `REFINED` blocks per row. At the length where a level is added its blocks are no more than `REFINED`: all
 are refined, as if it were not there. So the error has no step there but that of `score="max"`, which ladders have not.
+Causal attention takes 1.3 times as long with 8193 tokens as with 8192: the means of both levels are multiplied.
 
 A ratio of 16 fills the vectors of AVX-512 with the children of a block. With 8, and so one level more for as many
 candidates, causal attention at 65536 tokens had the same error and took a quarter more time. With half of the blocks,
