@@ -22,7 +22,7 @@ def chosen_resolutions(length: int) -> tuple[int, ...]:
 
 
 def two_levels(length: int, budget: float) -> dict[str, Any]:
-    """Return the settings of the paper's MRA-2, whose choice by means is also that of ladders."""
+    """Return the settings of the paper's MRA-2, which chooses by means."""
     return {"resolutions": (32, 1), "blocks_per_row": budget, "score": "mean"}
 
 
@@ -69,7 +69,7 @@ def compared(length: int, *, causal: bool) -> dict[str, Mapping[str, Any]]:
     found = {f"two levels, {budget}": two_levels(length, budget) for budget in budgets}
     found |= {f"auto, {budget}": auto(length, budget) for budget in budgets}
     for refined in (REFINED, 2 * REFINED, 4 * REFINED):
-        for budget in (8, 16, 24):
+        for budget in (8, 12, 16):
             found[f"(512, 32, 1), {refined} and {budget}"] = ladder((512, 32, 1), refined, budget)
     if causal:
         found |= {f"two levels by largest key, {n}": two_levels(length, n) | {"score": "max"} for n in budgets}

@@ -89,9 +89,10 @@ class MRAConfig:
     score : {"mean", "max"}, default "max"
         What a token ranks the blocks by from which it chooses. "mean": the logit of the mean of a block's keys. "max":
         an estimate of the largest logit of a key, from 8-bit codes of what the keys differ from their mean, for four
-        candidates by "mean" for each block to choose. On a pretrained decoder, at the time of 8, 16 and 32 blocks by
-        "mean", it leaves 0.99, 0.93 and 0.81 of their error. The block form, and levels of more than two resolutions,
-        rank by means; a step of a `KVCache` makes the codes of its candidates anew.
+        candidates by "mean" for each block to choose; with more than two resolutions, above the finest blocks, of the
+        largest logit of the mean of a block of the next size. On a pretrained decoder, at the time of 8, 16 and 32
+        blocks by "mean", it leaves 0.99, 0.93 and 0.81 of their error. The block form ranks by means; a step of a
+        `KVCache` makes the codes of its candidates anew.
     coarse_shift : float, default 0.0
         Added to the logit of each block that is not exact. The exponential of a mean is never above the mean of
         exponentials, so these blocks count too little; how much too little depends on the model.

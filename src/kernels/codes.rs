@@ -5,7 +5,7 @@ use crate::simd::{CODE_LANES, CodeLine, DotCodes, Kernel, KernelCodes, Scalar, S
 /// For each listed query, the largest product of its codes and those of a key, in the groups of four channels that the keys have kept.
 ///
 /// ```text
-/// for each tile of queries, for each two lines of keys:
+/// for each tile of queries, for each two lines of keys, or the one that there is:
 ///     sum[query][key] += <four codes of the query, four codes of the key>      for each group that is kept
 ///     largest[query] = max(largest[query], sum[query][..])
 /// ```
@@ -41,7 +41,9 @@ impl KernelCodes for LargestProducts<'_> {
                     while $rows <= S::ROWS && self.numbers.len() - first >= $rows {
                         let numbers = self.numbers[first..].first_chunk::<$rows>().expect("as many, as tested");
                         // SAFETY: rows and groups are within the queries, asserted above.
-                        let largest = unsafe { self.tile::<S, $rows>(simd, numbers) };
+                        let largest = unsafe {
+                            if width == 1 { self.tile::<S, $rows, 1>(simd, numbers) } else { self.tile::<S, $rows, 2>(simd, numbers) }
+                        };
                         self.largest[first..first + $rows].copy_from_slice(&largest);
                         first += $rows;
                     }
@@ -56,26 +58,38 @@ impl LargestProducts<'_> {
     /// # Safety
     /// - These queries have all kept groups.
     #[inline(always)]
-    unsafe fn tile<S: DotCodes, const ROWS: usize>(&self, simd: S, numbers: &[u32; ROWS]) -> [i32; ROWS] {
+    unsafe fn tile<S: DotCodes, const ROWS: usize, const LINES: usize>(&self, simd: S, numbers: &[u32; ROWS]) -> [i32; ROWS] {
         let width = self.corrections.len();
         let mut rows = [self.queries.as_ptr(); ROWS];
         for r in 0..ROWS {
             rows[r] = rows[r].wrapping_add(numbers[r] as usize * self.stride);
         }
         let mut largest = [i32::MIN; ROWS];
-        for line in (0..width).step_by(2) {
+        for first in (0..width).step_by(LINES) {
             // An odd last line is computed twice: the larger of two equal numbers.
-            let other = (line + 1).min(width - 1);
-            let mut sums = [[simd.start(&self.corrections[line]), simd.start(&self.corrections[other])]; ROWS];
+            let line: [usize; LINES] = std::array::from_fn(|l| (first + l).min(width - 1));
+            let mut sums = [[simd.start(&self.corrections[first]); LINES]; ROWS];
+            for l in 1..LINES {
+                for r in 0..ROWS {
+                    sums[r][l] = simd.start(&self.corrections[line[l]]);
+                }
+            }
             for (lines, &group) in self.lines.chunks_exact(width).zip(self.groups) {
                 for r in 0..ROWS {
                     // SAFETY: the caller's.
                     let word = unsafe { simd.word(rows[r].wrapping_add(4 * group as usize)) };
-                    sums[r][0] = simd.dot(sums[r][0], word, &lines[line]);
-                    sums[r][1] = simd.dot(sums[r][1], word, &lines[other]);
+                    for l in 0..LINES {
+                        sums[r][l] = simd.dot(sums[r][l], word, &lines[line[l]]);
+                    }
                 }
             }
-            let of_lines = simd.max_across_each(sums.map(|[a, b]| simd.max(a, b)));
+            let mut of_lines = sums.map(|sums| sums[0]);
+            for l in 1..LINES {
+                for r in 0..ROWS {
+                    of_lines[r] = simd.max(of_lines[r], sums[r][l]);
+                }
+            }
+            let of_lines = simd.max_across_each(of_lines);
             for r in 0..ROWS {
                 largest[r] = largest[r].max(of_lines[r]);
             }

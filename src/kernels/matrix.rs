@@ -19,6 +19,11 @@ impl<'a, T> Matrix<'a, T> {
         Self { data, rows, cols, stride }
     }
 
+    /// The same row so many times.
+    pub(crate) fn repeated(row: &'a [T], rows: usize) -> Self {
+        Self { data: row, rows, cols: row.len(), stride: 0 }
+    }
+
     /// The first columns.
     pub(crate) fn columns(self, cols: usize) -> Self {
         assert!(cols <= self.cols, "{cols} of {} columns", self.cols);

@@ -1,8 +1,10 @@
-//! The score of a candidate where that is an estimate of the largest logit of a key: section 4.1 of the definitions.
+//! What a token ranks blocks by, pooled logits or estimates of the largest logit of a member: sections 4.1 and 5 of the definitions.
 
 use ndarray::{Array1, ArrayView1};
 
 use super::head::{Head, dot, pool};
+use super::select::higher_first;
+use crate::Score;
 
 /// Candidates for each block that is chosen.
 const CANDIDATES: usize = 4;
@@ -13,7 +15,7 @@ const CHANNELS: usize = 4;
 const FEW_GROUPS: usize = 16;
 
 /// What the logits of candidates reach if `take` of them are chosen.
-pub(super) fn candidate_bound(logits: &[f64], take: usize) -> f64 {
+fn candidate_bound(logits: &[f64], take: usize) -> f64 {
     let (least, most) = (CANDIDATES * take, CANDIDATES * take + take / 2);
     let count = |bound: f64| logits.iter().filter(|&&logit| logit >= bound).count();
     let top = logits.iter().copied().filter(|&logit| logit > f64::NEG_INFINITY).fold(f64::MIN, f64::max);
@@ -54,11 +56,9 @@ fn kept_channels(differences: &[Array1<f64>]) -> Vec<bool> {
     (0..channels).map(|d| order.contains(&(d / CHANNELS))).collect()
 }
 
-/// The score of block `j` for query `t`, whose logit is given.
-pub(super) fn max_score(head: &Head<'_>, t: usize, j: usize, logit: f64) -> f64 {
-    let keys = &head.segment.keys[j];
-    let mean = pool(head.key, [keys].into_iter());
-    let differences: Vec<Array1<f64>> = keys.iter().map(|&s| &head.key.row(s) - &mean.row(0)).collect();
+/// The score of a block for query `t`, whose logit is given: that of the block's mean `kh`. Rows are what the block consists of.
+fn max_score(head: &Head<'_>, t: usize, (mean, members): (ArrayView1<'_, f64>, &[ArrayView1<'_, f64>]), logit: f64) -> f64 {
+    let differences: Vec<Array1<f64>> = members.iter().map(|row| row - &mean).collect();
     let query = &head.query.row(t) * head.scale;
     let (of_query, of_keys) = (largest_size(query.iter()), largest_size(differences.iter().flatten()));
     let kept = kept_channels(&differences);
@@ -67,4 +67,34 @@ pub(super) fn max_score(head: &Head<'_>, t: usize, j: usize, logit: f64) -> f64 
     let products = differences.iter().map(|row| dot(query_codes.view(), codes(row.view(), of_keys).view()));
     let units = of_query / LARGEST_CODE * (of_keys / LARGEST_CODE);
     logit + WEIGHT * units * products.fold(f64::NEG_INFINITY, f64::max)
+}
+
+/// Sorts the blocks that query `t` is free to choose, the best one first, of which it takes some. They consist of their keys, or of
+/// blocks of the level `below`, so many side by side.
+pub(super) fn rank(
+    head: &Head<'_>,
+    below: Option<(&Head<'_>, usize)>,
+    t: usize,
+    logits: ArrayView1<'_, f64>,
+    take: usize,
+    free: &mut [usize],
+) {
+    let mut scores = logits.to_vec();
+    if head.score == Score::Max && 0 < take && take < free.len() {
+        let bound = candidate_bound(&free.iter().map(|&j| logits[j]).collect::<Vec<_>>(), take);
+        let means = pool(head.key, head.segment.keys.iter());
+        let below = below.map(|(below, times)| (pool(below.key, below.segment.keys.iter()), &below.segment.keys, times));
+        for &j in free.iter() {
+            let members: Vec<_> = match &below {
+                None => head.segment.keys[j].iter().map(|&s| head.key.row(s)).collect(),
+                Some((means, keys, times)) => (j * times..((j + 1) * times).min(keys.len()))
+                    .filter(|&child| !keys[child].is_empty())
+                    .map(|child| means.row(child))
+                    .collect(),
+            };
+            let score = || max_score(head, t, (means.row(j), &members), logits[j]);
+            scores[j] = if logits[j] >= bound { score() } else { f64::NEG_INFINITY };
+        }
+    }
+    free.sort_by(|&a, &b| higher_first(scores[a], scores[b]).then(a.cmp(&b)));
 }

@@ -6,9 +6,9 @@ use ndarray::Array2;
 
 use super::Form;
 use super::head::Head;
-use super::score::{candidate_bound, max_score};
+use super::score::rank;
 use super::segment::Kind;
-use crate::{Budget, Score};
+use crate::Budget;
 
 /// The exact blocks of head number `h`.
 pub(super) fn select(head: &Head<'_>, budget: &Budget, h: usize) -> Array2<bool> {
@@ -82,16 +82,7 @@ fn token_form(head: &Head<'_>, budget: &Budget, rate: f64) -> Array2<bool> {
         }
         let forced = seen.len() - candidates.len();
         let take = wanted.saturating_sub(forced);
-        let mut scores: Vec<f64> = c.row(t).to_vec();
-        candidates.sort_by(|&a, &b| higher_first(scores[a], scores[b]).then(a.cmp(&b)));
-        if head.score == Score::Max && 0 < take && take < candidates.len() {
-            let logits: Vec<f64> = candidates.iter().map(|&j| c[[t, j]]).collect();
-            let bound = candidate_bound(&logits, take);
-            for &j in &candidates {
-                scores[j] = if c[[t, j]] >= bound { max_score(head, t, j, c[[t, j]]) } else { f64::NEG_INFINITY };
-            }
-            candidates.sort_by(|&a, &b| higher_first(scores[a], scores[b]).then(a.cmp(&b)));
-        }
+        rank(head, None, t, c.row(t), take, &mut candidates);
         for j in candidates.into_iter().take(take) {
             selected[[t, j]] = true;
         }

@@ -4,8 +4,9 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
 
 use super::head::{Head, add, dot, pool, spread};
 use super::ladder::Refined;
+use super::score::rank;
 use super::segment::{Kind, Segment};
-use super::select::{higher_first, rounded};
+use super::select::rounded;
 use super::{Attention, Gradients, Saved};
 use crate::{Budget, Mode};
 
@@ -74,8 +75,9 @@ impl<'a> TokenLadder<'a> {
                     let holds_forced = |j: usize| forced[t].iter().any(|&f| f.div_euclid(ratio as i128) == j as i128);
                     let (taken, mut free): (Vec<usize>, Vec<usize>) =
                         alive.into_iter().partition(|&j| kinds[[t, j]] == Kind::Cut || holds_forced(j));
-                    free.sort_by(|&a, &b| higher_first(c[[t, a]], c[[t, b]]).then(a.cmp(&b)));
                     let rest = wanted.saturating_sub(taken.len());
+                    let below = heads.get(level + 1).map(|below| (below, ratio / self.ratio(level + 1)));
+                    rank(head, below, t, c.row(t), rest, &mut free);
                     for j in taken.into_iter().chain(free.into_iter().take(rest)) {
                         refined[level][b][[h, t, j]] = true;
                     }

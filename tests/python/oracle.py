@@ -125,18 +125,19 @@ def select(query: Tensor, key: Tensor, settings: Settings) -> Selection:
     selections: list[list[Tensor]] = [[] for _ in each]
     for item, levels in enumerate(_levels(query, key, settings)):
         above: Tensor | None = None
+        xs = [item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64) for g in levels]
+        sizes = [level.block_size for level in each]
         for level, g in enumerate(levels):
-            x = item_of(query[item].detach(), key[item].detach(), settings, g, torch.float64)
             candidates = torch.ones_like(g.is_open)
             if above is not None:
-                times = each[level - 1].block_size // each[level].block_size
-                candidates = _children(above, levels[level - 1], g, times)
-            ratio = each[level].block_size // settings.block_size
-            chosen_by = (x.coarse_logits, g, each[level], candidates, ratio)
+                candidates = _children(above, levels[level - 1], g, sizes[level - 1] // sizes[level])
+            ratio = sizes[level] // settings.block_size
+            chosen_by = (xs[level].coarse_logits, g, each[level], candidates, ratio)
             if g.form == "block":
                 above = select_block_form(*chosen_by)
             else:
-                scores = max_scores(x) if settings.score == "max" else None
+                below = (xs[level + 1], sizes[level] // sizes[level + 1]) if level + 1 < len(xs) else ()
+                scores = max_scores(xs[level], *below) if settings.score == "max" else None
                 above = select_token_form(*chosen_by, levels[-1], scores)
             selections[level].append(above)
     found = tuple(stack(level, heads) for level in selections)

@@ -1,4 +1,4 @@
-"""The scores by which candidates are chosen with `score="max"`: docs/definitions.md, section 4.1."""
+"""The scores by which candidates are chosen with `score="max"`: docs/definitions.md, sections 4.1 and 5."""
 
 from __future__ import annotations
 
@@ -30,17 +30,24 @@ def kept_channels(differences: Tensor) -> Tensor:
     return torch.isin(torch.arange(dim) // CHANNELS, torch.tensor(best))
 
 
-def max_scores(x: Item) -> Tensor:
-    """(H, Lq, nk): the scores of all blocks, as if each were a candidate."""
+def max_scores(x: Item, below: Item | None = None, times: int = 1) -> Tensor:
+    """(H, Lq, nk): the scores of all blocks, as if each were a candidate.
+
+    A block consists of its keys, or of `times` blocks of the level below, as far as they hold keys.
+    """
     scores = x.coarse_logits.clone()
     heads, queries, blocks = scores.shape
     for head in range(heads):
         query_codes = [codes(x.scale * x.query[head, t]) for t in range(queries)]
         for j in range(blocks):
-            members = x.g.member[j]
-            if not members.any():
+            if not x.g.member[j].any():
                 continue
-            differences = x.key[head, members] - x.key_mean[head, j]
+            if below is None:
+                members = x.key[head, x.g.member[j]]
+            else:
+                children = slice(j * times, (j + 1) * times)
+                members = below.key_mean[head, children][below.g.count[children] > 0]
+            differences = members - x.key_mean[head, j]
             key_codes, key_unit = codes(differences)
             key_codes = key_codes * kept_channels(differences)
             for t, (row, unit) in enumerate(query_codes):

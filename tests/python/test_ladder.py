@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarn
 
 LADDERS: dict[str, dict[str, Any]] = {
     "32, 8": {"coarser": (32,), "block_size": 8, "blocks_per_row": (1.0, 2.0)},
-    "32, 16, 4": {"coarser": (32, 16), "block_size": 4, "blocks_per_row": (1.5, 2.0, 3.5)},
+    "32, 16, 4": {"coarser": (32, 16), "block_size": 4, "blocks_per_row": (1.5, 2.0, 3.5), "score": "max"},
     "30, 6": {"coarser": (30,), "block_size": 6, "blocks_per_row": 1.7},
 }
 by_ladder = pytest.mark.parametrize("ladder", LADDERS)
@@ -115,11 +115,11 @@ def test_every_block_is_exact_attention(form: str) -> None:
 def test_a_level_that_refines_everything_might_as_well_be_left_out(form: str) -> None:
     shape = (2, 2, 83, 97, 6)
     inputs = random_inputs(shape)
-    two = settings_of(form, shape, blocks_per_row=2.0)
-    ladder = settings_of(form, shape, blocks_per_row=(math.inf, 2.0), coarser=(32,))
-    assert_results_close(
-        run_package(*inputs[:3], ladder, *inputs[3:]), run_package(*inputs[:3], two, *inputs[3:]), tolerance=1e-10
-    )
+    for score in ("mean", "max"):
+        two = settings_of(form, shape, blocks_per_row=2.0, score=score)
+        ladder = settings_of(form, shape, blocks_per_row=(math.inf, 2.0), coarser=(32,), score=score)
+        results = [run_package(*inputs[:3], settings, *inputs[3:]) for settings in (ladder, two)]
+        assert_results_close(*results, tolerance=1e-10)
 
 
 @by_ladder
@@ -387,10 +387,10 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
     config = MRAConfig(resolutions="auto", blocks_per_row=(3, 5))
     expected = {
         1: ((32, 1), (3.0, 5.0)),
-        8192: ((32, 1), (3.0, 5.0)),
-        8193: ((512, 32, 1), (16.0, (3.0, 5.0))),
-        131072: ((512, 32, 1), (16.0, (3.0, 5.0))),
-        131073: ((8192, 512, 32, 1), (16.0, 16.0, (3.0, 5.0))),
+        16384: ((32, 1), (3.0, 5.0)),
+        16385: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        262144: ((512, 32, 1), (16.0, (3.0, 5.0))),
+        262145: ((8192, 512, 32, 1), (16.0, 16.0, (3.0, 5.0))),
     }
     for length, (resolutions, budgets) in expected.items():
         chosen = config.for_length(length)
@@ -404,18 +404,18 @@ def test_auto_adds_a_level_where_the_largest_blocks_become_too_many() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_auto_is_smooth_where_a_level_is_added(causal: bool) -> None:
-    """All blocks of a new level are refined at first, as if it were not there."""
-    query, key, value, *_ = random_inputs((1, 1, 8320, 8320, 4), dtype=torch.float32)
-    two = scaled_dot_product_attention(query, key, value, is_causal=causal, score="mean")
+    """Half of the blocks of a new level are refined at first: the others are those that matter least."""
+    query, key, value, *_ = random_inputs((1, 1, 16640, 16640, 4), dtype=torch.float32)
+    two = scaled_dot_product_attention(query, key, value, is_causal=causal)
     auto = scaled_dot_product_attention(query, key, value, is_causal=causal, resolutions="auto")
     before = scaled_dot_product_attention(
-        query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal, resolutions="auto"
+        query[:, :, :16384], key[:, :, :16384], value[:, :, :16384], is_causal=causal, resolutions="auto"
     )
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
     assert (auto - exact).norm() <= 1.02 * (two - exact).norm()
     assert torch.equal(
         before,
-        scaled_dot_product_attention(query[:, :, :8192], key[:, :, :8192], value[:, :, :8192], is_causal=causal),
+        scaled_dot_product_attention(query[:, :, :16384], key[:, :, :16384], value[:, :, :16384], is_causal=causal),
     )
 
 
@@ -424,7 +424,7 @@ def test_a_cache_with_auto_has_the_levels_of_its_longest_sequence() -> None:
         KVCache(1, 1, 4, resolutions="auto")
     _, key, value, _, _ = random_inputs((1, 1, 40, 40, 4), dtype=torch.float32)
     query = torch.randn(1, 1, 5, 4)
-    caches = [KVCache(1, 1, 4, max_length=9000, resolutions=x) for x in ("auto", (512, 32, 1))]
+    caches = [KVCache(1, 1, 4, max_length=17000, resolutions=x) for x in ("auto", (512, 32, 1))]
     for cache in caches:
         cache.append(key, value)
     expected = caches[1].attend(query, blocks_per_row=(16, 4))
@@ -440,12 +440,11 @@ def test_a_shift_of_coarse_blocks_is_that_of_every_level(form: str) -> None:
     compare(form, (1, 2, 83, 97, 6), 1, "32, 16, 4", coarse_shift=0.4)
 
 
-def test_levels_are_ranked_by_means_and_first_order_is_for_two_resolutions() -> None:
+def test_the_block_form_ranks_by_means_and_first_order_is_for_two_resolutions() -> None:
     query, key, value, *_ = random_inputs((1, 2, 90, 90, 8), dtype=torch.float32)
-    for more in ({"is_causal": True}, {"pool_queries": False}):
-        settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2), **more}
-        by_means = scaled_dot_product_attention(query, key, value, **settings)
-        assert torch.equal(scaled_dot_product_attention(query, key, value, score="mean", **settings), by_means)
+    settings: dict[str, Any] = {"resolutions": (32, 8, 1), "blocks_per_row": (1, 2)}
+    usual = scaled_dot_product_attention(query, key, value, **settings)
+    assert torch.equal(scaled_dot_product_attention(query, key, value, score="mean", **settings), usual)
     with pytest.raises(NotImplementedError, match=r"coarse='first_order'.*more than two resolutions"):
         scaled_dot_product_attention(query, key, value, resolutions=(32, 8, 1), coarse="first_order")
 

@@ -39,6 +39,34 @@ def test_the_selection_is_that_of_the_definition(shape):
             assert not torch.equal(chosen, by_means)
 
 
+# (Lq, Lk, D), block sizes, blocks of each token at each level.
+LADDERS = [
+    ((9, 300, 3), (32, 8), (2, 4)),
+    ((9, 401, 64), (64, 16), (2, 3)),
+    ((7, 900, 70), (96, 24), (3, 4)),
+    ((5, 1500, 140), (256, 64, 16), (2, 2, 3)),
+    ((5, 2100, 66), (640, 32), (1, 5)),
+    ((3, 600, 12), (128, 4), (2, 9)),
+]
+
+
+@pytest.mark.parametrize("shape", LADDERS, ids=str)
+def test_every_level_of_a_ladder_is_chosen_by_the_definition(shape):
+    (queries, keys, dim), sizes, blocks = shape
+    query, key, *_ = random_inputs((1, 4, queries, keys, dim), key_heads=2)
+    key = key * torch.linspace(0.2, 2.0, dim, dtype=key.dtype)
+    valid = torch.rand(1, keys) < 0.9
+    valid[:, 40:80] = False  # blocks without a valid key are no members
+    budget = tuple(map(float, blocks))
+    for more in ({"lower_right": True}, {"scale": -0.3, "pool_queries": False, "key_mask": valid}):
+        settings = Settings(coarser=sizes[:-1], block_size=sizes[-1], blocks_per_row=budget, score="max", **more)
+        with named(more):
+            chosen = block_mask(query, key, settings)
+            assert_same_selection(chosen, oracle.select(query, key, settings))
+            by_means = block_mask(query, key, Settings(**(vars(settings) | {"score": "mean"})))
+            assert any(not torch.equal(a, b) for a, b in zip(chosen, by_means, strict=True))
+
+
 def test_one_key_that_matters_is_found_behind_a_mean_that_does_not():
     query, key, *_ = random_inputs((1, 1, 1, 640, 64), magnitude=0.1, dtype=torch.float32)
     direction = query[0, 0, 0] / query.norm()

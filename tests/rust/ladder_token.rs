@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use mra_attention::reference::{Gradients as Expect, Refined, Saved, TokenLadder};
-use mra_attention::{BiasGradient, Budget, CoarserLevel, Mode, Options, Problem, Window};
+use mra_attention::{BiasGradient, Budget, CoarserLevel, Mode, Options, Problem, Score, Window};
 use ndarray::{Array3, Array4, Axis};
 use proptest::prelude::*;
 
@@ -139,8 +139,11 @@ fn forward_and_backward_are_the_formulas() {
     ];
     for (index, case) in cases.iter().enumerate() {
         let layout = if index % 2 == 0 { Layout::Contiguous } else { Layout::TokensFirst };
-        check_type::<f64>(case, 1 + index % 3, layout);
-        check_type::<f32>(case, 1 + index % 3, layout);
+        for score in [Score::Mean, Score::Max] {
+            let case = Case { score, ..case.clone() };
+            check_type::<f64>(&case, 1 + index % 3, layout);
+            check_type::<f32>(&case, 1 + index % 3, layout);
+        }
     }
 }
 
@@ -162,6 +165,7 @@ fn case() -> impl Strategy<Value = Case> {
         proptest::bool::weighted(0.2),
         proptest::bool::weighted(0.2),
         proptest::bool::weighted(0.3),
+        prop_oneof![Just(Score::Mean), Just(Score::Max)],
     );
     (shape, sizes, proptest::collection::vec(rate(), 4), forced, hidden, terms, any::<u64>()).prop_map(
         |(shape, (block_size, ratios), rates, forced, (window, key_padding, pairs, offset), terms, seed)| {
@@ -175,7 +179,7 @@ fn case() -> impl Strategy<Value = Case> {
             let (first_blocks, diagonal_blocks, local_blocks) = forced;
             let budget =
                 Budget { blocks_per_row: vec![rates[3]], num_blocks: None, first_blocks, diagonal_blocks, local_blocks };
-            let (softcap, alibi, sinks, sparse) = terms;
+            let (softcap, alibi, sinks, sparse, score) = terms;
             let mode = if sparse { Mode::Sparse } else { Mode::Full };
             Case {
                 batch,
@@ -195,6 +199,7 @@ fn case() -> impl Strategy<Value = Case> {
                 softcap,
                 alibi,
                 sinks,
+                score,
                 seed,
                 offsets: vec![offset],
                 pool_queries: false,
@@ -248,8 +253,14 @@ fn the_gradient_of_a_bias_is_the_formula() {
 /// The same bits for any number of threads.
 #[test]
 fn threads_do_not_matter() {
-    for (mode, dropout) in [(Mode::Full, 0.0), (Mode::Full, 0.3), (Mode::Sparse, 0.0)] {
-        let case = Case { mode, dropout, query_len: 700, key_len: 700, ..base() };
+    let settings = [
+        (Mode::Full, 0.0, Score::Mean),
+        (Mode::Full, 0.0, Score::Max),
+        (Mode::Full, 0.3, Score::Mean),
+        (Mode::Sparse, 0.0, Score::Max),
+    ];
+    for (mode, dropout, score) in settings {
+        let case = Case { mode, dropout, score, query_len: 700, key_len: 700, ..base() };
         let data = case.data::<f32>();
         for level in levels() {
             let results: Vec<_> = [1, 2, 3, 5]

@@ -143,8 +143,7 @@ impl<'a> Problem<'a> {
             mode: options.mode,
             coarse: options.coarse,
             coarse_shift: in_float32(options.coarse_shift),
-            // With more levels the means rank them all.
-            score: if options.coarser.is_empty() { options.score } else { Score::Mean },
+            score: options.score,
             threads: options.threads,
             level: options.level,
             window: options.window,

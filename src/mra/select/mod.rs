@@ -1,6 +1,7 @@
 //! Which blocks are computed exactly: scores, choices, and the plan that holds them.
 
 mod block_plan;
+mod child_candidates;
 mod children;
 mod per_child;
 mod per_row;
@@ -11,6 +12,7 @@ mod plan_arrays;
 mod scores;
 
 pub(crate) use block_plan::{BlockPlan, selected};
+pub(crate) use child_candidates::Listed;
 pub(crate) use children::Children;
 pub(crate) use per_child::select_children;
 pub(crate) use per_row::{select_rows, select_rows_then};

@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
+use super::child_candidates::{ChildCandidates, Listed};
 use super::per_token::{Choice, PlanRow, descending};
 use crate::exec::Buffer;
-use crate::kernels::{Largest, Matrix, MatrixMut, pack_transposed};
+use crate::kernels::{Bounds, Largest, Matrix, MatrixMut, pack_transposed};
 use crate::mra::problem::{Sight, TokenBudget};
-use crate::simd::{Level, SQUARE, Scalar};
+use crate::simd::{Level, MOST_LANES, SQUARE, Scalar};
 
 /// Queries whose largest logits are found together, each in a lane.
 const LANES: usize = 64;
@@ -29,8 +30,13 @@ pub(crate) struct ChildChooser<T> {
     choices: Vec<Choice>,
     /// For each query a logit in a *slot* for each child of each of its places.
     logits: Buffer<T>,
+    /// Whether scores decide in place of the logits, and those of the candidates.
+    is_ranked: bool,
+    candidates: ChildCandidates<T>,
+    /// Logits or scores with a lane for each of some queries.
     columns: Buffer<T>,
     lines: Buffer<T>,
+    bounds: Buffer<T>,
     choosing: Vec<u32>,
     wanted: Vec<usize>,
     taken: Vec<usize>,
@@ -49,8 +55,11 @@ impl<T: Scalar> ChildChooser<T> {
             passed: Vec::new(),
             choices: Vec::new(),
             logits: Buffer::scratch(0),
+            is_ranked: false,
+            candidates: ChildCandidates::new(),
             columns: Buffer::scratch(0),
             lines: Buffer::scratch(0),
+            bounds: Buffer::scratch(LANES),
             choosing: Vec::new(),
             wanted: Vec::new(),
             taken: Vec::new(),
@@ -71,6 +80,7 @@ impl<T: Scalar> ChildChooser<T> {
         lists: impl Iterator<Item = (usize, &'l [u32])> + Clone,
     ) -> bool {
         self.blocks = blocks;
+        self.is_ranked = false;
         for counts in [&mut self.counts, &mut self.passed] {
             counts.clear();
             counts.resize(sights.len(), 0);
@@ -131,7 +141,7 @@ impl<T: Scalar> ChildChooser<T> {
         chooses(&self.choices[query as usize])
     }
 
-    /// The logits, which are `-inf` once the queries have chosen where these were not free to.
+    /// The logits; once the queries have chosen they are `-inf` for all but the blocks that a query could have refined and does not.
     pub(crate) fn known_logits(&self) -> &[T] {
         &self.logits
     }
@@ -156,24 +166,63 @@ impl<T: Scalar> ChildChooser<T> {
         }
     }
 
+    /// Finds the candidates of the queries, whose logits are there, `for_each` of them for each block that a query chooses: scores will
+    /// decide.
+    pub(crate) fn find_candidates(&mut self, level: Level, sights: &[Sight<'_>], for_each: usize) {
+        self.is_ranked = true;
+        self.candidates.clear(sights.len());
+        let (choosing, stride) = (std::mem::take(&mut self.choosing), self.stride());
+        for queries in choosing.chunks(LANES) {
+            let slots = self.hide_each(queries, sights);
+            let columns = self.want(level, queries, for_each);
+            self.pack(level, queries, slots, columns);
+            let numbers = Matrix::new(&self.columns, slots, columns, columns);
+            T::run(level, Bounds { numbers, wanted: &self.wanted, bounds: &mut self.bounds });
+            for (&query, &bound) in queries.iter().zip(&self.bounds[..]) {
+                self.candidates.find(level, query as usize, &self.logits[query as usize * stride..][..slots], bound);
+            }
+        }
+        self.choosing = choosing;
+    }
+
+    /// Lists those of the queries that refine a block above for which its children are candidates. Blocks come in ascending order, each
+    /// once, from the first one after [`Self::restart`] on.
+    pub(crate) fn list_candidates(&mut self, queries: &[u32], listed: &mut [Listed]) {
+        for &query in queries {
+            let place = &mut self.passed[query as usize];
+            let first = *place as usize * self.children;
+            self.candidates.list(query, first..first + self.children, listed);
+            *place += 1;
+        }
+    }
+
+    /// The scores of the candidates, where [`Self::list_candidates`] says; at first they are the logits.
+    pub(crate) fn scores(&mut self) -> &mut [T] {
+        self.candidates.scores()
+    }
+
     /// Writes the plan of the range: for each query `width` numbers, the open blocks that it refines, ascending, then -1.
     pub(crate) fn choose(&mut self, level: Level, sights: &[Sight<'_>], plan: &mut [i32], width: usize) {
-        let choosing = std::mem::take(&mut self.choosing);
+        let (choosing, slots) = (std::mem::take(&mut self.choosing), self.stride());
         for queries in choosing.chunks(LANES) {
-            let slots = queries.iter().map(|&query| self.counts[query as usize]).max().unwrap_or(0) as usize * self.children;
-            for &query in queries {
-                self.hide(query as usize, &sights[query as usize], slots);
-            }
-            let stride = self.find_largest(level, queries, slots);
+            let stride = self.find_largest(level, queries, sights);
             for (lane, &query) in queries.iter().enumerate() {
                 let (query, wanted) = (query as usize, self.wanted[lane]);
-                let row = PlanRow::new(&mut plan[query * width..][..width]);
                 if self.taken[lane] == wanted {
-                    self.write(query, &sights[query], &self.rows[lane * stride..][..wanted], row);
+                    self.order.clear();
+                    let rows = &self.rows[lane * stride..][..wanted];
+                    if self.is_ranked {
+                        let slots = self.candidates.slots_of(query);
+                        self.order.extend(rows.iter().map(|&row| slots[row as usize]));
+                    } else {
+                        self.order.extend(rows);
+                    }
                 } else {
                     self.by_sorting(query, &sights[query], wanted);
-                    self.write(query, &sights[query], &self.order, row);
                 }
+                self.write(query, &sights[query], &self.order, PlanRow::new(&mut plan[query * width..][..width]));
+                let logits = &mut self.logits[query * slots..];
+                self.order.iter().for_each(|&slot| logits[slot as usize] = T::NEG_INFINITY);
             }
         }
         self.choosing = choosing;
@@ -182,9 +231,9 @@ impl<T: Scalar> ChildChooser<T> {
         }
     }
 
-    /// Slots of a query.
+    /// Slots of a query, in whole vectors.
     fn stride(&self) -> usize {
-        self.most * self.children
+        (self.most * self.children).next_multiple_of(MOST_LANES)
     }
 
     fn parents_of(&self, query: usize) -> &[u32] {
@@ -193,6 +242,16 @@ impl<T: Scalar> ChildChooser<T> {
 
     fn children_of(&self, parent: u32) -> Range<usize> {
         children_of(parent, self.children, self.blocks)
+    }
+
+    /// Hides what some queries are not free to choose; returns how many slots they have, in whole vectors.
+    fn hide_each(&mut self, queries: &[u32], sights: &[Sight<'_>]) -> usize {
+        let parents = queries.iter().map(|&query| self.counts[query as usize]).max().unwrap_or(0);
+        let slots = (parents as usize * self.children).next_multiple_of(MOST_LANES);
+        for &query in queries {
+            self.hide(query as usize, &sights[query as usize], slots);
+        }
+        slots
     }
 
     /// Sets those of the first `slots` logits of a query to `-inf` that are not of blocks which it is free to choose.
@@ -216,35 +275,66 @@ impl<T: Scalar> ChildChooser<T> {
         }
     }
 
-    /// Finds the slots of the largest logits of some queries; returns the room for those of each.
-    fn find_largest(&mut self, level: Level, queries: &[u32], slots: usize) -> usize {
+    /// Writes how many numbers each of some queries wants, `for_each` for each block that it chooses; returns how many lanes they take.
+    fn want(&mut self, level: Level, queries: &[u32], for_each: usize) -> usize {
         let columns = queries.len().next_multiple_of(T::lanes(level));
         self.wanted.clear();
-        self.wanted.extend(queries.iter().map(|&query| self.choices[query as usize].take));
+        self.wanted.extend(queries.iter().map(|&query| self.choices[query as usize].take.saturating_mul(for_each)));
         self.wanted.resize(columns, 0);
-        self.taken.clear();
-        self.taken.resize(columns, 0);
-        let most = self.wanted.iter().copied().max().unwrap_or(0);
-        self.rows.resize(self.rows.len().max(columns * most), 0);
+        columns
+    }
+
+    /// Brings the logits of some queries into lanes.
+    fn pack(&mut self, level: Level, queries: &[u32], slots: usize, columns: usize) {
         for (buffer, needed) in [(&mut self.columns, slots * columns), (&mut self.lines, SQUARE * slots)] {
             if buffer.len() < needed {
                 *buffer = Buffer::scratch(needed);
             }
         }
-        let stride = self.most * self.children;
+        let stride = self.stride();
         let rows = queries.iter().map(|&query| &self.logits[query as usize * stride..][..slots]);
         let mut packed = MatrixMut::new(&mut self.columns, slots, columns, columns);
         pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
-        let numbers = Matrix::new(&self.columns, slots, columns, columns);
-        T::run(level, Largest { numbers, wanted: &self.wanted, rows: &mut self.rows, stride: most, taken: &mut self.taken });
-        most
+    }
+
+    /// Brings the scores of the candidates of some queries into lanes, with `-inf` behind them; returns how many rows that takes.
+    fn pack_scores(&mut self, queries: &[u32], columns: usize) -> usize {
+        let rows = queries.iter().map(|&query| self.candidates.scores_of(query as usize).len()).max().unwrap_or(0);
+        if self.columns.len() < rows * columns {
+            self.columns = Buffer::scratch(rows * columns);
+        }
+        self.columns[..rows * columns].fill(T::NEG_INFINITY);
+        for (lane, &query) in queries.iter().enumerate() {
+            for (row, &score) in self.candidates.scores_of(query as usize).iter().enumerate() {
+                self.columns[row * columns + lane] = score;
+            }
+        }
+        rows
+    }
+
+    /// Finds the largest numbers of some queries, among candidates or slots; returns the room for those of each.
+    fn find_largest(&mut self, level: Level, queries: &[u32], sights: &[Sight<'_>]) -> usize {
+        let columns = self.want(level, queries, 1);
+        let height = if self.is_ranked {
+            self.pack_scores(queries, columns)
+        } else {
+            let slots = self.hide_each(queries, sights);
+            self.pack(level, queries, slots, columns);
+            slots
+        };
+        self.taken.clear();
+        self.taken.resize(columns, 0);
+        let stride = self.wanted.iter().copied().max().unwrap_or(0);
+        self.rows.resize(self.rows.len().max(columns * stride), 0);
+        let numbers = Matrix::new(&self.columns, height, columns, columns);
+        T::run(level, Largest { numbers, wanted: &self.wanted, rows: &mut self.rows, stride, taken: &mut self.taken });
+        stride
     }
 
     /// The same choice by partial sorting: slower, but for any number of blocks, and with NaN in their place, which is the last.
     /// Leaves slots in `order`.
     fn by_sorting(&mut self, query: usize, sight: &Sight<'_>, wanted: usize) {
         let choice = &self.choices[query];
-        let row = &self.logits[query * self.most * self.children..];
         self.order.clear();
         let places = self.parents[query * self.most..][..self.counts[query] as usize].iter().enumerate();
         for (place, &parent) in places {
@@ -254,8 +344,15 @@ impl<T: Scalar> ChildChooser<T> {
                 |block: usize| u32::try_from(place * self.children + block - blocks.start).expect("fewer than 2^32 slots");
             self.order.extend(free.map(slot));
         }
-        let logit = |slot: u32| row[slot as usize];
-        self.order.select_nth_unstable_by(wanted - 1, |&a, &b| descending(logit(a), logit(b)).then(a.cmp(&b)));
+        let logits = &self.logits[query * self.stride()..];
+        let score = |slot: u32| {
+            if !self.is_ranked {
+                return logits[slot as usize];
+            }
+            let found = self.candidates.slots_of(query).binary_search(&slot);
+            found.map_or(T::NEG_INFINITY, |place| self.candidates.scores_of(query)[place])
+        };
+        self.order.select_nth_unstable_by(wanted - 1, |&a, &b| descending(score(a), score(b)).then(a.cmp(&b)));
         self.order.truncate(wanted);
         self.order.sort_unstable();
     }
@@ -268,6 +365,13 @@ impl<T: Scalar> ChildChooser<T> {
         let mut chosen = chosen.iter().map(|&slot| slot as usize).peekable();
         for (place, &parent) in self.parents_of(query).iter().enumerate() {
             let (blocks, slot) = (self.children_of(parent), place * self.children);
+            let is_free = |range: &Range<usize>| range.start <= blocks.start && blocks.end <= range.end;
+            if !all && (is_free(before) || is_free(behind)) {
+                while let Some(found) = chosen.next_if(|&found| found < slot + blocks.len()) {
+                    row.push(blocks.start + found - slot);
+                }
+                continue;
+            }
             let mut next = blocks.start;
             for range in [before, behind, &(blocks.end..blocks.end)] {
                 let start = range.start.clamp(next, blocks.end);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::queries_of_block::open_block;
-use super::rank::{Rank, RankedKeys};
+use super::rank::{QueryCodes, Rank, RankedBlocks};
 use crate::exec::Buffer;
 use crate::kernels::{AllFinite, Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Softcap, Stream, pack_transposed, product};
 use crate::mra::attend::{DropoutTile, TILE_QUERIES};
@@ -110,8 +110,8 @@ pub(crate) struct Tile<'a> {
 }
 
 impl<T: Scalar> CoarseTile<T> {
-    /// Buffers for tiles of at most `queries` queries.
-    pub(crate) fn new(problem: &Problem<'_>, batch: &Batch<'_>, queries: usize) -> Self {
+    /// Buffers for tiles of at most `queries` queries; blocks have so many `members` at most.
+    pub(crate) fn new(problem: &Problem<'_>, batch: &Batch<'_>, members: usize, queries: usize) -> Self {
         let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
         Self {
             packed: Buffer::scratch(problem.head_dim * columns),
@@ -122,19 +122,19 @@ impl<T: Scalar> CoarseTile<T> {
             sum: Buffer::scratch(columns),
             dropout: problem.dropout.map(DropoutTile::new),
             chooser: Chooser::default(),
-            rank: (problem.score == Score::Max).then(|| Rank::new(problem, batch.most_columns(), columns)),
+            rank: (problem.score == Score::Max).then(|| Rank::new(problem, batch.most_columns(), members, columns)),
         }
     }
 
     /// Chooses the blocks of a tile of queries, unless the plan is given, and starts their softmax with all other open blocks.
-    /// `plan` has `width` numbers for each query of the tile.
+    /// `plan` has `width` numbers for each query of the tile; `ranked` is what blocks are ranked by, if not by their means.
     #[allow(clippy::too_many_arguments, reason = "a tile of queries, what it chooses from, and where the result goes")]
     pub(crate) fn compute<E: Element<Compute = T>>(
         &mut self,
         source: &CoarseSource<'_, T>,
         rows: &Rows<'_, E>,
         tile: &Tile<'_>,
-        ranked: Option<&RankedKeys<'_, E>>,
+        ranked: Option<(&RankedBlocks<'_, E>, &QueryCodes<T>)>,
         plan: &mut [i32],
         width: usize,
         state: &mut State<T>,
@@ -156,9 +156,9 @@ impl<T: Scalar> CoarseTile<T> {
         }
         if source.budget.is_some() {
             let scores = match (&mut self.rank, ranked) {
-                (Some(rank), Some(keys)) => {
+                (Some(rank), Some((ranked, queries))) => {
                     let logits = Matrix::new(&self.logits, blocks.len(), columns, columns);
-                    rank.scores(problem, keys, rows, tile, &blocks, logits, self.chooser.wanted(columns))
+                    rank.scores(problem, ranked, (queries, tile.first), &blocks, logits, self.chooser.wanted(columns))
                 }
                 _ => &self.logits,
             };

@@ -62,7 +62,7 @@ impl<T: Scalar> ExactBlock<T> {
             self.attend_partly(range, chosen, &at, &numbers, partly, state);
             let at = Keys { ahead: present.get(index + 1).and_then(|&next| source.block_ahead(next)), ..at };
             if chosen.viewer.is_biased() {
-                self.tile.attend_biased(range, &at, wholly, None, reader(range, chosen, &numbers), state);
+                self.tile.attend_biased(range, &at, wholly, reader(range, chosen, &numbers), state);
             } else {
                 self.tile.attend(range, &at, wholly, Visible::All, None, state);
             }
@@ -90,7 +90,7 @@ impl<T: Scalar> ExactBlock<T> {
             let seen: Vec<[u32; 2]> = listed.iter().map(|&query| ends(&chosen.sights[query as usize], numbers)).collect();
             self.tile.attend(range, at, listed, Visible::Ranges(&seen), None, state);
         } else {
-            self.tile.attend_biased(range, at, listed, None, read, state);
+            self.tile.attend_biased(range, at, listed, read, state);
         }
     }
 }

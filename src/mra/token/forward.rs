@@ -7,8 +7,9 @@ use super::exact::{Chosen, ExactBlock};
 use super::key_block::RangeOfHead;
 use super::key_codes::KeyCodes;
 use super::levels::{LevelOfRange, TokenLevel, Wanted, candidates, levels, read_plan};
+use super::members::{Members, most_members};
 use super::queries_of_block::QueriesOfBlocks;
-use super::rank::RankedKeys;
+use super::rank::{QueryCodes, RankedBlocks};
 use super::refine::{Refiner, Refining};
 use super::scaled::Scaled;
 use super::visible_keys::Viewer;
@@ -83,8 +84,8 @@ struct Pass<'a, E: Element> {
     levels: Vec<TokenLevel<'a, E::Compute>>,
     query: &'a Tensor<'a, E>,
     key: &'a Tensor<'a, E>,
-    /// Codes of all keys, where blocks are ranked by them and that pays.
-    codes: Option<KeyCodes<E::Compute>>,
+    /// Codes of all blocks of each level, where these are ranked by them and that pays.
+    codes: Vec<Option<KeyCodes<E::Compute>>>,
     plan: &'a PlanBytes<'a>,
     value_dim: usize,
 }
@@ -93,6 +94,7 @@ struct Pass<'a, E: Element> {
 struct Scratch<'a, T> {
     levels: Vec<LevelOfRange<'a>>,
     lists: QueriesOfBlocks,
+    codes: QueryCodes<T>,
     coarse: CoarseTile<T>,
     /// One for each level but the coarsest.
     refiners: Vec<Refiner<T>>,
@@ -111,10 +113,12 @@ impl<'a, E: Element> Pass<'a, E> {
         plan: &'a PlanBytes<'a>,
         value_dim: usize,
     ) -> Self {
-        let selecting = problem.score == Score::Max && matches!(plan, PlanBytes::Chosen(_));
-        let TokenLevel { batch, means, .. } = &levels[0];
-        let codes = means.as_ref().filter(|_| selecting).and_then(|means| KeyCodes::of_all(problem, batch, &inputs.key, means));
-        Self { problem, levels, query: &inputs.query, key: &inputs.key, codes, plan, value_dim }
+        let ranking = problem.score == Score::Max && matches!(plan, PlanBytes::Chosen(_));
+        let codes = (0..levels.len()).map(|index| {
+            let codes = || KeyCodes::of_all(&levels[index], levels.get(index + 1), &inputs.key);
+            ranking.then(codes).flatten()
+        });
+        Self { problem, codes: codes.collect(), levels, query: &inputs.query, key: &inputs.key, plan, value_dim }
     }
 
     /// Calls `body` with every range of queries of every flat head, whose plan and coarse state are then in the scratch.
@@ -145,11 +149,13 @@ impl<'a, E: Element> Pass<'a, E> {
 
     fn scratch(&self, queries: usize) -> Scratch<'a, E::Compute> {
         let (problem, coarsest) = (self.problem, &self.levels[0]);
+        let members = |index: usize| most_members(&self.levels[index], self.levels.get(index + 1));
         Scratch {
             levels: self.levels.iter().map(|_| LevelOfRange::default()).collect(),
             lists: QueriesOfBlocks::default(),
-            coarse: CoarseTile::new(coarsest.problem, &coarsest.batch, queries),
-            refiners: self.levels[1..].iter().map(|level| Refiner::new(level.problem)).collect(),
+            codes: QueryCodes::new(problem),
+            coarse: CoarseTile::new(coarsest.problem, &coarsest.batch, members(0), queries),
+            refiners: (1..self.levels.len()).map(|index| Refiner::new(self.levels[index].problem, members(index))).collect(),
             exact: ExactBlock::new(problem),
             keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
             queries: Buffer::scratch(0),
@@ -178,17 +184,15 @@ impl<'a, E: Element> Pass<'a, E> {
         self.problem.plan_width(self.finest().batch.segment(head))
     }
 
-    /// What the blocks of a flat head are ranked by, if not by their means.
-    fn ranked(&self, head: usize) -> Option<RankedKeys<'_, E>> {
-        let TokenLevel { batch, means, .. } = &self.levels[0];
-        let means = means.as_ref().filter(|_| self.problem.score == Score::Max)?;
-        let group = batch.group(head);
-        let (item, kv_head) = batch.item_and_kv_head(group);
-        Some(RankedKeys {
-            rows: self.key.head(item, kv_head),
-            blocks: &batch.segment(head).keys,
-            means: means.keys(batch, group),
-            codes: self.codes.as_ref().map(|codes| (codes, batch.column(group, 0))),
+    /// What the blocks of a level are ranked by for a flat head, if not by their means.
+    fn ranked(&self, index: usize, head: usize) -> Option<RankedBlocks<'_, E>> {
+        let (level, below) = (&self.levels[index], self.levels.get(index + 1));
+        let means = level.means.as_ref().filter(|_| self.problem.score == Score::Max)?;
+        let group = level.batch.group(head);
+        Some(RankedBlocks {
+            members: Members::of_group(level, below, self.key, group),
+            means: means.keys(&level.batch, group),
+            codes: self.codes[index].as_ref().map(|codes| (codes, level.batch.column(group, 0))),
         })
     }
 
@@ -200,7 +204,12 @@ impl<'a, E: Element> Pass<'a, E> {
         for (level, of_range) in self.levels.iter().zip(&mut scratch.levels) {
             of_range.see(level, head, range, |_| false);
         }
+        if selecting && self.problem.score == Score::Max {
+            scratch.codes.encode(self.problem, &rows, range);
+        }
         for (index, level) in self.levels.iter().enumerate() {
+            let ranked = self.ranked(index, head);
+            let ranked = ranked.as_ref().filter(|_| selecting).map(|ranked| (ranked, &scratch.codes));
             let segment = level.batch.segment(head);
             let source = CoarseSource::new(level.problem, &level.batch, level.means.as_ref(), head, selecting);
             let width = level.problem.plan_width(segment);
@@ -221,17 +230,16 @@ impl<'a, E: Element> Pass<'a, E> {
                 let queries = RangeOfHead::new(&queries, &level.batch, head, range);
                 let refining = Refining { sights: &own.sights, finest, lists: &scratch.lists };
                 let refiner = &mut scratch.refiners[index - 1];
-                refiner.choose(&source, &queries, refining, &mut own.plan, width);
+                refiner.choose(&source, &queries, ranked, refining, &mut own.plan, width);
                 refiner.attend(&source, &queries, refining, &own.plan, width, &mut scratch.state);
             } else {
-                let ranked = self.ranked(head);
                 for tokens in segment.tiles(range.clone(), TILE_QUERIES) {
                     let first = tokens.start - range.start;
                     let places = first..first + tokens.len();
                     let numbers = &mut own.plan[first * width..][..tokens.len() * width];
                     let (sights, finest) = (&own.sights[places.clone()], &finest[places]);
                     let tile = Tile { tokens, first, sights, finest };
-                    scratch.coarse.compute(&source, &rows, &tile, ranked.as_ref(), numbers, width, &mut scratch.state);
+                    scratch.coarse.compute(&source, &rows, &tile, ranked, numbers, width, &mut scratch.state);
                 }
             }
             if let PlanBytes::Chosen(Some(chunks)) = self.plan {

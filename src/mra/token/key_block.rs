@@ -100,19 +100,17 @@ impl<T: Scalar> KeyBlock<T> {
         range: &RangeOfHead<'_, T>,
         at: &Keys<'_, T>,
         listed: &[u32],
-        given: Option<Given<'_, T>>,
         read: impl Fn(usize, &mut [T]),
         state: &mut State<T>,
     ) {
         let count = at.keys.rows;
         let mut bias = std::mem::replace(&mut self.bias, Buffer::scratch(0));
-        for (index, listed) in listed.chunks(BIASED_QUERIES).enumerate() {
-            let given = given.map(|(logits, places)| (logits, &places[index * BIASED_QUERIES..][..listed.len()]));
+        for listed in listed.chunks(BIASED_QUERIES) {
             for (row, &query) in bias.chunks_exact_mut(count).zip(listed) {
                 read(query as usize, row);
             }
             let biases = Matrix::new(&bias, listed.len(), count, count);
-            self.attend(range, at, listed, Visible::Biased(biases), given, state);
+            self.attend(range, at, listed, Visible::Biased(biases), None, state);
         }
         self.bias = bias;
     }

@@ -1,12 +1,13 @@
-//! The keys of a block as 8-bit codes of what they differ from their mean: what blocks are ranked by where `score` is the largest
-//! logit (docs/definitions.md, section 4).
+//! The members of a block, its keys or, above the finest level, the means of the blocks that it consists of, as 8-bit codes of what they
+//! differ from its mean: what blocks are ranked by where `score` is the largest logit (docs/definitions.md, sections 4.1 and 5).
 
+use super::levels::TokenLevel;
+use super::members::{Members, most_members};
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::{Deviate, Encode};
-use crate::mra::problem::{Batch, Blocks, Problem};
-use crate::mra::pyramid::Means;
+use crate::mra::problem::Problem;
 use crate::simd::{CODE_BIAS, CODE_LANES, CodeLine, Element, Level, Scalar};
-use crate::tensor::{Rows, Tensor};
+use crate::tensor::Tensor;
 
 /// Channels of a group, which is kept or left out as a whole.
 pub(crate) const CHANNELS: usize = 4;
@@ -19,11 +20,11 @@ pub(crate) const CANDIDATES: usize = 4;
 
 /// The codes of a block.
 pub(crate) struct BlockCodes<'a, T> {
-    /// For each kept group the lines of all keys.
+    /// For each kept group the lines of all members.
     pub(crate) lines: &'a [CodeLine],
     /// The kept groups, ascending.
     pub(crate) groups: &'a [u32],
-    /// For each line of keys, minus [`CODE_BIAS`] times the sum of the codes of a key.
+    /// For each line of members, minus [`CODE_BIAS`] times the sum of the codes of a member.
     pub(crate) corrections: &'a [[i32; CODE_LANES]],
     /// What a code of 1 stands for.
     pub(crate) unit: T,
@@ -42,22 +43,23 @@ pub(crate) struct KeyCodes<T> {
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     level: Level,
-    block_size: usize,
+    /// Members of a block, at most.
+    members: usize,
     channels: usize,
     /// Groups of channels.
     groups: usize,
     /// How many of them a block keeps.
     kept: usize,
-    /// Lines of the keys of a block.
+    /// Lines of the members of a block.
     width: usize,
 }
 
 impl Shape {
-    fn new(problem: &Problem<'_>) -> Self {
+    fn new(problem: &Problem<'_>, members: usize) -> Self {
         let groups = problem.head_dim.div_ceil(CHANNELS);
         let kept = groups.div_ceil(2).max(FEW_GROUPS).min(groups);
-        let width = problem.block_size.div_ceil(CODE_LANES);
-        Self { level: problem.level, block_size: problem.block_size, channels: problem.head_dim, groups, kept, width }
+        let width = members.div_ceil(CODE_LANES);
+        Self { level: problem.level, members, channels: problem.head_dim, groups, kept, width }
     }
 }
 
@@ -73,13 +75,15 @@ impl<T: Scalar> KeyCodes<T> {
         }
     }
 
-    /// Those of every block, by its flat index; `None` where so few queries choose that fewer blocks are candidates.
+    /// Those of every block of a level, by its flat index; `None` where so few queries choose that fewer blocks are candidates.
+    /// `below` is the level of the blocks that a block consists of, if it is not the finest one.
     pub(crate) fn of_all<E: Element<Compute = T>>(
-        problem: &Problem<'_>,
-        batch: &Batch<'_>,
+        level: &TokenLevel<'_, T>,
+        below: Option<&TokenLevel<'_, T>>,
         key: &Tensor<'_, E>,
-        means: &Means<'_, T>,
     ) -> Option<Self> {
+        let TokenLevel { problem, batch, means } = level;
+        let means = means.as_ref()?;
         let candidates = |group: usize| {
             let segment = batch.segment_of_group(group);
             let queries = segment.rows.tokens().len() * batch.heads_of(group).len();
@@ -88,25 +92,23 @@ impl<T: Scalar> KeyCodes<T> {
         if (0..batch.groups()).map(candidates).fold(0, usize::saturating_add) < batch.columns() {
             return None;
         }
-        let shape = Shape::new(problem);
+        let shape = Shape::new(problem, most_members(level, below));
         let mut codes = Self::new(shape, batch.columns());
         let lines = Chunks::new(&mut codes.lines, shape.kept * shape.width);
         let groups = Chunks::new(&mut codes.groups, shape.kept);
         let corrections = Chunks::new(&mut codes.corrections, shape.width);
         let units = Chunks::new(&mut codes.units, 1);
-        let elements = batch.columns().saturating_mul(problem.block_size * problem.head_dim);
+        let elements = batch.columns().saturating_mul(shape.members * problem.head_dim);
         threads::for_each(
             problem.threads_to_read(elements),
             batch.columns(),
-            || Encoder::new(problem),
+            || Encoder::new(problem, shape.members),
             |encoder, task| {
                 let (group, block) = batch.column_at(task);
-                let (item, kv_head) = batch.item_and_kv_head(group);
                 let means = means.keys(batch, group);
                 // A cache has no mean of a block that is not complete, and nobody chooses that.
                 if block < means.len() {
-                    let (rows, blocks) = (key.head(item, kv_head), &batch.segment_of_group(group).keys);
-                    encoder.encode(&rows, blocks, block, means.row(block));
+                    encoder.encode(&Members::of_group(level, below, key, group), block, means.row(block));
                     // SAFETY: each task has its own block.
                     unsafe {
                         lines.get_mut(task).copy_from_slice(&encoder.codes.lines);
@@ -136,7 +138,7 @@ impl<T: Scalar> KeyCodes<T> {
 pub(crate) struct Encoder<T> {
     /// Those of the block.
     codes: KeyCodes<T>,
-    /// What each key differs from the mean, in rows of whole groups.
+    /// What each member differs from the mean, in rows of whole groups.
     differences: Buffer<T>,
     mean: Buffer<T>,
     squares: Buffer<T>,
@@ -145,15 +147,16 @@ pub(crate) struct Encoder<T> {
 }
 
 impl<T: Scalar> Encoder<T> {
-    pub(crate) fn new(problem: &Problem<'_>) -> Self {
-        let shape = Shape::new(problem);
+    /// For blocks of at most so many members.
+    pub(crate) fn new(problem: &Problem<'_>, members: usize) -> Self {
+        let shape = Shape::new(problem, members);
         let stride = shape.groups * CHANNELS;
         Self {
             codes: KeyCodes::new(shape, 1),
-            differences: Buffer::zeros(shape.block_size * stride),
+            differences: Buffer::zeros(members * stride),
             mean: Buffer::zeros(stride),
             squares: Buffer::zeros(stride),
-            rows: vec![0; shape.block_size * stride],
+            rows: vec![0; members * stride],
             order: Vec::new(),
         }
     }
@@ -161,30 +164,28 @@ impl<T: Scalar> Encoder<T> {
     /// The codes of a block with at least one valid key, given its mean.
     pub(crate) fn encode<E: Element<Compute = T>>(
         &mut self,
-        rows: &Rows<'_, E>,
-        blocks: &Blocks,
+        members: &Members<'_, E>,
         block: usize,
         mean: &[T],
     ) -> BlockCodes<'_, T> {
         let Shape { level, channels, groups, .. } = self.codes.shape;
-        let (numbers, stride) = (blocks.numbers(block), groups * CHANNELS);
+        let stride = groups * CHANNELS;
         if stride > 0 {
             self.mean[..channels].copy_from_slice(&mean[..channels]);
-            let differences = &mut self.differences[..numbers.len() * stride];
-            for (row, number) in differences.chunks_exact_mut(stride).zip(numbers.clone()) {
-                E::widen(rows.row(blocks.token(number)), &mut row[..channels]);
-                row[channels..].fill(T::ZERO);
-            }
+            // What fills up the last group stays 0: both of it and of the mean are.
+            let rows = self.differences.chunks_exact_mut(stride).map(|row| &mut row[..channels]);
+            let count = members.read(block, rows);
+            let differences = &mut self.differences[..count * stride];
             T::run(level, Deviate { rows: differences, mean: &self.mean, squares: &mut self.squares });
-            let codes = &mut self.rows[..numbers.len() * stride];
+            let codes = &mut self.rows[..count * stride];
             self.codes.units[0] = T::run(level, Encode { row: differences, factor: T::from_f64(1.0), bias: 0, codes });
             self.keep_groups();
-            self.lay_out(numbers.len());
+            self.lay_out(count);
         }
         self.codes.block(0)
     }
 
-    /// The groups in which keys differ most from their mean; of equal ones the first.
+    /// The groups in which members differ most from their mean; of equal ones the first.
     fn keep_groups(&mut self) {
         let Shape { groups, kept, .. } = self.codes.shape;
         let square = |group: u32| {
@@ -202,8 +203,8 @@ impl<T: Scalar> Encoder<T> {
         self.codes.groups.copy_from_slice(&self.order);
     }
 
-    /// Brings the codes of the kept groups into lines. The last lines are filled up with the first key, which changes no maximum.
-    fn lay_out(&mut self, keys: usize) {
+    /// Brings the codes of the kept groups into lines. The last lines are filled up with the first member, which changes no maximum.
+    fn lay_out(&mut self, members: usize) {
         let Shape { groups, width, .. } = self.codes.shape;
         let stride = groups * CHANNELS;
         for sums in &mut self.codes.corrections {
@@ -211,8 +212,8 @@ impl<T: Scalar> Encoder<T> {
         }
         for (lines, &group) in self.codes.lines.chunks_exact_mut(width).zip(&self.codes.groups) {
             for (place, word) in lines.iter_mut().flat_map(|line| &mut line.0).enumerate() {
-                let key = if place < keys { place } else { 0 };
-                let codes = &self.rows[key * stride + group as usize * CHANNELS..][..CHANNELS];
+                let member = if place < members { place } else { 0 };
+                let codes = &self.rows[member * stride + group as usize * CHANNELS..][..CHANNELS];
                 let correction = &mut self.codes.corrections[place / CODE_LANES][place % CODE_LANES];
                 for (code, &stored) in word.iter_mut().zip(codes) {
                     *code = stored.cast_signed();

@@ -39,6 +39,7 @@ mod gradient;
 mod key_block;
 mod key_codes;
 mod levels;
+mod members;
 mod pieces;
 mod queries_of_block;
 mod query_tile;

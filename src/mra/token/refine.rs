@@ -4,7 +4,8 @@
 //! ```text
 //! for each block that is refined above, ascending, for the queries that refine it:
 //!     c_tj = scale <q_t, kh_j>        for each of its children j
-//! plan_t = forced ones, and those with the largest c_tj; cut ones are refined without it
+//! plan_t = forced ones, and those with the largest c_tj, or the largest score of a few with the largest c_tj (rank); cut ones are
+//!          refined without it
 //! for each block again:  state_t continues over the children that t sees all of and does not refine, + ln count_j
 //! ```
 
@@ -12,11 +13,13 @@ use std::ops::Range;
 
 use super::coarse::{CoarseSource, State, matrix};
 use super::key_block::{KeyBlock, Keys, RangeOfHead};
+use super::key_codes::CANDIDATES;
 use super::queries_of_block::QueriesOfBlocks;
-use crate::kernels::{AllFinite, Softcap, Stream};
-use crate::mra::problem::{Problem, Segment, Sight};
-use crate::mra::select::{ChildChooser, child_columns};
-use crate::simd::Scalar;
+use super::rank::{QueryCodes, RankedBlocks, Scorer};
+use crate::kernels::{AllFinite, Matrix, Softcap, Stream, Visible};
+use crate::mra::problem::{Problem, Score, Segment, Sight};
+use crate::mra::select::{ChildChooser, Listed, child_columns};
+use crate::simd::{Element, Scalar};
 
 /// The queries of a range at a level, and what they refine above.
 #[derive(Clone, Copy)]
@@ -33,6 +36,9 @@ pub(crate) struct Refiner<T> {
     children: usize,
     tile: KeyBlock<T>,
     chooser: ChildChooser<T>,
+    /// Where blocks are ranked by more than logits, and the queries that have each child of a block as a candidate.
+    scorer: Option<Scorer<T>>,
+    candidates: Vec<Listed>,
     /// Whether the chooser has the logits of this range.
     chosen: bool,
     listed: Vec<(u32, usize)>,
@@ -44,13 +50,15 @@ pub(crate) struct Refiner<T> {
 }
 
 impl<T: Scalar> Refiner<T> {
-    /// Buffers for a level below another one.
-    pub(crate) fn new(problem: &Problem<'_>) -> Self {
+    /// Buffers for a level below another one, whose blocks have so many members at most.
+    pub(crate) fn new(problem: &Problem<'_>, members: usize) -> Self {
         let children = problem.children().expect("a level below another one");
         Self {
             children,
             tile: KeyBlock::new(problem, children, true),
             chooser: ChildChooser::new(children),
+            scorer: (problem.score == Score::Max).then(|| Scorer::new(problem, members)),
+            candidates: vec![Listed::default(); children],
             chosen: false,
             listed: Vec::new(),
             left: Vec::new(),
@@ -61,11 +69,13 @@ impl<T: Scalar> Refiner<T> {
         }
     }
 
-    /// Chooses the blocks that the queries refine, unless the plan is given. `plan` has `width` numbers for each of them.
-    pub(crate) fn choose(
+    /// Chooses the blocks that the queries refine, unless the plan is given. `plan` has `width` numbers for each of them; `ranked` is
+    /// what blocks are ranked by, if not by their means.
+    pub(crate) fn choose<E: Element<Compute = T>>(
         &mut self,
         source: &CoarseSource<'_, T>,
         range: &RangeOfHead<'_, T>,
+        ranked: Option<(&RankedBlocks<'_, E>, &QueryCodes<T>)>,
         Refining { sights, finest, lists }: Refining<'_>,
         plan: &mut [i32],
         width: usize,
@@ -94,8 +104,37 @@ impl<T: Scalar> Refiner<T> {
                 }
                 add_mean_biases(problem, segment, source.head, range.tokens.start + query, &blocks, logits);
             });
+            if let Some((ranked, queries)) = ranked {
+                self.chooser.find_candidates(problem.level, sights, CANDIDATES);
+                self.score(source, (ranked, queries), lists);
+            }
         }
         self.chooser.choose(problem.level, sights, plan, width);
+    }
+
+    /// Scores the candidates, block by block.
+    fn score<E: Element<Compute = T>>(
+        &mut self,
+        source: &CoarseSource<'_, T>,
+        (ranked, queries): (&RankedBlocks<'_, E>, &QueryCodes<T>),
+        lists: &QueriesOfBlocks,
+    ) {
+        let scorer = self.scorer.as_mut().expect("blocks are ranked");
+        self.chooser.restart();
+        for (place, &parent) in lists.present().iter().enumerate() {
+            self.chooser.list_candidates(lists.all_of(place), &mut self.candidates);
+            for (block, listed) in child_columns(source.segment, parent, self.children).zip(&mut self.candidates) {
+                if listed.queries.is_empty() {
+                    continue;
+                }
+                let scores = self.chooser.scores();
+                scorer.score(source.problem, (ranked, block), (queries, 0), &listed.queries, |index, beyond| {
+                    scores[listed.places[index]] += beyond;
+                });
+                listed.queries.clear();
+                listed.places.clear();
+            }
+        }
     }
 
     /// Continues the softmax of the queries over the blocks that they do not refine.
@@ -131,14 +170,16 @@ impl<T: Scalar> Refiner<T> {
                 let of_blocks = (&blocks, &self.weights[..]);
                 read_row(problem, segment, (source.head, token), &sights[query], row(query), of_blocks, biases);
             };
+            // What they do not see or refine is -inf in their logits already.
+            let visible = Visible::Biased(Matrix::repeated(&self.weights, self.known.len()));
             let given = Some((self.chooser.known_logits(), &self.places[..]));
-            self.tile.attend_biased(range, &at, &self.known, given, read, state);
+            self.tile.attend(range, &at, &self.known, visible, given, state);
             if self.left.is_empty() {
                 continue;
             }
             self.tile.pack(&keys, range.queries);
             if finite {
-                self.tile.attend_biased(range, &at, &self.left, None, read, state);
+                self.tile.attend_biased(range, &at, &self.left, read, state);
             } else {
                 self.tile.attend_one_by_one(range, &at, &self.left, read, state);
             }
