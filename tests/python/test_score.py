@@ -55,8 +55,9 @@ def test_every_level_of_a_ladder_is_chosen_by_the_definition(shape):
     (queries, keys, dim), sizes, blocks = shape
     query, key, *_ = random_inputs((1, 4, queries, keys, dim), key_heads=2)
     key = key * torch.linspace(0.2, 2.0, dim, dtype=key.dtype)
+    key = key + 1.5 * torch.randn(dim, dtype=key.dtype)  # a block without a valid key would stand out, with a mean of 0
     valid = torch.rand(1, keys) < 0.9
-    valid[:, 40:80] = False  # blocks without a valid key are no members
+    valid[:, 40:80] = valid[:, 200:250] = False
     budget = tuple(map(float, blocks))
     for more in ({"lower_right": True}, {"scale": -0.3, "pool_queries": False, "key_mask": valid}):
         settings = Settings(coarser=sizes[:-1], block_size=sizes[-1], blocks_per_row=budget, score="max", **more)

@@ -144,6 +144,8 @@ pub(crate) struct Encoder<T> {
     squares: Buffer<T>,
     rows: Vec<u8>,
     order: Vec<u32>,
+    /// The codes of a member in the kept groups.
+    kept: Vec<[i8; CHANNELS]>,
 }
 
 impl<T: Scalar> Encoder<T> {
@@ -158,6 +160,7 @@ impl<T: Scalar> Encoder<T> {
             squares: Buffer::zeros(stride),
             rows: vec![0; members * stride],
             order: Vec::new(),
+            kept: Vec::new(),
         }
     }
 
@@ -206,20 +209,19 @@ impl<T: Scalar> Encoder<T> {
     /// Brings the codes of the kept groups into lines. The last lines are filled up with the first member, which changes no maximum.
     fn lay_out(&mut self, members: usize) {
         let Shape { groups, width, .. } = self.codes.shape;
-        let stride = groups * CHANNELS;
-        for sums in &mut self.codes.corrections {
-            sums.fill(0);
-        }
-        for (lines, &group) in self.codes.lines.chunks_exact_mut(width).zip(&self.codes.groups) {
-            for (place, word) in lines.iter_mut().flat_map(|line| &mut line.0).enumerate() {
-                let member = if place < members { place } else { 0 };
-                let codes = &self.rows[member * stride + group as usize * CHANNELS..][..CHANNELS];
-                let correction = &mut self.codes.corrections[place / CODE_LANES][place % CODE_LANES];
-                for (code, &stored) in word.iter_mut().zip(codes) {
-                    *code = stored.cast_signed();
-                    *correction -= i32::from(CODE_BIAS) * i32::from(*code);
-                }
+        let (rows, _) = self.rows.as_chunks::<CHANNELS>();
+        for place in 0..width * CODE_LANES {
+            let member = if place < members { place } else { 0 };
+            let row = &rows[member * groups..][..groups];
+            self.kept.clear();
+            self.kept.extend(self.codes.groups.iter().map(|&group| row[group as usize].map(u8::cast_signed)));
+            let (line, lane) = (place / CODE_LANES, place % CODE_LANES);
+            for (to, &codes) in self.codes.lines[line..].iter_mut().step_by(width).zip(&self.kept) {
+                to.0[lane] = codes;
             }
+            // By themselves: the compiler makes vectors of it.
+            let sum: i32 = self.kept.as_flattened().iter().map(|&code| i32::from(code)).sum();
+            self.codes.corrections[line][lane] = -i32::from(CODE_BIAS) * sum;
         }
     }
 }
