@@ -11,6 +11,9 @@ import pytest
 import torch
 from mra_attention import _core
 
+TWINS = ["portable-bf16", "portable-amx"]
+"""What computes, slowly and on any machine, what the levels that multiply bfloat16 as it is compute."""
+
 REQUIRED = [name for name in os.environ.get("MRA_ATTENTION_REQUIRE_ISA", "").split(",") if name]
 
 
@@ -25,7 +28,7 @@ def report(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", sorted({*_core.available_isas(), *REQUIRED}))
+@pytest.mark.parametrize("isa", sorted({*_core.available_isas(), *REQUIRED, *TWINS}))
 def test_the_variable_picks_the_instruction_set(isa: str):
     done = report(isa)
     assert done.returncode == 0, done.stdout + done.stderr
