@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class Case:
     backward: bool = False
     causal: bool = False
     keywords: Mapping[str, object] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error against float64 of the same formulas: of bfloat16, 8 roundings."""
+        return 8 * torch.finfo(torch.bfloat16).eps / 2 if self.dtype == torch.bfloat16 else 1e-5
 
 
 CASES = [
@@ -49,6 +55,20 @@ CASES = [
         keywords=EIGHT_BLOCKS,
     ),
 ]
+
+
+def _bfloat16(name: str, length: int, aim: float, **settings: Any) -> Case:
+    return Case(f"bfloat16, {name}, L {length}", length, aim, dtype=torch.bfloat16, **settings)
+
+
+BFLOAT16_CASES = [
+    _bfloat16("every block, forward", 2048, 1.7, keywords=EVERYTHING),
+    _bfloat16("every block, forward + backward", 2048, 2.2, backward=True, keywords=EVERYTHING),
+    _bfloat16("every block, D 128, forward", 2048, 1.4, head_dim=128, keywords=EVERYTHING),
+    _bfloat16("forward", 4096, 10, keywords={"blocks_per_row": 4}),
+    _bfloat16("causal, 8 blocks, forward", 8192, 5, causal=True, keywords=EIGHT_BLOCKS),
+]
+"""SDPA in bfloat16 against ours in bfloat16; the aims are those of CPUs with AMX, which both sides use there."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ use super::{Matrix, MatrixMut};
 use crate::simd::{DotBf16, KernelBf16, Simd};
 
 /// Writes each of `rows` as a column of pairs of channels: channels `2 p` and `2 p + 1` of row r to columns `2 r` and `2 r + 1` of row p.
-/// What is left is 0: the remaining columns, and the partner of a last odd channel.
+/// What is left is 0: the remaining columns, the partner of a last odd channel, and the rows after it.
 pub(crate) fn pack_channel_pairs<'a>(rows: impl ExactSizeIterator<Item = &'a [bf16]>, to: &mut MatrixMut<'_, bf16>) {
     let (stride, used) = (to.stride, 2 * rows.len());
     assert!(used <= to.cols, "{} rows in {} columns of pairs", rows.len(), to.cols);
@@ -16,7 +16,8 @@ pub(crate) fn pack_channel_pairs<'a>(rows: impl ExactSizeIterator<Item = &'a [bf
         to.data_mut()[pair * stride..][used..columns].fill(bf16::ZERO);
     }
     for (index, row) in rows.enumerate() {
-        assert_eq!(row.len().div_ceil(2), to.rows, "pairs of {} channels", row.len());
+        let (rows, used) = (to.rows, row.len().div_ceil(2));
+        assert!(used <= rows, "pairs of {} channels in {rows} rows", row.len());
         let (pairs, last) = row.as_chunks::<2>();
         let to = to.data_mut();
         for (pair, &numbers) in pairs.iter().enumerate() {
@@ -25,16 +26,19 @@ pub(crate) fn pack_channel_pairs<'a>(rows: impl ExactSizeIterator<Item = &'a [bf
         if let &[last] = last {
             to[pairs.len() * stride + 2 * index..][..2].copy_from_slice(&[last, bf16::ZERO]);
         }
+        for pair in used..rows {
+            to[pair * stride + 2 * index..][..2].fill(bf16::ZERO);
+        }
     }
 }
 
 /// Writes rows in pairs: channel c of rows `2 p` and `2 p + 1` to columns `2 c` and `2 c + 1` of row p. What is left is 0: the remaining
-/// columns, and the partner of a last odd row.
+/// columns, the partner of a last odd row, and the rows after it.
 pub(crate) struct ZipRows<'a, 'c> {
     pub(crate) from: Matrix<'a, bf16>,
     /// Which rows count, in this order.
     pub(crate) rows: &'a [u32],
-    /// At least as many columns as the channels of all pairs, and whole vectors of them.
+    /// Room for whole vectors of the channels of all pairs, or more.
     pub(crate) to: MatrixMut<'c, bf16>,
 }
 
@@ -42,16 +46,21 @@ impl KernelBf16 for ZipRows<'_, '_> {
     #[inline(always)]
     fn run<S: DotBf16>(mut self, simd: S) {
         let (channels, lanes, columns) = (self.from.cols, <S::Float as Simd<f32>>::LANES, self.to.cols);
-        assert_eq!(self.to.rows, self.rows.len().div_ceil(2), "a row for each pair");
-        assert_eq!(columns, 2 * channels.next_multiple_of(lanes), "whole vectors of {channels} channels");
+        let pairs = self.rows.len().div_ceil(2);
+        assert!(self.to.rows >= pairs, "a row for each pair");
+        assert!(columns >= 2 * channels.next_multiple_of(lanes), "whole vectors of {channels} channels");
         assert_rows(self.rows, self.from.rows);
         if channels == 0 {
             return;
         }
+        for row in pairs..self.to.rows {
+            let start = row * self.to.stride;
+            self.to.data_mut()[start..][..columns].fill(bf16::ZERO);
+        }
         let whole = channels - channels % lanes;
         let row = |row: u32| self.from.as_ptr().wrapping_add(row as usize * self.from.stride);
         for (pair, rows) in self.rows.chunks(2).enumerate() {
-            let &[first, second] = rows else { return self.last(rows[0]) };
+            let &[first, second] = rows else { return self.last(pair, rows[0]) };
             let (first, second) = (row(first), row(second));
             // SAFETY: the assertions above, with those of the matrices, put both rows and the row of their pairs in bounds.
             unsafe {
@@ -73,8 +82,8 @@ impl KernelBf16 for ZipRows<'_, '_> {
 
 impl ZipRows<'_, '_> {
     /// Pairs a last odd row with 0.
-    fn last(&mut self, row: u32) {
-        let (start, columns) = ((self.to.rows - 1) * self.to.stride, self.to.cols);
+    fn last(&mut self, pair: usize, row: u32) {
+        let (start, columns) = (pair * self.to.stride, self.to.cols);
         let to = &mut self.to.data_mut()[start..][..columns];
         to.fill(bf16::ZERO);
         for (pair, &x) in to.chunks_exact_mut(2).zip(self.from.row(row as usize)) {

@@ -25,6 +25,8 @@ mod pack;
 mod pool;
 mod softcap;
 mod softmax;
+mod tmul;
+mod tmul_pack;
 
 pub(crate) use attend_rows::{AttendRows, MOST_QUERIES, Visible};
 pub(crate) use bf16::{AddValues, KeyDots};
@@ -44,3 +46,5 @@ pub(crate) use pack::{pack_rows, pack_transposed};
 pub(crate) use pool::AddRows;
 pub(crate) use softcap::Softcap;
 pub(crate) use softmax::{LogitGradient, OnlineSoftmax};
+pub(crate) use tmul::{TmulGemm, TmulInit, room_for_rows};
+pub(crate) use tmul_pack::{PackPairs, RoundColumns, RoundLines};

@@ -72,9 +72,11 @@ impl Bf16Level {
     /// What `level` has of this.
     pub(crate) fn of(level: Level) -> Option<Self> {
         match level {
-            Level::PortableBf16(simd) => Some(Self::Portable(simd)),
+            Level::PortableBf16(simd) | Level::PortableAmx(simd) => Some(Self::Portable(simd)),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16(simd) => Some(Self::Avx512(simd)),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(simd) => Some(Self::Avx512(simd.below())),
             _ => None,
         }
     }
@@ -140,9 +142,9 @@ impl DotBf16 for Portable {
     }
 }
 
-/// 0 in place of a denormal number, as AVX-512-BF16 has it.
+/// 0 in place of a denormal number, as AVX-512-BF16 and AMX have it.
 #[inline(always)]
-fn flush(x: f32) -> f32 {
+pub(super) fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 

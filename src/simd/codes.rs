@@ -82,7 +82,7 @@ impl CodeLevel {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2(simd) => Self::Avx2(simd),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512(_) | Level::Avx512Bf16(_) => match (Vnni::detect(), Avx2::detect()) {
+            Level::Avx512(_) | Level::Avx512Bf16(_) | Level::Amx(_) => match (Vnni::detect(), Avx2::detect()) {
                 (Some(simd), _) => Self::Vnni(simd),
                 (None, Some(simd)) => Self::Avx2(simd),
                 (None, None) => Self::Portable(Portable),

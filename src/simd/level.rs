@@ -4,6 +4,8 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use super::aarch64::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::amx::Amx;
 use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
@@ -23,6 +25,9 @@ pub enum Level {
     /// for tests. It is never picked by itself, and not among those that [`Self::available`] names.
     #[doc(hidden)]
     PortableBf16(Portable),
+    /// As [`Self::PortableBf16`], for [`Self::Amx`].
+    #[doc(hidden)]
+    PortableAmx(Portable),
     /// AVX2 with FMA.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -32,6 +37,9 @@ pub enum Level {
     /// AVX-512F with BW, and AVX-512-BF16 for the products of bfloat16 tensors; the rest as [`Self::Avx512`].
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
+    /// AMX for the products of bfloat16 tensors, if the operating system permits it; the rest as [`Self::Avx512Bf16`].
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
@@ -46,6 +54,7 @@ impl Level {
             levels.extend(Avx2::detect().map(Self::Avx2));
             levels.extend(Avx512::detect().map(Self::Avx512));
             levels.extend(Avx512Bf16::detect().map(Self::Avx512Bf16));
+            levels.extend(Amx::detect().map(Self::Amx));
         }
         #[cfg(target_arch = "aarch64")]
         levels.extend(Neon::detect().map(Self::Neon));
@@ -57,12 +66,15 @@ impl Level {
         match self {
             Self::Portable(_) => "portable",
             Self::PortableBf16(_) => "portable-bf16",
+            Self::PortableAmx(_) => "portable-amx",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "amx",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
         }
@@ -74,20 +86,20 @@ impl Level {
     /// If this CPU has no such level.
     pub fn from_name(name: &str) -> Result<Self> {
         let available = Self::available();
-        let all = available.iter().copied().chain([Self::PortableBf16(Portable)]);
+        let all = available.iter().copied().chain([Self::PortableBf16(Portable), Self::PortableAmx(Portable)]);
         all.into_iter().find(|level| level.name() == name).ok_or_else(|| {
             let names: Vec<_> = available.iter().map(|level| level.name()).collect();
             Error::new(format!("{ISA_VARIABLE}={name:?}: this CPU has {}", names.join(", ")))
         })
     }
 
-    /// The fastest level of this CPU.
-    fn fastest() -> Self {
-        let mut levels = Self::available();
+    /// The fastest one of these levels, the best one last: of them [`Self::Avx512Bf16`] is no better than the one before unless its
+    /// products are fast.
+    fn fastest(mut levels: Vec<Self>, fast_bf16_products: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if !has_fast_bf16_products() {
-            levels.retain(|level| !matches!(level, Self::Avx512Bf16(_)));
-        }
+        levels.retain(|level| fast_bf16_products || !matches!(level, Self::Avx512Bf16(_)));
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = fast_bf16_products;
         levels.pop().unwrap_or(Self::Portable(Portable))
     }
 
@@ -100,7 +112,7 @@ impl Level {
         LEVEL
             .get_or_init(|| match std::env::var(ISA_VARIABLE) {
                 Ok(name) => Self::from_name(&name),
-                Err(_) => Ok(Self::fastest()),
+                Err(_) => Ok(Self::fastest(Self::available(), has_fast_bf16_products())),
             })
             .clone()
     }
@@ -108,8 +120,15 @@ impl Level {
 
 /// Whether products of bfloat16 pairs are faster than those of float32. AMD's CPUs that have `VDPBF16PS` do twice the work of an FMA in
 /// its time; Intel's take twice the time of an FMA for it, so that widening is no slower, and rounds less.
-#[cfg(target_arch = "x86_64")]
 fn has_fast_bf16_products() -> bool {
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+    #[cfg(target_arch = "x86_64")]
+    vendor_is_amd()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn vendor_is_amd() -> bool {
     use std::arch::x86_64::__cpuid;
     // SAFETY: every x86-64 CPU has CPUID.
     #[allow(unused_unsafe, reason = "a safe function in later versions of Rust")]
@@ -119,7 +138,36 @@ fn has_fast_bf16_products() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::Level;
+    use super::{Level, Portable};
+
+    #[test]
+    fn pairs_of_bfloat16_are_chosen_where_they_are_fast_and_tiles_wherever_they_are() {
+        let names = |levels: &[Level]| levels.iter().map(|level| level.name()).collect::<Vec<_>>();
+        let all = Level::available();
+        let last = |without: &str| names(&all).into_iter().rfind(|&name| name != without);
+        assert_eq!(Some(Level::fastest(all.clone(), true).name()), last(""));
+        assert_eq!(Some(Level::fastest(all.clone(), false).name()), last("avx512bf16"));
+        assert_eq!(names(&all).contains(&"amx"), Level::fastest(all.clone(), false).name() == "amx");
+    }
+
+    /// The twins have names, but are no levels of a CPU.
+    #[test]
+    fn twins_are_chosen_by_name_alone() {
+        for twin in [Level::PortableBf16(Portable), Level::PortableAmx(Portable)] {
+            assert_eq!(Level::from_name(twin.name()), Ok(twin));
+            assert!(!Level::available().contains(&twin));
+        }
+    }
+
+    /// Linux names what the CPU has and the kernel saves; the rest is its permission, which it gives to who asks.
+    #[test]
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn tiles_are_there_where_linux_says_so() {
+        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
+        let expected = has("amx_tile") && has("amx_bf16") && has("avx512_bf16");
+        assert_eq!(Level::from_name("amx").is_ok(), expected);
+    }
 
     /// Unit tests run at every level that there is. This one fails where that would leave out one that the environment requires.
     #[test]

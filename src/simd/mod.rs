@@ -6,8 +6,10 @@
 //! for that instruction set. For that to work everything a kernel calls must be inlined into it, hence
 //! `#[inline(always)]` on the operations; an operation itself must not carry `#[target_feature]`. What only some instruction sets
 //! have, products of bfloat16 numbers, is a trait of its own with its own starting point: [`DotBf16`], [`Bf16Level::run`]; likewise products of
-//! 8-bit codes: [`DotCodes`], [`CodeLevel::run`].
+//! tiles of them: [`Tmul`], [`TmulUnit::run`], and of 8-bit codes: [`DotCodes`], [`CodeLevel::run`].
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod bf16;
 mod codes;
 mod exp;
@@ -16,6 +18,7 @@ mod portable;
 mod prefetch;
 mod scalar;
 mod tanh;
+mod tmul;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]
@@ -33,6 +36,9 @@ pub(crate) use exp::MAX_ULPS;
 pub use level::Level;
 pub(crate) use prefetch::{LINE, prefetch_far, prefetch_near};
 pub use scalar::{Element, Scalar};
+#[cfg(test)]
+pub(crate) use tmul::tmul_levels;
+pub(crate) use tmul::{KernelTmul, TILE, TILE_DEPTH, TileProduct, Tmul, TmulUnit};
 
 /// Rows and columns of the squares that [`Simd::transpose`] takes.
 pub(crate) const SQUARE: usize = 8;

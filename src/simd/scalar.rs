@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::tanh::tanh;
+use super::tmul::TILE;
 use super::{Kernel, Level, Simd};
 
 /// A number that kernels compute with: `f32` or `f64`.
@@ -36,6 +37,8 @@ pub trait Scalar:
     fn from_f64(x: f64) -> Self;
     /// The nearest whole number, ties to even, of one from -127 to 127; any code for others.
     fn to_code(self) -> i8;
+    /// The same numbers, if this is float32.
+    fn as_float32(numbers: &mut [Self]) -> Option<&mut [f32]>;
     /// Natural logarithm.
     #[must_use]
     fn ln(self) -> Self;
@@ -51,7 +54,7 @@ pub trait Scalar:
     /// Runs a kernel at a level: the single place that picks an instruction set.
     fn run<K: Kernel<Self>>(level: Level, kernel: K) -> K::Output;
 
-    /// Scalars per vector at a level.
+    /// Scalars per vector at a level, or in the rows of tiles that stand for vectors there.
     fn lanes(level: Level) -> usize {
         struct Lanes;
         impl<T> Kernel<T> for Lanes {
@@ -61,12 +64,12 @@ pub trait Scalar:
                 S::LANES
             }
         }
-        Self::run(level, Lanes)
+        if let Level::PortableAmx(_) = level { TILE } else { Self::run(level, Lanes) }
     }
 }
 
 macro_rules! scalar {
-    ($t:ty, tanh = $tanh:expr, ulp_of_1 = $ulp_of_1:literal) => {
+    ($t:ty, tanh = $tanh:expr, ulp_of_1 = $ulp_of_1:literal, as_float32 = $as_float32:expr) => {
         impl Scalar for $t {
             const ZERO: Self = 0.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
@@ -84,6 +87,10 @@ macro_rules! scalar {
             fn to_code(self) -> i8 {
                 // The last place of the sum is that of 1, so that the sum is rounded as wanted and its low bits are the number.
                 ((self + $ulp_of_1).to_bits() as u8).cast_signed()
+            }
+            #[inline(always)]
+            fn as_float32(numbers: &mut [Self]) -> Option<&mut [f32]> {
+                $as_float32(numbers)
             }
             #[inline(always)]
             fn ln(self) -> Self {
@@ -104,13 +111,15 @@ macro_rules! scalar {
             #[inline]
             fn run<K: Kernel<Self>>(level: Level, kernel: K) -> K::Output {
                 match level {
-                    Level::Portable(simd) | Level::PortableBf16(simd) => kernel.run(simd),
+                    Level::Portable(simd) | Level::PortableBf16(simd) | Level::PortableAmx(simd) => kernel.run(simd),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx2(simd) => simd.run(kernel),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx512(simd) => simd.run(kernel),
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx512Bf16(simd) => simd.avx512().run(kernel),
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Amx(simd) => simd.below().avx512().run(kernel),
                     #[cfg(target_arch = "aarch64")]
                     Level::Neon(simd) => simd.run(kernel),
                 }
@@ -144,8 +153,8 @@ macro_rules! scalar {
     };
 }
 
-scalar!(f32, tanh = tanh, ulp_of_1 = 12_582_912.0);
-scalar!(f64, tanh = f64::tanh, ulp_of_1 = 6_755_399_441_055_744.0);
+scalar!(f32, tanh = tanh, ulp_of_1 = 12_582_912.0, as_float32 = Some);
+scalar!(f64, tanh = f64::tanh, ulp_of_1 = 6_755_399_441_055_744.0, as_float32 = |_| None);
 
 /// A number that tensors store: `f32`, `f64`, `bf16` or `f16`.
 pub trait Element: Copy + Default + Send + Sync + 'static {

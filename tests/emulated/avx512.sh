@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a test binary at AVX-512 on a CPU that lacks it: in Linux, in Bochs, which emulates the whole machine. Fails if the tests do.
+# Runs a test binary at AVX-512 or AMX on a CPU that lacks it: in Linux, in Bochs, which emulates the whole machine. Fails if the tests do.
 #
 #   tests/emulated/avx512.sh <bochs> <bochs' bios folder> <kernel> <test binary> [arguments of the test binary]
 #

@@ -82,8 +82,8 @@ def test_huge_logits(form: str, mode: str, dtype: torch.dtype) -> None:
 
 
 def may_flush(dtype: torch.dtype) -> bool:
-    """Whether exact products may take denormal numbers for 0: the instructions of AVX-512-BF16 do."""
-    return dtype == torch.bfloat16 and _core.isa() in ("avx512bf16", "portable-bf16")
+    """Whether exact products may take denormal numbers for 0: the instructions of AVX-512-BF16 and AMX do."""
+    return dtype == torch.bfloat16 and _core.isa() in ("avx512bf16", "amx", "portable-bf16", "portable-amx")
 
 
 @by_form

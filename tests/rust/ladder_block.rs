@@ -10,8 +10,7 @@ use proptest::prelude::*;
 
 use crate::support::{
     Bounds, Case, Data, Layout, Number, Padding, Pairs, Rounded, Setup, Stored, assert_close, assert_same_blocks, attend, bits,
-    budget, differentiate, differentiate_bias, flushed, largest, levels, levels_for, rounds_weights, with_options,
-    with_problem,
+    budget, differentiate, differentiate_bias, largest, levels, levels_for, with_options, with_problem,
 };
 
 /// A case with blocks of several sizes.
@@ -96,14 +95,7 @@ fn plan_of(problem: &Problem, refined: &Refined) -> Vec<u8> {
 fn check<E: Number>(ladder_case: &LadderCase, data: &Data, expected: &Expected, setup: Setup) {
     let case = &ladder_case.case;
     let context = |what: &str| format!("{what} of {} at {}, {setup:?}, {ladder_case:?}", E::NAME, setup.level.name());
-    let mut bounds = expected.bounds;
-    if rounds_weights::<E>(setup.level) {
-        bounds.out += E::ROUNDOFF * largest(&data.value);
-        let Bounds { out, lse, query, key, value, .. } = &mut bounds;
-        for bound in [out, lse, query, key, value] {
-            *bound += flushed(case, data);
-        }
-    }
+    let bounds = expected.bounds.at::<E>(setup.level, case, data);
     ladder_case.with_problem(data, setup, |problem| {
         let plan = plan_of(problem, &expected.refined);
         for (actual, expected) in problem.is_refined(&plan).expect("a plan of the problem").iter().zip(&expected.refined) {

@@ -8,8 +8,7 @@ use proptest::prelude::*;
 
 use crate::support::{
     Bounds, CAUSAL, Case, Data, Layout, Number, Outcome, Padding, Pairs, Rounded, Setup, Stored, assert_close,
-    assert_same_blocks, attend, bits, differentiate, differentiate_bias, flushed, levels, levels_for, rounds_weights,
-    with_problem,
+    assert_same_blocks, attend, bits, differentiate, differentiate_bias, levels, levels_for, with_problem,
 };
 
 /// Blocks of 4 in blocks of 8 in blocks of 32.
@@ -83,11 +82,7 @@ fn check<E: Number>(case: &Case, data: &Data, expected: &Expected, setup: Setup)
         let (out, lse, _) = attend::<E>(problem, data, Some(&plan), setup.layout);
         let saved = (&expected.saved_out, &expected.saved_lse);
         let gradients = differentiate::<E>(problem, data, &plan, saved, setup.layout);
-        let mut bounds = expected.bounds;
-        if rounds_weights::<E>(setup.level) {
-            let largest = data.value.iter().filter(|x| x.is_finite()).fold(0.0, |most: f64, x| x.abs().max(most));
-            bounds.out += E::ROUNDOFF * largest + flushed(case, data);
-        }
+        let bounds = expected.bounds.at::<E>(setup.level, case, data);
         assert_close(&out, expected.out.view(), bounds.out, || context("out"));
         assert_close(&lse, expected.lse.view().insert_axis(Axis(3)), bounds.lse, || context("lse"));
         let Expect { query, key, value, .. } = &expected.gradients;

@@ -11,6 +11,7 @@
 
 use super::dropout::DropoutTile;
 use super::key_batch::{KeyBatch, KeySource, PartView};
+use super::tmul_gradient::TmulGradient;
 use super::{Bf16Logits, float32};
 use crate::exec::Buffer;
 use crate::kernels::{
@@ -24,13 +25,15 @@ pub(crate) struct GradientTile<T> {
     level: Level,
     dropped: Option<DropoutTile>,
     /// The logits, where bfloat16 numbers are multiplied as they are.
-    bf16: Option<Bf16Logits>,
+    pub(super) bf16: Option<Bf16Logits>,
+    /// All other products, where they are products of tiles, too.
+    pub(super) tmul: Option<TmulGradient>,
     /// Whether biases are added to the logits: in float32, as everything then.
     biased: bool,
-    /// Whether some query of the tile is idle.
-    any_idle: bool,
+    /// Which queries of the tile are idle.
+    pub(super) idle: Vec<bool>,
     /// Whether a weight of 0 hides even a NaN.
-    guard: bool,
+    pub(super) guard: bool,
     scale: T,
     /// What the gradients of the logits are multiplied by: the scale, for the gradients of queries and keys.
     factor: T,
@@ -40,8 +43,8 @@ pub(crate) struct GradientTile<T> {
     pub(crate) key_width: usize,
     /// Channels of a value, rounded up to whole vectors.
     pub(crate) value_width: usize,
-    count: usize,
-    columns: usize,
+    pub(super) count: usize,
+    pub(super) columns: usize,
     packed_queries: Buffer<T>,
     packed_grads: Buffer<T>,
     queries: Buffer<T>,
@@ -49,8 +52,8 @@ pub(crate) struct GradientTile<T> {
     lse: Buffer<T>,
     delta: Buffer<T>,
     lines: Buffer<T>,
-    weights: Buffer<T>,
-    gradients: Buffer<T>,
+    pub(super) weights: Buffer<T>,
+    pub(super) gradients: Buffer<T>,
     softcap: Option<T>,
     /// The derivatives of capped logits, if the gradients are to be multiplied by them.
     slopes: Buffer<T>,
@@ -98,8 +101,9 @@ impl<T: Scalar> GradientTile<T> {
             level: problem.level,
             dropped: problem.dropout.map(DropoutTile::new),
             bf16: None,
+            tmul: None,
             biased: false,
-            any_idle: false,
+            idle: Vec::new(),
             guard: false,
             scale: T::from_f64(problem.scale),
             factor: T::from_f64(problem.scale),
@@ -126,17 +130,25 @@ impl<T: Scalar> GradientTile<T> {
 
     /// As [`Self::new`], for tensors of `E` alone, which may be bfloat16 that is multiplied as it is.
     pub(crate) fn for_tensors<E: Element<Compute = T>>(problem: &Problem<'_>, columns: usize, value_dim: usize) -> Self {
-        Self { bf16: Bf16Logits::new::<E>(problem, columns), ..Self::new(problem, columns, value_dim) }
+        let bf16 = Bf16Logits::new::<E>(problem, columns);
+        let on_tiles = bf16.as_ref().is_some_and(|logits| logits.tmul.is_some());
+        let tmul = on_tiles.then(|| TmulGradient::new(problem, columns, value_dim));
+        Self { bf16, tmul, ..Self::new(problem, columns, value_dim) }
     }
 
     /// A tile for [`Self::differentiate`], of which the gradients are those of the logits themselves.
     pub(crate) fn of_logits(self) -> Self {
-        Self { factor: T::from_f64(1.0), slopes: Buffer::scratch(0), ..self }
+        Self { factor: T::from_f64(1.0), slopes: Buffer::scratch(0), tmul: None, ..self }
     }
 
     /// Says whether biases are added to the logits of the tiles that follow.
     pub(crate) fn set_biased(&mut self, biased: bool) {
         self.biased = biased;
+    }
+
+    /// Keys and values as [`Self::add`] wants them.
+    pub(crate) fn source<'a, E: Element<Compute = T>>(&self, source: KeySource<'a, E>) -> KeySource<'a, E> {
+        if self.tmul.is_some() && !self.biased { source.unstaged() } else { source }
     }
 
     /// Starts a tile of these queries with the gradients of their outputs.
@@ -149,25 +161,39 @@ impl<T: Scalar> GradientTile<T> {
         self.count = queries.len();
         self.columns = self.count.next_multiple_of(T::lanes(self.level));
         let columns = self.columns;
-        pack_rows(queries.clone(), &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
-        pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
-        if let Some(bf16) = self.bf16.as_mut().filter(|_| !self.biased) {
-            bf16.start(queries, columns);
-        } else {
-            let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
-            pack_transposed(self.level, queries, self.scale, &mut self.lines, &mut packed);
-        }
-        let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
-        pack_transposed(self.level, grads, T::from_f64(1.0), &mut self.lines, &mut packed);
-        self.lse[..columns].fill(T::ZERO);
+        self.pack(queries, grads);
+        // A lane without a query is as an idle one.
+        self.lse[..columns].fill(T::INFINITY);
         self.delta[..columns].fill(T::ZERO);
-        self.any_idle = false;
+        self.idle.clear();
         for (query, terms) in terms.enumerate() {
-            self.any_idle |= terms.idle;
+            self.idle.push(terms.idle);
             self.lse[query] = terms.lse;
             self.delta[query] = terms.delta;
         }
         self.dq[..self.count * self.key_width].fill(T::ZERO);
+    }
+
+    /// Packs the queries of a tile and the gradients of their outputs.
+    fn pack<'a, E: Element<Compute = T>>(
+        &mut self,
+        queries: impl ExactSizeIterator<Item = &'a [E]> + Clone,
+        grads: impl ExactSizeIterator<Item = &'a [E]> + Clone,
+    ) {
+        let columns = self.columns;
+        if let Some(bf16) = self.bf16.as_mut().filter(|_| !self.biased) {
+            bf16.start(queries.clone(), columns);
+            if let Some(tmul) = &mut self.tmul {
+                return tmul.start(bf16, queries, grads, columns);
+            }
+        } else {
+            let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
+            pack_transposed(self.level, queries.clone(), self.scale, &mut self.lines, &mut packed);
+        }
+        pack_rows(queries, &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
+        pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
+        let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
+        pack_transposed(self.level, grads, T::from_f64(1.0), &mut self.lines, &mut packed);
     }
 
     /// Says which queries the tile has, for dropout: tokens, or blocks of them.
@@ -187,6 +213,9 @@ impl<T: Scalar> GradientTile<T> {
         mut sums: Option<KeySums<'_, T>>,
         adjust: impl FnOnce(&mut [T], usize),
     ) {
+        if self.tmul.is_some() && !self.biased {
+            return self.add_on_tiles(batch, source, want_dq, sums, adjust);
+        }
         self.differentiate(batch, source, sums.as_ref(), adjust);
         for part in batch.parts(source) {
             if let Some(sums) = &mut sums {
@@ -207,10 +236,9 @@ impl<T: Scalar> GradientTile<T> {
         ahead: Option<&KeySums<'_, T>>,
         adjust: impl FnOnce(&mut [T], usize),
     ) -> Matrix<'_, T> {
-        let columns = self.columns;
         // An idle query adds nothing, not even 0 times the NaN of a key.
         let finite = |rows: Matrix<'_, T>| T::run(self.level, AllFinite(rows));
-        self.guard = self.any_idle && !batch.parts(source).all(|part| finite(part.keys) && finite(part.values));
+        self.guard = self.any_idle() && !batch.parts(source).all(|part| finite(part.keys) && finite(part.values));
         if let Some(bf16) = self.bf16.as_mut().filter(|_| !self.biased) {
             bf16.compute(batch, source, float32(&mut self.weights));
         }
@@ -218,6 +246,18 @@ impl<T: Scalar> GradientTile<T> {
             let dk = ahead.map(|sums| rows(&sums.dk[sums.start(&part, self.key_width)..], &part, self.key_width));
             self.logits_and_products(&part, source.ahead(part.values), dk.and_then(|dk| source.ahead(dk)));
         }
+        self.finish_gradients(batch, source, adjust);
+        Matrix::new(&self.gradients, batch.rows(), self.columns, self.columns)
+    }
+
+    /// Makes the weights of the logits of a batch of keys, and the gradients of the logits of the products of values and gradients.
+    pub(super) fn finish_gradients<E: Element<Compute = T>>(
+        &mut self,
+        batch: &KeyBatch<T>,
+        source: &KeySource<'_, E>,
+        adjust: impl FnOnce(&mut [T], usize),
+    ) {
+        let columns = self.columns;
         if let Some(cap) = self.softcap {
             let (logits, slopes) = (&mut self.weights[..batch.rows() * columns], self.slopes.get_mut(..batch.rows() * columns));
             T::run(self.level, Softcap { logits, cap, slopes });
@@ -243,7 +283,11 @@ impl<T: Scalar> GradientTile<T> {
         if let Some(dropped) = &self.dropped {
             dropped.drop_weights(self.level, &mut self.weights, columns);
         }
-        Matrix::new(&self.gradients, batch.rows(), columns, columns)
+    }
+
+    /// Whether some query of the tile is idle.
+    pub(super) fn any_idle(&self) -> bool {
+        self.idle.contains(&true)
     }
 
     /// Adds, for each key of the latest batch, the gradients of its logits with all queries.

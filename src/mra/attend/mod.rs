@@ -6,8 +6,7 @@ mod dropout;
 mod gradient_tile;
 mod key_batch;
 mod tile;
-
-use std::any::Any;
+mod tmul_gradient;
 
 use bf16::{Bf16Logits, Bf16Products};
 pub(crate) use bias_tile::BiasTile;
@@ -279,8 +278,7 @@ pub(crate) fn finish<E: Element>(
     reference + sum.ln()
 }
 
-/// A buffer, where the compute type is known to be float32: bfloat16 has no other.
-fn float32<T: Scalar>(buffer: &mut Buffer<T>) -> &mut [f32] {
-    let buffer: &mut dyn Any = buffer;
-    buffer.downcast_mut::<Buffer<f32>>().expect("the compute type of bfloat16")
+/// Numbers, where the compute type is known to be float32: bfloat16 has no other.
+fn float32<T: Scalar>(numbers: &mut [T]) -> &mut [f32] {
+    T::as_float32(numbers).expect("the compute type of bfloat16")
 }

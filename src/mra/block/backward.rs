@@ -125,7 +125,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         };
         threads::for_each(threads, self.batch.groups(), scratch, |(buffers, dk, dv, of_coarse), group| {
             let segment = self.batch.segment_of_group(group);
-            let source = self.source(group);
+            buffers.tile.set_biased(segment.is_biased());
+            let source = buffers.tile.source(self.source(group));
             dk.fill(E::Compute::ZERO);
             dv.fill(E::Compute::ZERO);
             if let (Some(expansion), Some((scratch, dq, means))) = (expansion, &mut *of_coarse) {
@@ -158,7 +159,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             || self.buffers(),
             |buffers, task| {
                 let (head, i) = self.batch.row_at(task);
-                let source = self.source(self.batch.group(head));
+                buffers.tile.set_biased(self.batch.segment(head).is_biased());
+                let source = buffers.tile.source(self.source(self.batch.group(head)));
                 let of_coarse = self.first_order.as_ref().map(|first_order| RowStart {
                     dq: first_order.dq(self.batch, head, self.batch.segment(head).rows.numbers(i)),
                     mean: first_order.mean(self.batch, head, i),
@@ -179,7 +181,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         };
         threads::for_each(threads, self.batch.columns(), scratch, |(Buffers { tile, keys, bias }, dk, dv), task| {
             let (group, block) = self.batch.column_at(task);
-            let source = self.source(group);
+            tile.set_biased(self.batch.segment_of_group(group).is_biased());
+            let source = tile.source(self.source(group));
             let numbers = source.numbers(block);
             self.start_keys(group, numbers.clone(), dk, dv);
             keys.clear();

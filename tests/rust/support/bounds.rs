@@ -15,11 +15,11 @@
 //! dk, dv      likewise, times the largest sum of the weights of a key, with queries in place of keys
 //! ```
 
-use mra_attention::Coarse;
 use mra_attention::reference::{Attention, Form, Refined, Saved, TokenLadder};
+use mra_attention::{Coarse, Level};
 use ndarray::{Array3, Array4, ArrayView4};
 
-use super::{Case, Data, Number, Rounded};
+use super::{Case, Data, Number, Rounded, rounds_gradients, rounds_weights};
 
 /// The most that an exponential of the compute type is off, in units in the last place: the bound of `simd::exp`.
 const EXP_ULPS: f64 = 1.5;
@@ -40,6 +40,8 @@ pub(crate) struct Bounds {
     pub(crate) value: f64,
     /// Of the gradient of a pair's logit.
     pub(crate) pair: f64,
+    /// What the gradients of queries, keys and values are off by, at most, if weights and gradients of logits are off by themselves.
+    pub(crate) rounded: [f64; 3],
 }
 
 impl Bounds {
@@ -124,13 +126,14 @@ impl Bounds {
             key: scale * product * largest(query) * of_key,
             value: largest(grad_out) * of_key,
             pair: product * of_query,
+            rounded: [scale * product * largest(key), scale * product * largest(query) * column, largest(grad_out) * column],
         };
         if u < f32::ROUNDOFF { bounds.at_least(FLOAT64) } else { bounds }
     }
 
     /// The same for a sum of so many levels.
     pub(crate) fn times(self, levels: f64) -> Self {
-        let Self { out, lse, query, key, value, pair } = self;
+        let Self { out, lse, query, key, value, pair, rounded } = self;
         Self {
             out: out * levels,
             lse: lse * levels,
@@ -138,11 +141,32 @@ impl Bounds {
             key: key * levels,
             value: value * levels,
             pair: pair * levels,
+            rounded,
         }
     }
 
+    /// At levels that multiply bfloat16 as it is, weights are rounded first, at those that do so in backward gradients of logits too, and
+    /// denormal numbers may be taken for 0.
+    pub(crate) fn at<E: Number>(mut self, level: Level, case: &Case, data: &Data) -> Self {
+        if !rounds_weights::<E>(level) {
+            return self;
+        }
+        // The weights of a query sum to 1, and each is off by a factor.
+        self.out += E::ROUNDOFF * largest(&data.value);
+        let Self { out, lse, query, key, value, rounded, .. } = &mut self;
+        if rounds_gradients::<E>(level) {
+            for (bound, rounded) in [&mut *query, &mut *key, &mut *value].into_iter().zip(rounded) {
+                *bound += E::ROUNDOFF * *rounded;
+            }
+        }
+        for bound in [out, lse, query, key, value] {
+            *bound += flushed(case, data);
+        }
+        self
+    }
+
     fn at_least(self, least: f64) -> Self {
-        let Self { out, lse, query, key, value, pair } = self;
+        let Self { out, lse, query, key, value, pair, rounded } = self;
         Self {
             out: out.max(least),
             lse: lse.max(least),
@@ -150,6 +174,7 @@ impl Bounds {
             key: key.max(least),
             value: value.max(least),
             pair: pair.max(least),
+            rounded,
         }
     }
 }

@@ -15,21 +15,26 @@ pub(crate) fn levels() -> Vec<Level> {
     levels_required(std::env::var(REQUIRED).ok().as_deref())
 }
 
-/// The level that computes, slowly and on any machine, what levels that multiply bfloat16 as it is compute.
-const PORTABLE_BF16: &str = "portable-bf16";
+/// The levels that compute, slowly and on any machine, what those that multiply bfloat16 as it is compute.
+const TWINS: [&str; 2] = ["portable-bf16", "portable-amx"];
 
 /// Every level of this CPU at which tensors of `E` are computed in a way of their own.
 pub(crate) fn levels_for<E: Rounded>() -> Vec<Level> {
     let mut levels = levels();
     if E::NAME == "bf16" {
-        levels.push(Level::from_name(PORTABLE_BF16).expect("a level of any machine"));
+        levels.extend(TWINS.map(|name| Level::from_name(name).expect("a level of any machine")));
     }
     levels
 }
 
 /// Whether weights are rounded to `E` at this level before the values are multiplied by them.
 pub(crate) fn rounds_weights<E: Rounded>(level: Level) -> bool {
-    E::NAME == "bf16" && [PORTABLE_BF16, "avx512bf16"].contains(&level.name())
+    E::NAME == "bf16" && (TWINS.contains(&level.name()) || ["avx512bf16", "amx"].contains(&level.name()))
+}
+
+/// Whether weights and gradients of logits are rounded to `E` in backward.
+pub(crate) fn rounds_gradients<E: Rounded>(level: Level) -> bool {
+    E::NAME == "bf16" && ["portable-amx", "amx"].contains(&level.name())
 }
 
 /// As [`levels`], with these names required.

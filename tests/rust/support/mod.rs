@@ -14,6 +14,6 @@ pub(crate) use call::{
 };
 pub(crate) use case::{CAUSAL, Case, Data, Padding, Pairs, budget};
 pub(crate) use check::{Expected, Outcome, assert_close, assert_same_blocks, bits, check, check_all, compute, selected_by};
-pub(crate) use levels::{levels, levels_for, levels_required, rounds_weights};
+pub(crate) use levels::{levels, levels_for, levels_required, rounds_gradients, rounds_weights};
 pub(crate) use number::{Number, Rounded};
 pub(crate) use stored::{Layout, Stored};
