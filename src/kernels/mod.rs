@@ -23,6 +23,7 @@ mod largest;
 mod matrix;
 mod pack;
 mod pool;
+mod row_product;
 mod softcap;
 mod softmax;
 
@@ -40,7 +41,8 @@ pub(crate) use gemm::{Gemm, Init};
 pub(crate) use guarded::product;
 pub(crate) use largest::{AllFinite, Largest};
 pub(crate) use matrix::{Matrix, MatrixMut};
-pub(crate) use pack::{pack_rows, pack_transposed};
+pub(crate) use pack::{NarrowScaled, pack_rows, pack_transposed};
 pub(crate) use pool::AddRows;
+pub(crate) use row_product::RowProduct;
 pub(crate) use softcap::Softcap;
 pub(crate) use softmax::{LogitGradient, OnlineSoftmax};
