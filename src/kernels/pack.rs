@@ -73,6 +73,24 @@ impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
     }
 }
 
+/// Writes `factor` times each of some numbers as tensors store them. The numbers are scratch afterwards.
+pub(crate) struct NarrowScaled<'a, E: Element> {
+    pub(crate) values: &'a mut [E::Compute],
+    pub(crate) factor: E::Compute,
+    /// As many.
+    pub(crate) to: &'a mut [E],
+}
+
+impl<E: Element> Kernel<E::Compute> for NarrowScaled<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<E::Compute>>(self, _: S) {
+        // The compiler makes vectors of the instruction set.
+        E::narrow_scaled(self.values, self.factor, self.to);
+    }
+}
+
 /// Writes each of `rows` as a row of `to`; channels beyond the row's own become 0.
 pub(crate) fn pack_rows<'a, E: Element>(rows: impl ExactSizeIterator<Item = &'a [E]>, to: &mut MatrixMut<'_, E::Compute>) {
     let (columns, stride) = (to.cols, to.stride);

@@ -1,7 +1,7 @@
 //! Sums of rows.
 
 use super::Matrix;
-use crate::simd::{Kernel, Scalar, Simd};
+use crate::simd::{Element, Kernel, Scalar, Simd};
 
 /// Adds rows to a row.
 ///
@@ -11,38 +11,57 @@ use crate::simd::{Kernel, Scalar, Simd};
 ///
 /// The sums of a few vectors of channels stay in registers while all rows are added, so each element is read once and
 /// nothing is written between. Every sum is in the order of the rows, however many are added at once.
-pub(crate) struct AddRows<'a, T> {
-    pub(crate) rows: Matrix<'a, T>,
-    pub(crate) sums: &'a mut [T],
+pub(crate) struct AddRows<'a, E: Element> {
+    /// As they are stored.
+    pub(crate) rows: Matrix<'a, E>,
+    /// Scratch for a row, if it is to be widened.
+    pub(crate) line: &'a mut [E::Compute],
+    pub(crate) sums: &'a mut [E::Compute],
 }
 
-/// Vectors that are summed at once: 64 channels in one go with AVX2.
-const VECTORS: usize = 8;
-
-impl<T: Scalar> Kernel<T> for AddRows<'_, T> {
+impl<E: Element> Kernel<E::Compute> for AddRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T>>(self, simd: S) {
-        let (count, channels, stride) = (self.rows.rows, self.rows.cols, self.rows.stride);
-        assert!(channels <= self.sums.len(), "a sum for each of {channels} channels");
-        let (rows, sums) = (self.rows.as_ptr(), self.sums.as_mut_ptr());
-        let mut channel = 0;
-        // SAFETY: `count` rows of `channels` elements are readable by the checks of the matrix, and as many sums by the
-        // assertion; each step stays below `channels`.
-        unsafe {
-            while channel + VECTORS * S::LANES <= channels {
-                add::<T, S, VECTORS>(simd, rows.add(channel), count, stride, sums.add(channel));
-                channel += VECTORS * S::LANES;
-            }
-            while channel + S::LANES <= channels {
-                add::<T, S, 1>(simd, rows.add(channel), count, stride, sums.add(channel));
-                channel += S::LANES;
-            }
-            for channel in channel..channels {
-                for row in 0..count {
-                    *sums.add(channel) += *rows.add(row * stride + channel);
-                }
+    fn run<S: Simd<E::Compute>>(self, simd: S) {
+        let Self { rows, line, sums } = self;
+        if let Some(data) = E::as_compute(rows.data()) {
+            return add_rows(simd, Matrix::new(data, rows.rows, rows.cols, rows.stride), sums);
+        }
+        let line = &mut line[..rows.cols];
+        for row in 0..rows.rows {
+            E::widen(rows.row(row), line);
+            add_rows(simd, Matrix::new(line, 1, rows.cols, rows.cols), sums);
+        }
+    }
+}
+
+#[inline(always)]
+fn add_rows<T: Scalar, S: Simd<T>>(simd: S, matrix: Matrix<'_, T>, sums: &mut [T]) {
+    let Matrix { rows: count, cols: channels, stride, .. } = matrix;
+    assert!(channels <= sums.len(), "a sum for each of {channels} channels");
+    let (rows, sums) = (matrix.as_ptr(), sums.as_mut_ptr());
+    let mut channel = 0;
+    // SAFETY: `count` rows of `channels` elements are readable by the checks of the matrix, and as many sums by the
+    // assertion; each step stays below `channels`.
+    unsafe {
+        // 64 channels in one go, 8 vectors with AVX2 and 4 with AVX-512: parts of rows, one after the other, took twice as long
+        // to come from far memory.
+        while channel + 8 * S::LANES <= channels {
+            add::<T, S, 8>(simd, rows.add(channel), count, stride, sums.add(channel));
+            channel += 8 * S::LANES;
+        }
+        while channel + 4 * S::LANES <= channels {
+            add::<T, S, 4>(simd, rows.add(channel), count, stride, sums.add(channel));
+            channel += 4 * S::LANES;
+        }
+        while channel + S::LANES <= channels {
+            add::<T, S, 1>(simd, rows.add(channel), count, stride, sums.add(channel));
+            channel += S::LANES;
+        }
+        for channel in channel..channels {
+            for row in 0..count {
+                *sums.add(channel) += *rows.add(row * stride + channel);
             }
         }
     }

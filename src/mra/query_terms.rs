@@ -4,6 +4,7 @@ use super::attend::{KeySums, QueryTerms};
 use super::inputs::{Gradients, Saved};
 use super::problem::{Batch, Problem};
 use crate::exec::{Buffer, Chunks, threads};
+use crate::kernels::RowProduct;
 use crate::simd::{Element, Scalar};
 
 /// Lse and delta of every query, at the flat index of its batch item, head and token.
@@ -27,13 +28,13 @@ pub(crate) fn query_terms<E: Element>(problem: &Problem<'_>, saved: &Saved<'_, E
         for segment in &problem.segments[start..end] {
             for number in 0..segment.rows.total() {
                 let token = segment.rows.token(number);
-                E::widen(grads.row(token), grad_line);
                 let grad_lse = grad_lses.map_or(E::Compute::ZERO, |grad_lses| grad_lses.row(token)[0]);
-                if grad_lse == E::Compute::ZERO && grad_line.iter().all(|&g| g == E::Compute::ZERO) {
+                let lines: [&mut [E::Compute]; 2] = [&mut *grad_line, &mut *out_line];
+                let product = RowProduct { x: grads.row(token), y: outs.row(token), lines };
+                let (product, is_zero) = E::Compute::run(problem.level, product);
+                if grad_lse == E::Compute::ZERO && is_zero {
                     continue;
                 }
-                E::widen(outs.row(token), out_line);
-                let product = dot(grad_line, out_line);
                 let lse = lses.row(token)[0];
                 terms[token] = QueryTerms {
                     // A query that saw no key has weights exp(x - inf) = 0.
@@ -60,18 +61,6 @@ pub(crate) fn sink_gradients<T: Scalar>(problem: &Problem<'_>, terms: &[QueryTer
         let of_query = |terms: &QueryTerms<T>| ((T::from_f64(sink) - terms.lse).exp() * terms.delta).into();
         *to -= terms.iter().filter(counts).map(of_query).sum::<f64>();
     }
-}
-
-/// A sum of products. Several chains, since each addition waits for the one before.
-fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
-    const CHAINS: usize = 16;
-    let mut sums = [T::ZERO; CHAINS];
-    for (x, y) in x.chunks(CHAINS).zip(y.chunks(CHAINS)) {
-        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
-            *sum += x * y;
-        }
-    }
-    sums.into_iter().fold(T::ZERO, |total, sum| total + sum)
 }
 
 /// Adds a token's share of its block's pooled gradient and writes the sum.

@@ -168,6 +168,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// Rounds from the compute type to nearest, ties to even. The lengths are equal.
     fn narrow(from: &[Self::Compute], to: &mut [Self]);
     /// As [`Self::narrow`], of `factor` times each number. `from` is scratch afterwards.
+    #[inline(always)]
     fn narrow_scaled(from: &mut [Self::Compute], factor: Self::Compute, to: &mut [Self]) {
         for x in from.iter_mut() {
             *x = *x * factor;
@@ -219,7 +220,7 @@ half_width!(
 
 /// bfloat16 is the upper half of float32. The conversions of the crate `half` look at one number after the other and branch at
 /// NaN; the compiler makes vectors of these.
-#[inline]
+#[inline(always)]
 fn widen_bf16(from: &[bf16], to: &mut [f32]) {
     assert_eq!(from.len(), to.len(), "as many numbers");
     for (to, from) in to.iter_mut().zip(from) {
@@ -228,7 +229,7 @@ fn widen_bf16(from: &[bf16], to: &mut [f32]) {
 }
 
 /// Rounds to nearest, ties to even: half a unit in the last place of the result is added, less 1 where that place is even.
-#[inline]
+#[inline(always)]
 fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
     assert_eq!(from.len(), to.len(), "as many numbers");
     for (to, from) in to.iter_mut().zip(from) {

@@ -16,6 +16,7 @@ from helpers import (
     assert_same_bits,
     assert_within_budget,
     block_mask,
+    call_keywords,
     dense_budget,
     random_inputs,
     random_mask,
@@ -175,6 +176,26 @@ def test_tokens_of_a_block_may_come_in_any_order(mode):
     assert_close(there.out, here.out, "out")
     assert_close(there.dk, here.dk[:, :, order], "dk")
     assert_close(there.dv, here.dv[:, :, order], "dv")
+
+
+@MODES
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_head_among_many_long_ones_has_the_bits_that_it_has_alone(mode, key_heads):
+    """Long heads are computed group by group."""
+    query, key, value, *_ = random_inputs((1, 4, 4500, 4500, 128), key_heads=key_heads, dtype=torch.float32)
+    settings = Settings(block_size=64, mode=mode, blocks_per_row=2.0)
+
+    def run(head: slice, key_head: slice) -> tuple[Tensor, Tensor]:
+        inputs = (query[:, head], key[:, key_head], value[:, key_head])
+        keywords = call_keywords(*inputs[:2], settings)
+        return mra_attention.scaled_dot_product_attention(*inputs, return_lse=True, **keywords)
+
+    out, lse = run(slice(None), slice(None))
+    for head in range(4):
+        key_head = head * key_heads // 4
+        alone, alone_lse = run(slice(head, head + 1), slice(key_head, key_head + 1))
+        assert torch.equal(out[:, head : head + 1], alone), head
+        assert torch.equal(lse[:, head : head + 1], alone_lse), head
 
 
 @pytest.fixture

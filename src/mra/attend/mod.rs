@@ -17,7 +17,7 @@ pub(crate) use tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tile_columns,
 
 use super::problem::Problem;
 use crate::exec::Buffer;
-use crate::kernels::{Gemm, Init, Matrix, MatrixMut, OnlineSoftmax, Softcap, Stream, pack_transposed};
+use crate::kernels::{Gemm, Init, Matrix, MatrixMut, NarrowScaled, OnlineSoftmax, Softcap, Stream, pack_transposed};
 use crate::simd::{Element, Level, SQUARE, Scalar};
 
 /// The running softmax that all queries of a block start from: that of the coarse level.
@@ -246,8 +246,13 @@ impl<T: Scalar> Attend<T> {
 
     /// Writes the output and the lse of a query.
     pub(crate) fn finish<E: Element<Compute = T>>(&mut self, query: usize, sink: Option<T>, out: &mut [E], lse: &mut T) {
-        let row = &mut self.values[query * self.width..][..out.len()];
-        *lse = finish(self.maximum[query], self.sum[query], sink, row, out);
+        let values = &mut self.values[query * self.width..][..out.len()];
+        let (factor, of_query) = factor_and_lse(self.maximum[query], self.sum[query], sink);
+        *lse = of_query;
+        match factor {
+            Some(factor) => T::run(self.level, NarrowScaled { values, factor, to: out }),
+            None => out.fill(E::default()),
+        }
     }
 }
 
@@ -260,22 +265,26 @@ pub(crate) fn finish<E: Element>(
     values: &mut [E::Compute],
     out: &mut [E],
 ) -> E::Compute {
-    let (zero, one) = (E::Compute::ZERO, E::Compute::from_f64(1.0));
-    if sum == zero {
-        // It sees no key.
-        out.fill(E::default());
-        return E::Compute::NEG_INFINITY;
+    let (factor, lse) = factor_and_lse(maximum, sum, sink);
+    match factor {
+        Some(factor) => E::narrow_scaled(values, factor, out),
+        None => out.fill(E::default()),
     }
-    let Some(sink) = sink else {
-        E::narrow_scaled(values, one / sum, out);
-        return maximum + sum.ln();
-    };
+    lse
+}
+
+/// What the sums of weighted values must be multiplied by, nothing where a query sees no key, and the lse.
+fn factor_and_lse<T: Scalar>(maximum: T, sum: T, sink: Option<T>) -> (Option<T>, T) {
+    let (zero, one) = (T::ZERO, T::from_f64(1.0));
+    if sum == zero {
+        return (None, T::NEG_INFINITY);
+    }
+    let Some(sink) = sink else { return (Some(one / sum), maximum + sum.ln()) };
     // The larger one of both is the reference, so that no exponential is infinite.
     let (reference, factor, of_sink) =
         if sink > maximum { (sink, (maximum - sink).exp(), one) } else { (maximum, one, (sink - maximum).exp()) };
     let sum = sum * factor + of_sink;
-    E::narrow_scaled(values, factor / sum, out);
-    reference + sum.ln()
+    (Some(factor / sum), reference + sum.ln())
 }
 
 /// Numbers, where the compute type is known to be float32: bfloat16 has no other.

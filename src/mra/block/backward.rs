@@ -27,7 +27,7 @@ use crate::mra::problem::{Batch, Mode, Problem};
 use crate::mra::pyramid::BlockLevel;
 use crate::mra::query_terms::{finish, finish_keys};
 use crate::mra::select::BlockPlan;
-use crate::simd::{Element, Scalar};
+use crate::simd::{Element, Scalar, prefetch_far};
 use crate::tensor::Tensor;
 
 /// Computes the gradients of the segments of this form. Shapes are those of the problem.
@@ -145,6 +145,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                 }
             }
             for block in 0..segment.keys.len() {
+                // SAFETY: as below.
+                unsafe { self.prefetch_keys_after(group, block, &KeySums { dk, dv, first: 0 }) };
                 // SAFETY: each task has its own group of heads.
                 unsafe { self.finish_keys(group, block, &KeySums { dk, dv, first: 0 }) };
             }
@@ -274,6 +276,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                 unsafe { self.gradients.query.row_mut(item, head_of_item, token) }.fill(E::default());
             }
         }
+        // SAFETY: the caller's.
+        unsafe { self.prefetch(head, i) };
         for queries in tiles(rows.numbers(i)) {
             self.start(head, queries.clone(), tile);
             if let Some(RowStart { dq, .. }) = &of_coarse {
@@ -294,6 +298,46 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                 // SAFETY: the caller's.
                 let to = unsafe { self.gradients.query.row_mut(item, head_of_item, token) };
                 finish(row, pooled.filter(|_| segment.queries.counts(token)), segment.queries.count(i), to);
+            }
+        }
+    }
+
+    /// Prefetches where the gradients of a block of queries go, and what is read of the next block, which this thread probably has next.
+    ///
+    /// # Safety
+    /// - As [`Self::row`].
+    unsafe fn prefetch(&self, head: usize, i: usize) {
+        let ((item, head_of_item), rows) = (self.batch.item_and_head(head), &self.batch.segment(head).rows);
+        for token in rows.range(i) {
+            // SAFETY: the caller's.
+            prefetch_far(unsafe { self.gradients.query.row_mut(item, head_of_item, token) });
+        }
+        if i + 1 < rows.len() {
+            let (query, grad) = (self.inputs.query.head(item, head_of_item), self.grad_out.head(item, head_of_item));
+            for token in rows.range(i + 1) {
+                prefetch_far(query.row(token));
+                prefetch_far(grad.row(token));
+            }
+        }
+    }
+
+    /// Prefetches the sums of the block of keys behind this one, and where its gradients go.
+    ///
+    /// # Safety
+    /// - Nothing else holds the rows of that block in the gradients of keys and values.
+    unsafe fn prefetch_keys_after(&self, group: usize, block: usize, sums: &KeySums<'_, E::Compute>) {
+        let ((item, kv_head), keys) = (self.batch.item_and_kv_head(group), &self.batch.segment_of_group(group).keys);
+        if block + 1 < keys.len() {
+            let (numbers, of) = (keys.numbers(block + 1), |channels| self.problem.padded::<E::Compute>(channels));
+            let (key_width, value_width) = (of(self.problem.head_dim), of(self.value_dim));
+            prefetch_far(&sums.dk[numbers.start * key_width..numbers.end * key_width]);
+            prefetch_far(&sums.dv[numbers.start * value_width..numbers.end * value_width]);
+            for token in keys.range(block + 1) {
+                // SAFETY: the caller's.
+                unsafe {
+                    prefetch_far(self.gradients.key.row_mut(item, kv_head, token));
+                    prefetch_far(self.gradients.value.row_mut(item, kv_head, token));
+                }
             }
         }
     }

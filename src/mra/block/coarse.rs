@@ -75,7 +75,24 @@ impl<T: Scalar> Coarse<T> {
             return Ok((Self::new(problem, batch, &plan, pyramid, values), plan));
         }
         let mut coarse = Self::unset(batch, values);
-        let level = CoarseLevel::new(problem, batch, pyramid, values, &mut coarse);
+        coarse.select(problem, batch, 0..batch.flat_heads(), pyramid, values, bytes)?;
+        Ok((coarse, BlockPlan::read(problem, batch, bytes)))
+    }
+
+    /// As [`Self::selecting`], for some flat heads.
+    ///
+    /// # Errors
+    /// As [`select_rows`].
+    pub(super) fn select(
+        &mut self,
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
+        heads: Range<usize>,
+        pyramid: &Pyramid<T>,
+        values: &Pooled<T>,
+        bytes: &mut [u8],
+    ) -> Result<()> {
+        let level = CoarseLevel::new(problem, batch, pyramid, values, self);
         let then = |buffers: &mut CoarseBuffers<T>, head: usize, scores: &Scores<T>, bits: &[u8]| {
             let keys = &batch.segment(head).keys;
             for tile in 0..scores.tiles() {
@@ -89,8 +106,7 @@ impl<T: Scalar> Coarse<T> {
                 }
             }
         };
-        select_rows_then(problem, batch, pyramid, bytes, || level.buffers(), then)?;
-        Ok((coarse, BlockPlan::read(problem, batch, bytes)))
+        select_rows_then(problem, batch, heads, pyramid, bytes, || level.buffers(), then)
     }
 
     /// Before it is written.

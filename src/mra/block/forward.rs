@@ -10,9 +10,9 @@ use crate::exec::{TensorMut, threads};
 use crate::kernels::Stream;
 use crate::mra::attend::{Attend, BiasTile, KeyBatch, KeySource, StartState, TILE_QUERIES, tile_columns, tiles};
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Batch, Problem};
-use crate::mra::pyramid::{Pooled, Pyramid, Side};
-use crate::mra::select::{BlockPlan, select_rows};
+use crate::mra::problem::{Batch, Form, Mode, Problem};
+use crate::mra::pyramid::{BlockLevel, LevelMeans, Pooled, Pyramid, Side};
+use crate::mra::select::{BlockPlan, select_rows, select_rows_then};
 use crate::simd::{Element, Scalar, prefetch_far};
 
 /// Computes out and lse of the segments of this form for a given plan. Shapes are those of the problem.
@@ -31,7 +31,7 @@ pub(crate) fn forward<E: Element>(
         return;
     }
     let (plan, coarse) = levels::attend(problem, inputs, plan);
-    exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
+    exact(problem, batch, 0..batch.flat_heads(), inputs, &plan, coarse.as_ref(), out, lse);
 }
 
 /// As [`forward`], with a selection that is written to `plan`; queries and keys are pooled once for both.
@@ -52,25 +52,70 @@ pub(crate) fn forward_selecting<E: Element>(
         first_order_and_exact(&FirstOrder { problem, batch, inputs, plan, queries: &pyramid.queries }, out, lse);
         return Ok(());
     }
+    if !problem.is_ladder() && batch.flat_heads() >= problem.threads {
+        return selecting_in_waves(problem, inputs, plan, out, lse);
+    }
     let (plan, coarse) = levels::choose_and_attend(problem, inputs, plan)?;
-    exact(problem, batch, inputs, &plan, coarse.as_ref(), out, lse);
+    exact(problem, batch, 0..batch.flat_heads(), inputs, &plan, coarse.as_ref(), out, lse);
     Ok(())
 }
 
-/// Continues the softmax of every query from the coarse level over the selected blocks.
+/// As [`forward_selecting`] with two resolutions, some groups of heads after the others: their queries, keys and values are near from
+/// pooling when exact blocks are computed from them.
+fn selecting_in_waves<E: Element>(
+    problem: &Problem<'_>,
+    inputs: &Inputs<'_, E>,
+    bytes: &mut [u8],
+    out: &TensorMut<'_, E>,
+    lse: &TensorMut<'_, E::Compute>,
+) -> Result<()> {
+    let (level, value) = (BlockLevel { problem, batch: Batch::new(problem, Form::Block) }, &inputs.value);
+    let (batch, value) = (&level.batch, (problem.mode == Mode::Full).then_some(value));
+    let mut means = LevelMeans::unset(&level, &inputs.query, &inputs.key, value);
+    let mut coarse = means.values.as_ref().map(|values| Coarse::unset(batch, values));
+    let mut plan = BlockPlan::unread(batch);
+    for groups in waves(problem, batch, inputs) {
+        means.pool(&level, &groups, &inputs.query, &inputs.key, value);
+        let heads = batch.heads_of_all(&groups);
+        if let (Some(coarse), Some(values)) = (&mut coarse, &means.values) {
+            coarse.select(problem, batch, heads.clone(), &means.pyramid, values, bytes)?;
+        } else {
+            select_rows_then(problem, batch, heads.clone(), &means.pyramid, bytes, || (), |(), _, _, _| ())?;
+        }
+        plan.read_next(problem, batch, heads.clone(), bytes);
+        exact(problem, batch, heads, inputs, &plan, coarse.as_ref(), out, lse);
+    }
+    Ok(())
+}
+
+/// Consecutive groups of heads: as many for each thread as a cache holds queries, keys and values of, and at least one.
+fn waves<E: Element>(problem: &Problem<'_>, batch: &Batch<'_>, inputs: &Inputs<'_, E>) -> impl Iterator<Item = Range<usize>> {
+    /// Bytes of a second-level cache and a thread's share of the third-level one.
+    const NEAR: usize = 4 << 20;
+    let elements = [&inputs.query, &inputs.key, &inputs.value].map(|tensor| tensor.shape().iter().product::<usize>());
+    let bytes_of_group = elements.iter().sum::<usize>() * size_of::<E>() / batch.groups().max(1);
+    let groups_of_thread = (NEAR / bytes_of_group.max(1)).max(1);
+    let (all, step) = (batch.groups(), groups_of_thread.saturating_mul(problem.threads));
+    (0..all).step_by(step).map(move |start| start..all.min(start.saturating_add(step)))
+}
+
+/// Continues the softmax of every query of some flat heads from the coarse level over the selected blocks.
+#[allow(clippy::too_many_arguments, reason = "a call, which of its heads, and what is known of them")]
 fn exact<E: Element>(
     problem: &Problem<'_>,
     batch: &Batch<'_>,
+    heads: Range<usize>,
     inputs: &Inputs<'_, E>,
     plan: &BlockPlan,
     coarse: Option<&Coarse<E::Compute>>,
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) {
-    let multiplications = multiplications(problem, inputs, plan.num_blocks() * problem.block_size);
+    let rows = batch.rows_of(&heads);
+    let multiplications = multiplications(problem, inputs, plan.num_blocks_of(&rows) * problem.block_size);
     let scratch = || buffers(problem, inputs);
-    threads::for_each(problem.threads_for(multiplications), batch.rows(), scratch, |buffers, task| {
-        let (head, i) = batch.row_at(task);
+    threads::for_each(problem.threads_for(multiplications), rows.len(), scratch, |buffers, task| {
+        let (head, i) = batch.row_at(rows.start + task);
         let start = coarse.map_or(Start::Nothing, |coarse| Start::OfBlock(coarse.state(batch, head, i)));
         // SAFETY: each task has its own block of queries, and writes only its rows.
         unsafe { BlockRow { problem, batch, inputs, plan, head, i }.compute(&start, buffers, out, lse) };
@@ -155,6 +200,11 @@ impl<E: Element> BlockRow<'_, E> {
             }
         }
         self.prefetch_queries_after();
+        for token in rows.range(self.i) {
+            // To write a line that is not near waits for it, too.
+            // SAFETY: the caller's.
+            prefetch_far(unsafe { out.row_mut(item, head, token) });
+        }
         attend.set_biased(self.batch.segment(self.head).is_biased());
         let sink = self.problem.sink(item, head).map(E::Compute::from_f64);
         for (index, tile) in tiles(rows.numbers(self.i)).enumerate() {

@@ -1,5 +1,7 @@
 //! The sequences of one form, and the flat indices of their heads and blocks.
 
+use std::ops::Range;
+
 use super::Problem;
 use super::segment::{Form, Segment};
 
@@ -76,10 +78,27 @@ impl<'p> Batch<'p> {
     }
 
     /// The flat heads of a group.
-    pub(crate) fn heads_of(&self, group: usize) -> std::ops::Range<usize> {
+    pub(crate) fn heads_of(&self, group: usize) -> Range<usize> {
         let size = self.heads / self.kv_heads;
         let first = group / self.kv_heads * self.heads + group % self.kv_heads * size;
         first..first + size
+    }
+
+    /// The flat heads of some groups.
+    pub(crate) fn heads_of_all(&self, groups: &Range<usize>) -> Range<usize> {
+        if groups.is_empty() { 0..0 } else { self.heads_of(groups.start).start..self.heads_of(groups.end - 1).end }
+    }
+
+    /// The flat indices of the blocks of queries of some flat heads.
+    pub(crate) fn rows_of(&self, heads: &Range<usize>) -> Range<usize> {
+        let end = |head: usize| self.row(head, self.segment(head).rows.len());
+        if heads.is_empty() { 0..0 } else { self.row(heads.start, 0)..end(heads.end - 1) }
+    }
+
+    /// The flat indices of the blocks of keys of some groups.
+    pub(crate) fn columns_of(&self, groups: &Range<usize>) -> Range<usize> {
+        let end = |group: usize| self.column(group, self.segment_of_group(group).keys.len());
+        if groups.is_empty() { 0..0 } else { self.column(groups.start, 0)..end(groups.end - 1) }
     }
 
     /// Blocks of queries of all flat heads.

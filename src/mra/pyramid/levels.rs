@@ -1,5 +1,7 @@
 //! The means of every level of a ladder.
 
+use std::ops::Range;
+
 use super::{Pooled, Pyramid, Side};
 use crate::mra::problem::{Batch, Form, Problem};
 use crate::simd::{Element, Scalar};
@@ -26,6 +28,36 @@ pub(crate) struct LevelMeans<T> {
 }
 
 impl<T: Scalar> LevelMeans<T> {
+    /// Before they are written.
+    pub(crate) fn unset<E: Element<Compute = T>>(
+        BlockLevel { problem, batch }: &BlockLevel<'_>,
+        query: &Tensor<'_, E>,
+        key: &Tensor<'_, E>,
+        value: Option<&Tensor<'_, E>>,
+    ) -> Self {
+        let unset = |tensor, side| Pooled::unset(problem, batch, tensor, side);
+        let pyramid = Pyramid { queries: unset(query, Side::Queries), keys: unset(key, Side::Keys) };
+        Self { pyramid, values: value.map(|value| unset(value, Side::Keys)) }
+    }
+
+    /// Pools the tokens of some groups.
+    pub(crate) fn pool<E: Element<Compute = T>>(
+        &mut self,
+        BlockLevel { problem, batch }: &BlockLevel<'_>,
+        groups: &Range<usize>,
+        query: &Tensor<'_, E>,
+        key: &Tensor<'_, E>,
+        value: Option<&Tensor<'_, E>>,
+    ) {
+        let Pyramid { queries, keys } = &mut self.pyramid;
+        let (query, key) = ((query, Side::Queries), (key, Side::Keys));
+        if let (Some(value), Some(values)) = (value, &mut self.values) {
+            Pooled::fill(problem, batch, groups, [query, key, (value, Side::Keys)], [queries, keys, values]);
+        } else {
+            Pooled::fill(problem, batch, groups, [query, key], [queries, keys]);
+        }
+    }
+
     /// Pools the tokens at the finest level, and at each other one the means of the level below.
     pub(crate) fn of_levels<E: Element<Compute = T>>(
         levels: &[BlockLevel<'_>],
@@ -34,15 +66,9 @@ impl<T: Scalar> LevelMeans<T> {
         value: Option<&Tensor<'_, E>>,
     ) -> Vec<Self> {
         let Some((finest, coarser)) = levels.split_last() else { return Vec::new() };
-        let (queries, keys) = ((query, Side::Queries), (key, Side::Keys));
         let mut below = finest;
-        let mut means = vec![if let Some(value) = value {
-            let [queries, keys, values] = Pooled::each(finest.problem, &finest.batch, [queries, keys, (value, Side::Keys)]);
-            Self { pyramid: Pyramid { queries, keys }, values: Some(values) }
-        } else {
-            let [queries, keys] = Pooled::each(finest.problem, &finest.batch, [queries, keys]);
-            Self { pyramid: Pyramid { queries, keys }, values: None }
-        }];
+        let mut means = vec![Self::unset(finest, query, key, value)];
+        means[0].pool(finest, &(0..finest.batch.groups()), query, key, value);
         for level in coarser.iter().rev() {
             let of_below = &means[means.len() - 1];
             let coarsen = |pooled: &Pooled<T>, side| pooled.coarsen(&level.batch, (below.problem, &below.batch), side);

@@ -10,6 +10,8 @@ pub use given::PooledInputs;
 pub(crate) use given::{Means, check};
 pub(crate) use levels::{BlockLevel, LevelMeans};
 
+use std::ops::Range;
+
 use super::problem::{Batch, Blocks, Problem};
 use crate::exec::{Buffer, Chunks, threads};
 use crate::kernels::{AddRows, Matrix};
@@ -37,27 +39,47 @@ impl<T: Scalar> Pooled<T> {
         batch: &Batch<'_>,
         tensors: [(&Tensor<'_, E>, Side); N],
     ) -> [Self; N] {
-        let counts = tensors.map(|(_, side)| match side {
+        let mut pooled = tensors.map(|(tensor, side)| Self::unset(problem, batch, tensor, side));
+        Self::fill(problem, batch, &(0..batch.groups()), tensors, pooled.each_mut());
+        pooled
+    }
+
+    /// Before it is written.
+    fn unset<E: Element<Compute = T>>(problem: &Problem<'_>, batch: &Batch<'_>, tensor: &Tensor<'_, E>, side: Side) -> Self {
+        let width = problem.padded::<T>(tensor.shape()[3]);
+        let count = match side {
             Side::Queries => batch.rows(),
             Side::Keys => batch.columns(),
-        });
-        let mut pooled: [Self; N] = std::array::from_fn(|which| {
-            let width = problem.padded::<T>(tensors[which].0.shape()[3]);
-            Self { means: Buffer::scratch(counts[which] * width), width }
+        };
+        Self { means: Buffer::scratch(count * width), width }
+    }
+
+    /// Writes the means of some groups.
+    fn fill<E: Element<Compute = T>, const N: usize>(
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
+        groups: &Range<usize>,
+        tensors: [(&Tensor<'_, E>, Side); N],
+        pooled: [&mut Self; N],
+    ) {
+        let ranges = tensors.map(|(_, side)| match side {
+            Side::Queries => batch.rows_of(&batch.heads_of_all(groups)),
+            Side::Keys => batch.columns_of(groups),
         });
         let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
-        let rows = pooled.each_mut().map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
+        let rows = pooled.map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
         let elements: usize = tensors.iter().map(|(tensor, _)| tensor.shape().iter().product::<usize>()).sum();
         threads::for_each(
-            problem.threads_to_read(elements),
-            counts.iter().sum(),
+            problem.threads_to_read(elements / batch.groups().max(1) * groups.len()),
+            ranges.iter().map(ExactSizeIterator::len).sum(),
             || Buffer::scratch(width),
             |line, mut task| {
                 let mut which = 0;
-                while task >= counts[which] {
-                    task -= counts[which];
+                while task >= ranges[which].len() {
+                    task -= ranges[which].len();
                     which += 1;
                 }
+                task += ranges[which].start;
                 let (tensor, side) = tensors[which];
                 let (blocks, block, (item, head)) = match side {
                     Side::Queries => {
@@ -74,7 +96,6 @@ impl<T: Scalar> Pooled<T> {
                 average(problem.level, &tensor.head(item, head), blocks, block, line, mean);
             },
         );
-        pooled
     }
 
     /// Consecutive rows.
@@ -115,18 +136,15 @@ pub(crate) fn average<E: Element>(
         return;
     }
     let weight = E::Compute::from_f64(1.0 / numbers.len() as f64);
-    let (first, stride) = tokens.tail(blocks.token(numbers.start));
-    match E::as_compute(first) {
-        Some(data) if blocks.consecutive(numbers.clone()) => {
-            E::Compute::run(level, AddRows { rows: Matrix::new(data, numbers.len(), channels, stride), sums: mean });
-        }
-        _ => {
-            for number in numbers {
-                let line = &mut line[..channels];
-                E::widen(tokens.row(blocks.token(number)), line);
-                E::Compute::run(level, AddRows { rows: Matrix::new(line, 1, channels, channels), sums: mean });
-            }
-        }
+    let mut add = |number: usize, count: usize| {
+        let (data, stride) = tokens.tail(blocks.token(number));
+        let rows = Matrix::new(data, count, channels, stride);
+        E::Compute::run(level, AddRows { rows, line: &mut *line, sums: &mut *mean });
+    };
+    if blocks.consecutive(numbers.clone()) {
+        add(numbers.start, numbers.len());
+    } else {
+        numbers.for_each(|number| add(number, 1));
     }
     for sum in mean {
         *sum = *sum * weight;

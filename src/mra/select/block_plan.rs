@@ -1,6 +1,7 @@
 //! The plan of the block form as what forward and backward walk along: the blocks of each row, and of each column.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use super::plan::{child_columns, row_bytes};
 use crate::mra::problem::{Batch, Problem, Segment};
@@ -9,7 +10,8 @@ use crate::mra::problem::{Batch, Problem, Segment};
 #[derive(Debug)]
 pub(crate) struct BlockPlan {
     rows: Lists,
-    columns: Lists,
+    /// Listed when one is first asked for: forward goes by rows alone.
+    columns: OnceLock<Lists>,
 }
 
 /// Lists of block indices, one after the other.
@@ -28,9 +30,22 @@ impl Lists {
 impl BlockPlan {
     /// Reads the plan of the segments of the block form.
     pub(crate) fn read(problem: &Problem<'_>, batch: &Batch<'_>, plan: &[u8]) -> Self {
-        let mut rows = Lists { offsets: Vec::with_capacity(batch.rows() + 1), indices: Vec::new() };
-        rows.offsets.push(0);
-        for flat in 0..batch.flat_heads() {
+        let mut read = Self::unread(batch);
+        read.read_next(problem, batch, 0..batch.flat_heads(), plan);
+        read
+    }
+
+    /// Of no flat head.
+    pub(crate) fn unread(batch: &Batch<'_>) -> Self {
+        let mut offsets = Vec::with_capacity(batch.rows() + 1);
+        offsets.push(0);
+        Self { rows: Lists { offsets, indices: Vec::new() }, columns: OnceLock::new() }
+    }
+
+    /// Reads the plan of the flat heads that follow those which have been read.
+    pub(crate) fn read_next(&mut self, problem: &Problem<'_>, batch: &Batch<'_>, heads: Range<usize>, plan: &[u8]) {
+        let rows = &mut self.rows;
+        for flat in heads {
             let segment = batch.segment(flat);
             let bits = &plan[problem.plan_range(segment, flat % problem.heads)];
             for i in 0..segment.rows.len() {
@@ -39,8 +54,6 @@ impl BlockPlan {
                 rows.offsets.push(rows.indices.len());
             }
         }
-        let columns = transpose(&rows, batch);
-        Self { rows, columns }
     }
 
     /// Reads the plan of the level below one whose batch and plan are given.
@@ -66,8 +79,7 @@ impl BlockPlan {
                 }
             }
         }
-        let columns = transpose(&rows, batch);
-        Self { rows, columns }
+        Self { rows, columns: OnceLock::new() }
     }
 
     /// The key blocks selected for a block of queries of a flat head, ascending.
@@ -77,7 +89,12 @@ impl BlockPlan {
 
     /// The blocks of queries of a flat head that selected a block of keys, ascending.
     pub(crate) fn column(&self, batch: &Batch<'_>, head: usize, j: usize) -> &[u32] {
-        self.columns.get(column(batch, head, j))
+        self.columns.get_or_init(|| transpose(&self.rows, batch)).get(column(batch, head, j))
+    }
+
+    /// How many blocks are selected for some blocks of queries, by their flat indices.
+    pub(crate) fn num_blocks_of(&self, rows: &Range<usize>) -> usize {
+        self.rows.offsets[rows.end] - self.rows.offsets[rows.start]
     }
 
     /// How many blocks are selected, over all heads.

@@ -12,6 +12,8 @@
 //! square of the length, so they are computed once, for the coarse level too, and no distance is stored but those of the
 //! candidates.
 
+use std::ops::Range;
+
 use super::plan::row_bytes;
 use super::scores::Scores;
 use crate::error::Result;
@@ -33,29 +35,31 @@ pub(crate) fn select_rows<T: Scalar>(
     pyramid: &Pyramid<T>,
     plan: &mut [u8],
 ) -> Result<()> {
-    select_rows_then(problem, batch, pyramid, plan, || (), |(), _, _, _| ())
+    select_rows_then(problem, batch, 0..batch.flat_heads(), pyramid, plan, || (), |(), _, _, _| ())
 }
 
-/// As [`select_rows`]. `then` is called with the scores of each flat head and the bits of its plan, and with what `scratch` makes for
+/// As [`select_rows`], for some flat heads. `then` is called with the scores of each flat head and the bits of its plan, and with what `scratch` makes for
 /// each thread.
 pub(crate) fn select_rows_then<T: Scalar, S>(
     problem: &Problem<'_>,
     batch: &Batch<'_>,
+    heads: Range<usize>,
     pyramid: &Pyramid<T>,
     plan: &mut [u8],
     scratch: impl Fn() -> S + Sync,
     then: impl Fn(&mut S, usize, &Scores<T>, &[u8]) + Sync,
 ) -> Result<()> {
     // To rank a block takes as long as several hundred multiplications.
-    let ranked = problem.heads.saturating_mul(batch.pairs_of_blocks());
+    let ranked = heads.len().saturating_mul(batch.pairs_of_blocks().div_ceil(batch.segments.len().max(1)));
     let threads = problem.threads_for(ranked.saturating_mul(problem.head_dim + 512));
     Scores::<T>::check_memory(problem, batch, threads)?;
     let plan = Chunks::new(plan, 1);
     threads::for_each(
         threads,
-        batch.flat_heads(),
+        heads.len(),
         || (Scores::<T>::new(problem, batch), scratch()),
-        |(scores, scratch), head| {
+        |(scores, scratch), task| {
+            let head = heads.start + task;
             let segment = batch.segment(head);
             // SAFETY: each task has its own head, and heads have their own bytes.
             let bits = unsafe { plan.range_mut(problem.plan_range(segment, head % problem.heads)) };
@@ -197,14 +201,16 @@ impl<T: Scalar> Choice<'_, T> {
 
     /// A bound that probably has between one and a few times `number` distances below it; infinite if there are few in all.
     fn sampled_bound(&self, number: usize) -> T {
-        const SAMPLES: usize = 4096;
+        // Fewer of them take less time, and leave more candidates than are wanted.
+        const FEWEST: usize = 1024;
+        const MOST: usize = 4096;
         let columns = self.segment.keys.len();
         let total = self.segment.rows.len() * columns;
-        if total <= 2 * SAMPLES {
+        if total <= 2 * MOST {
             return T::INFINITY;
         }
         // An odd step visits all columns even where their number is a power of two.
-        let step = (total / SAMPLES) | 1;
+        let step = (total / (total / 16).clamp(FEWEST, MOST)) | 1;
         let mut sample: Vec<T> = (0..total).step_by(step).map(|n| self.distance(n / columns, n % columns)).collect();
         let expected = number * sample.len() / total;
         // Half as many again and some: the number below the bound varies by about the square root.
