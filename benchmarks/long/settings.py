@@ -37,7 +37,10 @@ def chosen(length: int, budget: float) -> dict[str, Any]:
 
 
 def ladder(resolutions: tuple[int, ...], refined: float, budget: float) -> dict[str, Any]:
-    """Return settings that refine as many blocks at every level but the finest one."""
+    """Return settings that refine as many blocks at every level but the finest one.
+
+    Blocks are chosen by the default of `score`: where attention is causal, by the largest member.
+    """
     levels = len(resolutions) - 1
     budgets = budget if levels == 1 else (*((refined,) * (levels - 1)), budget)
     return {"resolutions": resolutions, "blocks_per_row": budgets}

@@ -63,7 +63,7 @@ class MRAConfig:
         either exact or coarse. With more, as `(512, 32, 1)`, some blocks of each level are replaced by the blocks of
         the next one that they consist of, so that neither time nor memory grows with the square of the length.
         "auto" chooses them by the length L of the longer of queries and keys: blocks of 32, and above them, as long as
-        the largest blocks are more than 256 in L, larger ones of 16 times the size, of which 16 per row are refined.
+        the largest blocks are more than 512 in L, larger ones of 16 times the size, of which 16 per row are refined.
         `blocks_per_row` is then the budget of the finest level. L is that of the tensors: padding, all packed sequences
         together, and the `max_length` of a cache count, so a sequence by itself may get fewer levels.
     blocks_per_row : float, sequence or Tensor, default 4.0
@@ -89,10 +89,11 @@ class MRAConfig:
     score : {"mean", "max"}, default "max"
         What a token ranks the blocks by from which it chooses. "mean": the logit of the mean of a block's keys. "max":
         an estimate of the largest logit of a key, from 8-bit codes of what the keys differ from their mean, for four
-        candidates by "mean" for each block to choose; with more than two resolutions, above the finest blocks, of the
-        largest logit of the mean of a block of the next size. On a pretrained decoder, at the time of 8, 16 and 32
-        blocks by "mean", it leaves 0.99, 0.93 and 0.81 of their error. The block form ranks by means; a step of a
-        `KVCache` makes the codes of its candidates anew.
+        candidates by "mean" for each block to choose. On a pretrained decoder with two resolutions, at the time of 8,
+        16 and 32 blocks by "mean", that leaves 0.99, 0.93 and 0.81 of their error. With more resolutions, a block above
+        the finest ones is ranked by its blocks of the next size, by the largest logit of one of their means. The block
+        form ranks by means. A step of a `KVCache` makes the codes of its candidates anew, which takes a few times as
+        long as the rest of it.
     coarse_shift : float, default 0.0
         Added to the logit of each block that is not exact. The exponential of a mean is never above the mean of
         exponentials, so these blocks count too little; how much too little depends on the model.
@@ -123,7 +124,7 @@ class MRAConfig:
 
     Notes
     -----
-    Definition: docs/definitions.md, sections 2 to 5 and 8; "first_order" is 3.8, `score` 4.1, `coarse_shift` 3.6.
+    Definition: docs/definitions.md, sections 2 to 5 and 8; "first_order" is 3.8, `score` 4.1 and 5, `coarse_shift` 3.6.
 
     Examples
     --------

@@ -21,6 +21,7 @@ impl<'a, T> Matrix<'a, T> {
 
     /// The same row so many times.
     pub(crate) fn repeated(row: &'a [T], rows: usize) -> Self {
+        // Each row begins where the first one does.
         Self { data: row, rows, cols: row.len(), stride: 0 }
     }
 

@@ -29,7 +29,8 @@ pub enum Score {
     /// The logit of the mean of the keys.
     #[default]
     Mean,
-    /// Among the best by that logit, an estimate of the largest logit of a key.
+    /// Among the best by that logit, an estimate of the largest logit of a member: a key or, above the finest blocks, the mean of a block
+    /// of the next level (sections 4.1 and 5).
     Max,
 }
 

@@ -48,6 +48,7 @@ impl<T: Scalar> ChildCandidates<T> {
         if self.bounds.len() < logits.len() {
             self.bounds = Buffer::scratch(logits.len());
         }
+        // The kernel compares each column with a bound of its own.
         self.bounds[..logits.len()].fill(bound);
         T::run(level, Reached { row: logits, bounds: &self.bounds, columns: &mut self.reached });
         let first = self.slots.len();
@@ -55,6 +56,21 @@ impl<T: Scalar> ChildCandidates<T> {
         self.scores.extend(self.reached.iter().map(|&slot| logits[slot as usize]));
         self.of[query] = first..self.slots.len();
         self.next[query] = first;
+    }
+
+    /// Brings the scores of some queries into lanes, with `-inf` behind them; returns how many rows that takes.
+    pub(super) fn pack(&self, queries: &[u32], lanes: usize, to: &mut Buffer<T>) -> usize {
+        let rows = queries.iter().map(|&query| self.of[query as usize].len()).max().unwrap_or(0);
+        if to.len() < rows * lanes {
+            *to = Buffer::scratch(rows * lanes);
+        }
+        to[..rows * lanes].fill(T::NEG_INFINITY);
+        for (lane, &query) in queries.iter().enumerate() {
+            for (row, &score) in self.scores_of(query as usize).iter().enumerate() {
+                to[row * lanes + lane] = score;
+            }
+        }
+        rows
     }
 
     /// The scores of a query.

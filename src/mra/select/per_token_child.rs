@@ -13,7 +13,10 @@ use crate::simd::{Level, MOST_LANES, SQUARE, Scalar};
 /// Queries whose largest logits are found together, each in a lane.
 const LANES: usize = 64;
 
-/// The candidates of the queries of a range, and the buffers of a choice.
+/// What the queries of a range choose from, and the buffers of a choice.
+///
+/// Queries go through the blocks above several times, each time in the order of [`Self::start`]: for logits ([`Self::list`]), where blocks
+/// are ranked for scores ([`Self::list_candidates`]), and for the softmax; [`Self::restart`] comes between.
 pub(crate) struct ChildChooser<T> {
     /// Blocks of this level in a block of the level above.
     children: usize,
@@ -297,26 +300,11 @@ impl<T: Scalar> ChildChooser<T> {
         pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
     }
 
-    /// Brings the scores of the candidates of some queries into lanes, with `-inf` behind them; returns how many rows that takes.
-    fn pack_scores(&mut self, queries: &[u32], columns: usize) -> usize {
-        let rows = queries.iter().map(|&query| self.candidates.scores_of(query as usize).len()).max().unwrap_or(0);
-        if self.columns.len() < rows * columns {
-            self.columns = Buffer::scratch(rows * columns);
-        }
-        self.columns[..rows * columns].fill(T::NEG_INFINITY);
-        for (lane, &query) in queries.iter().enumerate() {
-            for (row, &score) in self.candidates.scores_of(query as usize).iter().enumerate() {
-                self.columns[row * columns + lane] = score;
-            }
-        }
-        rows
-    }
-
     /// Finds the largest numbers of some queries, among candidates or slots; returns the room for those of each.
     fn find_largest(&mut self, level: Level, queries: &[u32], sights: &[Sight<'_>]) -> usize {
         let columns = self.want(level, queries, 1);
         let height = if self.is_ranked {
-            self.pack_scores(queries, columns)
+            self.candidates.pack(queries, columns, &mut self.columns)
         } else {
             let slots = self.hide_each(queries, sights);
             self.pack(level, queries, slots, columns);

@@ -87,6 +87,8 @@ struct Pass<'a, E: Element> {
     /// Codes of all blocks of each level, where these are ranked by them and that pays.
     codes: Vec<Option<KeyCodes<E::Compute>>>,
     plan: &'a PlanBytes<'a>,
+    /// Whether tokens choose, and by more than means.
+    ranking: bool,
     value_dim: usize,
 }
 
@@ -118,7 +120,7 @@ impl<'a, E: Element> Pass<'a, E> {
             let codes = || KeyCodes::of_all(&levels[index], levels.get(index + 1), &inputs.key);
             ranking.then(codes).flatten()
         });
-        Self { problem, codes: codes.collect(), levels, query: &inputs.query, key: &inputs.key, plan, value_dim }
+        Self { problem, codes: codes.collect(), levels, query: &inputs.query, key: &inputs.key, plan, ranking, value_dim }
     }
 
     /// Calls `body` with every range of queries of every flat head, whose plan and coarse state are then in the scratch.
@@ -187,7 +189,7 @@ impl<'a, E: Element> Pass<'a, E> {
     /// What the blocks of a level are ranked by for a flat head, if not by their means.
     fn ranked(&self, index: usize, head: usize) -> Option<RankedBlocks<'_, E>> {
         let (level, below) = (&self.levels[index], self.levels.get(index + 1));
-        let means = level.means.as_ref().filter(|_| self.problem.score == Score::Max)?;
+        let means = level.means.as_ref().filter(|_| self.ranking)?;
         let group = level.batch.group(head);
         Some(RankedBlocks {
             members: Members::of_group(level, below, self.key, group),
@@ -204,12 +206,12 @@ impl<'a, E: Element> Pass<'a, E> {
         for (level, of_range) in self.levels.iter().zip(&mut scratch.levels) {
             of_range.see(level, head, range, |_| false);
         }
-        if selecting && self.problem.score == Score::Max {
+        if self.ranking {
             scratch.codes.encode(self.problem, &rows, range);
         }
         for (index, level) in self.levels.iter().enumerate() {
             let ranked = self.ranked(index, head);
-            let ranked = ranked.as_ref().filter(|_| selecting).map(|ranked| (ranked, &scratch.codes));
+            let ranked = ranked.as_ref().map(|ranked| (ranked, &scratch.codes));
             let segment = level.batch.segment(head);
             let source = CoarseSource::new(level.problem, &level.batch, level.means.as_ref(), head, selecting);
             let width = level.problem.plan_width(segment);

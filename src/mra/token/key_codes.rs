@@ -1,5 +1,5 @@
-//! The members of a block, its keys or, above the finest level, the means of the blocks that it consists of, as 8-bit codes of what they
-//! differ from its mean: what blocks are ranked by where `score` is the largest logit (docs/definitions.md, sections 4.1 and 5).
+//! 8-bit codes of what the members of a block differ from its mean, by which blocks are ranked where `score` is the largest logit
+//! (docs/definitions.md, sections 4.1 and 5).
 
 use super::levels::TokenLevel;
 use super::members::{Members, most_members};
@@ -75,7 +75,8 @@ impl<T: Scalar> KeyCodes<T> {
         }
     }
 
-    /// Those of every block of a level, by its flat index; `None` where so few queries choose that fewer blocks are candidates.
+    /// Those of every block of a level, by its flat index; `None` where so few queries choose that fewer blocks are candidates, or
+    /// none since all blocks are taken.
     /// `below` is the level of the blocks that a block consists of, if it is not the finest one.
     pub(crate) fn of_all<E: Element<Compute = T>>(
         level: &TokenLevel<'_, T>,
@@ -83,11 +84,11 @@ impl<T: Scalar> KeyCodes<T> {
         key: &Tensor<'_, E>,
     ) -> Option<Self> {
         let TokenLevel { problem, batch, means } = level;
-        let means = means.as_ref()?;
+        let means = means.as_ref().filter(|_| !problem.budget.is_everything())?;
         let candidates = |group: usize| {
             let segment = batch.segment_of_group(group);
             let queries = segment.rows.tokens().len() * batch.heads_of(group).len();
-            queries.saturating_mul(CANDIDATES * problem.plan_width(segment))
+            queries.saturating_mul(CANDIDATES.saturating_mul(problem.plan_width(segment)))
         };
         if (0..batch.groups()).map(candidates).fold(0, usize::saturating_add) < batch.columns() {
             return None;

@@ -6,8 +6,8 @@
 //! for each range of queries of a head:                                                  forward
 //!     for each tile of queries:                                                          coarse, mra::select
 //!         c_tj = scale <q_t, kh_j>              one row for each open block, one lane for each query
-//!         plan_t = forced blocks, and those with the largest c_tj, or the largest         rank, key_codes
-//!                  estimate of the logit of a key; cut ones are exact without it
+//!         plan_t = forced blocks, and those with the largest c_tj, or the largest         rank, key_codes, members
+//!                  estimate of the logit of a member; cut ones are exact without it
 //!         state_t = softmax over the c_tj of all other open blocks, + ln count_j         full mode
 //!     for each level of smaller blocks, if there are several:                             refine
 //!         sort the blocks that queries have refined above by block                       queries_of_block
