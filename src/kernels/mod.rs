@@ -43,7 +43,7 @@ pub(crate) use gemm::{Gemm, Init};
 pub(crate) use guarded::product;
 pub(crate) use largest::{AllFinite, Largest};
 pub(crate) use matrix::{Matrix, MatrixMut};
-pub(crate) use pack::{NarrowScaled, pack_rows, pack_transposed};
+pub(crate) use pack::{NarrowScaled, NarrowSum, pack_rows, pack_transposed};
 pub(crate) use pool::AddRows;
 pub(crate) use row_product::RowProduct;
 pub(crate) use softcap::Softcap;

@@ -91,6 +91,31 @@ impl<E: Element> Kernel<E::Compute> for NarrowScaled<'_, E> {
     }
 }
 
+/// Writes the sums of some numbers and a multiple of others as tensors store them.
+pub(crate) struct NarrowSum<'a, E: Element> {
+    pub(crate) sums: &'a [E::Compute],
+    /// A factor and at least as many numbers.
+    pub(crate) share: Option<(E::Compute, &'a [E::Compute])>,
+    /// Scratch for as many, if they are to be narrowed.
+    pub(crate) line: &'a mut [E::Compute],
+    /// As many.
+    pub(crate) to: &'a mut [E],
+}
+
+impl<E: Element> Kernel<E::Compute> for NarrowSum<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<E::Compute>>(self, _: S) {
+        let Some((factor, others)) = self.share else { return E::narrow(self.sums, self.to) };
+        let line = &mut self.line[..self.sums.len()];
+        for ((x, &sum), &other) in line.iter_mut().zip(self.sums).zip(others) {
+            *x = sum + factor * other;
+        }
+        E::narrow(line, self.to);
+    }
+}
+
 /// Writes each of `rows` as a row of `to`; channels beyond the row's own become 0.
 pub(crate) fn pack_rows<'a, E: Element>(rows: impl ExactSizeIterator<Item = &'a [E]>, to: &mut MatrixMut<'_, E::Compute>) {
     let (columns, stride) = (to.cols, to.stride);

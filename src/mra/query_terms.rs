@@ -4,8 +4,8 @@ use super::attend::{KeySums, QueryTerms};
 use super::inputs::{Gradients, Saved};
 use super::problem::{Batch, Problem};
 use crate::exec::{Buffer, Chunks, threads};
-use crate::kernels::RowProduct;
-use crate::simd::{Element, Scalar};
+use crate::kernels::{NarrowSum, RowProduct};
+use crate::simd::{Element, Level, Scalar};
 
 /// Lse and delta of every query, at the flat index of its batch item, head and token.
 pub(crate) fn query_terms<E: Element>(problem: &Problem<'_>, saved: &Saved<'_, E>) -> Vec<QueryTerms<E::Compute>> {
@@ -64,14 +64,16 @@ pub(crate) fn sink_gradients<T: Scalar>(problem: &Problem<'_>, terms: &[QueryTer
 }
 
 /// Adds a token's share of its block's pooled gradient and writes the sum.
-pub(crate) fn finish<E: Element>(row: &mut [E::Compute], pooled: Option<&[E::Compute]>, count: usize, to: &mut [E]) {
-    if let Some(pooled) = pooled {
-        let share = E::Compute::from_f64(1.0 / count as f64);
-        for (x, &p) in row.iter_mut().zip(pooled) {
-            *x += share * p;
-        }
-    }
-    E::narrow(row, to);
+pub(crate) fn finish<E: Element>(
+    level: Level,
+    sums: &[E::Compute],
+    pooled: Option<&[E::Compute]>,
+    count: usize,
+    line: &mut [E::Compute],
+    to: &mut [E],
+) {
+    let share = pooled.map(|pooled| (E::Compute::from_f64(1.0 / count as f64), pooled));
+    E::Compute::run(level, NarrowSum { sums, share, line, to });
 }
 
 /// What there is of keys and of values.
@@ -110,9 +112,8 @@ pub(crate) unsafe fn finish_keys<E: Element>(
             let row = &sums_of_all[(number - sums.first) * width..][..channels];
             for start in (0..channels).step_by(line.len()) {
                 let part = start..(start + line.len()).min(channels);
-                let line = &mut line[..part.len()];
-                line.copy_from_slice(&row[part.clone()]);
-                finish(line, pooled.map(|pooled| &pooled[part.clone()]), count, &mut to[part]);
+                let pooled = pooled.map(|pooled| &pooled[part.clone()]);
+                finish(problem.level, &row[part.clone()], pooled, count, &mut line, &mut to[part]);
             }
         }
     }

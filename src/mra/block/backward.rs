@@ -68,6 +68,7 @@ pub(super) struct Buffers<T> {
     pub(super) tile: GradientTile<T>,
     pub(super) keys: KeyBatch<T>,
     pub(super) bias: BiasTile<T>,
+    pub(super) line: Buffer<T>,
 }
 
 /// What coarse blocks to first order add to the gradients of a block of queries.
@@ -181,7 +182,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             let (key_width, value_width) = (buffers.tile.key_width, buffers.tile.value_width);
             (buffers, Buffer::scratch(problem.block_size * key_width), Buffer::scratch(problem.block_size * value_width))
         };
-        threads::for_each(threads, self.batch.columns(), scratch, |(Buffers { tile, keys, bias }, dk, dv), task| {
+        threads::for_each(threads, self.batch.columns(), scratch, |(Buffers { tile, keys, bias, .. }, dk, dv), task| {
             let (group, block) = self.batch.column_at(task);
             tile.set_biased(self.batch.segment_of_group(group).is_biased());
             let source = tile.source(self.source(group));
@@ -229,6 +230,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             tile: GradientTile::for_tensors::<E>(self.problem, columns, self.value_dim),
             keys: KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim),
             bias: BiasTile::new(self.problem, columns),
+            line: Buffer::scratch(self.problem.head_dim),
         }
     }
 
@@ -266,7 +268,7 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         of_coarse: Option<RowStart<'_, E::Compute>>,
         mut sums: Option<&mut KeySums<'_, E::Compute>>,
     ) {
-        let Buffers { tile, keys, bias } = buffers;
+        let (Buffers { tile, keys, bias, line }, after) = (buffers, self.batch.segment(head).rows.count(i));
         let (item, head_of_item) = self.batch.item_and_head(head);
         let segment = self.batch.segment(head);
         let rows = &segment.rows;
@@ -276,10 +278,13 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
                 unsafe { self.gradients.query.row_mut(item, head_of_item, token) }.fill(E::default());
             }
         }
-        // SAFETY: the caller's.
-        unsafe { self.prefetch(head, i) };
         for queries in tiles(rows.numbers(i)) {
             self.start(head, queries.clone(), tile);
+            for number in queries.clone() {
+                // To write a line that is far waits for it, too.
+                // SAFETY: the caller's.
+                prefetch_far(unsafe { self.gradients.query.row_mut(item, head_of_item, rows.token(number)) });
+            }
             if let Some(RowStart { dq, .. }) = &of_coarse {
                 let (first, len) = (queries.start - rows.start(i), queries.len() * tile.key_width);
                 tile.dq[..len].copy_from_slice(&dq[first * tile.key_width..][..len]);
@@ -293,31 +298,24 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
             let of_mean = of_coarse.as_ref().map(|of_coarse| of_coarse.mean);
             let pooled = of_mean.or_else(|| self.coarse.as_ref().map(|coarse| coarse.dq(self.batch, head, i)));
             for (query, number) in queries.enumerate() {
-                let row = &mut tile.dq[query * tile.key_width..][..self.problem.head_dim];
+                let row = &tile.dq[query * tile.key_width..][..self.problem.head_dim];
                 let token = rows.token(number);
+                self.prefetch_query(head, number + after);
                 // SAFETY: the caller's.
                 let to = unsafe { self.gradients.query.row_mut(item, head_of_item, token) };
-                finish(row, pooled.filter(|_| segment.queries.counts(token)), segment.queries.count(i), to);
+                let pooled = pooled.filter(|_| segment.queries.counts(token));
+                finish(self.problem.level, row, pooled, segment.queries.count(i), line, to);
             }
         }
     }
 
-    /// Prefetches where the gradients of a block of queries go, and what is read of the next block, which this thread probably has next.
-    ///
-    /// # Safety
-    /// - As [`Self::row`].
-    unsafe fn prefetch(&self, head: usize, i: usize) {
+    /// Prefetches what is read of a query of the next block, which this thread probably has next, if there is one with this number.
+    fn prefetch_query(&self, head: usize, number: usize) {
         let ((item, head_of_item), rows) = (self.batch.item_and_head(head), &self.batch.segment(head).rows);
-        for token in rows.range(i) {
-            // SAFETY: the caller's.
-            prefetch_far(unsafe { self.gradients.query.row_mut(item, head_of_item, token) });
-        }
-        if i + 1 < rows.len() {
-            let (query, grad) = (self.inputs.query.head(item, head_of_item), self.grad_out.head(item, head_of_item));
-            for token in rows.range(i + 1) {
-                prefetch_far(query.row(token));
-                prefetch_far(grad.row(token));
-            }
+        if number < rows.total() {
+            let token = rows.token(number);
+            prefetch_far(self.inputs.query.head(item, head_of_item).row(token));
+            prefetch_far(self.grad_out.head(item, head_of_item).row(token));
         }
     }
 

@@ -88,7 +88,7 @@ impl<'a, 'g, E: Element> BiasPass<'a, 'g, E> {
         head: usize,
         i: usize,
         queries: Range<usize>,
-        Buffers { tile, keys, bias }: &mut Buffers<E::Compute>,
+        Buffers { tile, keys, bias, .. }: &mut Buffers<E::Compute>,
         sums: &mut BiasSums<'_>,
     ) {
         let Pass { problem, batch, .. } = self.exact;

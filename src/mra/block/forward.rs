@@ -10,8 +10,8 @@ use crate::exec::{TensorMut, threads};
 use crate::kernels::Stream;
 use crate::mra::attend::{Attend, BiasTile, KeyBatch, KeySource, StartState, TILE_QUERIES, tile_columns, tiles};
 use crate::mra::inputs::Inputs;
-use crate::mra::problem::{Batch, Form, Mode, Problem};
-use crate::mra::pyramid::{BlockLevel, LevelMeans, Pooled, Pyramid, Side};
+use crate::mra::problem::{Batch, Mode, Problem};
+use crate::mra::pyramid::{LevelMeans, Pooled, Pyramid, Side};
 use crate::mra::select::{BlockPlan, select_rows, select_rows_then};
 use crate::simd::{Element, Scalar, prefetch_far};
 
@@ -53,7 +53,7 @@ pub(crate) fn forward_selecting<E: Element>(
         return Ok(());
     }
     if !problem.is_ladder() && batch.flat_heads() >= problem.threads {
-        return selecting_in_waves(problem, inputs, plan, out, lse);
+        return selecting_in_waves(problem, batch, inputs, plan, out, lse);
     }
     let (plan, coarse) = levels::choose_and_attend(problem, inputs, plan)?;
     exact(problem, batch, 0..batch.flat_heads(), inputs, &plan, coarse.as_ref(), out, lse);
@@ -64,18 +64,18 @@ pub(crate) fn forward_selecting<E: Element>(
 /// pooling when exact blocks are computed from them.
 fn selecting_in_waves<E: Element>(
     problem: &Problem<'_>,
+    batch: &Batch<'_>,
     inputs: &Inputs<'_, E>,
     bytes: &mut [u8],
     out: &TensorMut<'_, E>,
     lse: &TensorMut<'_, E::Compute>,
 ) -> Result<()> {
-    let (level, value) = (BlockLevel { problem, batch: Batch::new(problem, Form::Block) }, &inputs.value);
-    let (batch, value) = (&level.batch, (problem.mode == Mode::Full).then_some(value));
-    let mut means = LevelMeans::unset(&level, &inputs.query, &inputs.key, value);
+    let value = (problem.mode == Mode::Full).then_some(&inputs.value);
+    let mut means = LevelMeans::unset(problem, batch, &inputs.query, &inputs.key, value);
     let mut coarse = means.values.as_ref().map(|values| Coarse::unset(batch, values));
     let mut plan = BlockPlan::unread(batch);
     for groups in waves(problem, batch, inputs) {
-        means.pool(&level, &groups, &inputs.query, &inputs.key, value);
+        means.pool(problem, batch, &groups, &inputs.query, &inputs.key, value);
         let heads = batch.heads_of_all(&groups);
         if let (Some(coarse), Some(values)) = (&mut coarse, &means.values) {
             coarse.select(problem, batch, heads.clone(), &means.pyramid, values, bytes)?;
@@ -199,16 +199,16 @@ impl<E: Element> BlockRow<'_, E> {
                 }
             }
         }
-        self.prefetch_queries_after();
-        for token in rows.range(self.i) {
-            // To write a line that is not near waits for it, too.
-            // SAFETY: the caller's.
-            prefetch_far(unsafe { out.row_mut(item, head, token) });
-        }
         attend.set_biased(self.batch.segment(self.head).is_biased());
         let sink = self.problem.sink(item, head).map(E::Compute::from_f64);
         for (index, tile) in tiles(rows.numbers(self.i)).enumerate() {
-            let tokens = tile.clone().map(|number| queries.row(rows.token(number)));
+            let tokens = tile.clone().map(|number| {
+                let token = rows.token(number);
+                // To write a line that is far waits for it, too.
+                // SAFETY: the caller's.
+                prefetch_far(unsafe { out.row_mut(item, head, token) });
+                queries.row(token)
+            });
             match start {
                 Start::Nothing => attend.start(tokens, None),
                 Start::OfBlock(state) => attend.start(tokens, Some(state)),
@@ -222,20 +222,16 @@ impl<E: Element> BlockRow<'_, E> {
             let places = tile.clone().map(|number| rows.token(number) - first);
             attend.number_queries(Stream::Exact, self.batch.dropout_head(self.head), places);
             self.attend_to_selected(attend, keys, bias, &tile);
+            let after = rows.count(self.i);
             for (query, number) in tile.enumerate() {
                 let token = rows.token(number);
+                // This thread probably has the next block next. A few lines at a time: more would wait for each other.
+                if number + after < rows.total() {
+                    prefetch_far(queries.row(rows.token(number + after)));
+                }
                 // SAFETY: the caller's.
                 unsafe { attend.finish(query, sink, out.row_mut(item, head, token), &mut lse.row_mut(item, head, token)[0]) };
             }
-        }
-    }
-
-    /// Prefetches the queries of the next block, which this thread probably has next.
-    fn prefetch_queries_after(&self) {
-        let (item, head) = self.batch.item_and_head(self.head);
-        let (rows, queries) = (&self.batch.segment(self.head).rows, self.inputs.query.head(item, head));
-        if self.i + 1 < rows.len() {
-            rows.range(self.i + 1).for_each(|token| prefetch_far(queries.row(token)));
         }
     }
 

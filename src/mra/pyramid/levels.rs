@@ -30,7 +30,8 @@ pub(crate) struct LevelMeans<T> {
 impl<T: Scalar> LevelMeans<T> {
     /// Before they are written.
     pub(crate) fn unset<E: Element<Compute = T>>(
-        BlockLevel { problem, batch }: &BlockLevel<'_>,
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
         query: &Tensor<'_, E>,
         key: &Tensor<'_, E>,
         value: Option<&Tensor<'_, E>>,
@@ -43,7 +44,8 @@ impl<T: Scalar> LevelMeans<T> {
     /// Pools the tokens of some groups.
     pub(crate) fn pool<E: Element<Compute = T>>(
         &mut self,
-        BlockLevel { problem, batch }: &BlockLevel<'_>,
+        problem: &Problem<'_>,
+        batch: &Batch<'_>,
         groups: &Range<usize>,
         query: &Tensor<'_, E>,
         key: &Tensor<'_, E>,
@@ -67,8 +69,8 @@ impl<T: Scalar> LevelMeans<T> {
     ) -> Vec<Self> {
         let Some((finest, coarser)) = levels.split_last() else { return Vec::new() };
         let mut below = finest;
-        let mut means = vec![Self::unset(finest, query, key, value)];
-        means[0].pool(finest, &(0..finest.batch.groups()), query, key, value);
+        let mut means = vec![Self::unset(finest.problem, &finest.batch, query, key, value)];
+        means[0].pool(finest.problem, &finest.batch, &(0..finest.batch.groups()), query, key, value);
         for level in coarser.iter().rev() {
             let of_below = &means[means.len() - 1];
             let coarsen = |pooled: &Pooled<T>, side| pooled.coarsen(&level.batch, (below.problem, &below.batch), side);
