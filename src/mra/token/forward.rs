@@ -150,7 +150,7 @@ impl<'a, E: Element> Pass<'a, E> {
             lists: QueriesOfBlocks::default(),
             coarse: CoarseTile::new(coarsest.problem, &coarsest.batch, queries),
             refiners: self.levels[1..].iter().map(|level| Refiner::new(level.problem)).collect(),
-            exact: ExactBlock::new(problem),
+            exact: ExactBlock::new::<E>(problem, self.value_dim),
             keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
             queries: Buffer::scratch(0),
             state: State::new(queries, problem.padded::<E::Compute>(self.value_dim)),
