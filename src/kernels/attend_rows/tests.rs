@@ -85,6 +85,7 @@ impl Step {
             maximum: &mut self.maximum,
             sum: &mut self.sum,
             sums: MatrixMut::new(&mut self.sums, count, self.width, self.width + GAP),
+            weights: None,
             logits: &mut logits,
             ahead: Some([values; 2]),
         };

@@ -77,9 +77,14 @@ impl Bf16Logits {
         source: &KeySource<'_, E>,
         logits: &mut [f32],
     ) {
-        let columns = self.columns;
         batch.read_tokens(source, &mut self.tokens);
         let (keys, _) = source.all_bf16().expect("bfloat16");
+        self.multiply(keys, logits);
+    }
+
+    /// The logits of the rows of `keys` that the tokens name, one row for each of them.
+    fn multiply(&mut self, keys: Matrix<'_, bf16>, logits: &mut [f32]) {
+        let columns = self.columns;
         let queries = Matrix::new(&self.queries, self.pairs, 2 * columns, 2 * columns);
         let logits = MatrixMut::new(logits, self.tokens.len(), columns, columns);
         let Some(tmul) = &self.tmul else {
@@ -87,6 +92,18 @@ impl Bf16Logits {
         };
         let (init, room) = (TmulInit::Scaled(self.scale), &mut self.room[..]);
         tmul.run(TmulGemm { a: keys, a_rows: Some(&self.tokens), b: queries, c: logits, init, room });
+    }
+
+    /// As [`Self::compute`], of these rows of `keys`.
+    pub(crate) fn of_tokens(&mut self, keys: Matrix<'_, bf16>, tokens: &[u32], logits: &mut [f32]) {
+        self.tokens.clear();
+        self.tokens.extend_from_slice(tokens);
+        self.multiply(keys, logits);
+    }
+
+    /// Whether all products are those of tiles.
+    pub(crate) fn on_tiles(&self) -> bool {
+        self.tmul.is_some()
     }
 
     /// Writes rows, in their order, in pairs: a column for each channel, of which there are `width` with those that are 0.

@@ -8,12 +8,14 @@ mod key_batch;
 mod tile;
 mod tmul_gradient;
 
-use bf16::{Bf16Logits, Bf16Products};
+pub(crate) use bf16::Bf16Logits;
+use bf16::Bf16Products;
 pub(crate) use bias_tile::BiasTile;
 pub(crate) use dropout::DropoutTile;
 pub(crate) use gradient_tile::{GradientTile, KeySums, QueryTerms};
 pub(crate) use key_batch::{KeyBatch, KeySource, PartView};
 pub(crate) use tile::{TILE_QUERIES, coarse_tile_columns, nth_tile, tile_columns, tiles};
+pub(crate) use tmul_gradient::TmulGradient;
 
 use super::problem::Problem;
 use crate::exec::Buffer;
@@ -288,6 +290,6 @@ fn factor_and_lse<T: Scalar>(maximum: T, sum: T, sink: Option<T>) -> (Option<T>,
 }
 
 /// Numbers, where the compute type is known to be float32: bfloat16 has no other.
-fn float32<T: Scalar>(numbers: &mut [T]) -> &mut [f32] {
+pub(crate) fn float32<T: Scalar>(numbers: &mut [T]) -> &mut [f32] {
     T::as_float32(numbers).expect("the compute type of bfloat16")
 }

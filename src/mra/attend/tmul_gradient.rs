@@ -18,7 +18,7 @@ use crate::mra::problem::Problem;
 use crate::simd::{Element, Scalar, TILE_DEPTH, TmulUnit};
 
 /// A tile of queries with the gradients of their outputs, packed, and the buffers of a step.
-pub(super) struct TmulGradient {
+pub(crate) struct TmulGradient {
     value_dim: usize,
     /// Of a key and of a value, rounded up to whole vectors.
     widths: [usize; 2],
@@ -39,7 +39,7 @@ pub(super) struct TmulGradient {
 
 impl TmulGradient {
     /// Buffers for tiles of at most `columns` queries.
-    pub(super) fn new(problem: &Problem<'_>, columns: usize, value_dim: usize) -> Self {
+    pub(crate) fn new(problem: &Problem<'_>, columns: usize, value_dim: usize) -> Self {
         let keys = KeyBatch::<f32>::capacity(problem).next_multiple_of(TILE_DEPTH);
         let (queries, widths) =
             (columns.next_multiple_of(TILE_DEPTH), [problem.head_dim, value_dim].map(|dim| problem.padded::<f32>(dim)));
@@ -57,7 +57,7 @@ impl TmulGradient {
     }
 
     /// Starts a tile of these queries with the gradients of their outputs, with this many lanes.
-    pub(super) fn start<'a, E: Element>(
+    pub(crate) fn start<'a, E: Element>(
         &mut self,
         logits: &Bf16Logits,
         queries: impl ExactSizeIterator<Item = &'a [E]>,
@@ -72,10 +72,9 @@ impl TmulGradient {
         logits.pack_all(grads, columns, &mut self.grads);
     }
 
-    /// The products of the values of a batch of keys and the gradients of outputs, one row for each key.
-    fn values_times_grads<E: Element>(&mut self, logits: &Bf16Logits, source: &KeySource<'_, E>, products: &mut [f32]) {
+    /// The products of the values of the keys of the logits and the gradients of outputs, one row for each key.
+    pub(crate) fn values_times_grads(&mut self, logits: &Bf16Logits, values: Matrix<'_, bf16>, products: &mut [f32]) {
         let (columns, tokens) = (self.columns, &logits.tokens);
-        let (_, values) = source.all_bf16().expect("bfloat16");
         unit(logits).run(TmulGemm {
             a: values,
             a_rows: Some(tokens),
@@ -88,7 +87,7 @@ impl TmulGradient {
 
     /// Adds to the gradients of keys (0) or values (1): `factors`, of which each key has a row, times rows of the queries or of their
     /// gradients. `places` says which rows lie together, and which row of `sums` is the first of them.
-    fn add_to_keys(
+    pub(crate) fn add_to_keys(
         &mut self,
         logits: &Bf16Logits,
         which: usize,
@@ -110,15 +109,14 @@ impl TmulGradient {
     }
 
     /// Adds to the gradients of the queries, a row for each of them: the gradients of their logits times the keys.
-    fn add_to_queries<E: Element>(
+    pub(crate) fn add_to_queries(
         &mut self,
         logits: &Bf16Logits,
-        source: &KeySource<'_, E>,
+        (keys, tokens): (Matrix<'_, bf16>, &[u32]),
         gradients: &[f32],
         sums: MatrixMut<'_, f32>,
     ) {
-        let (columns, tokens) = (self.columns, &logits.tokens);
-        let (keys, _) = source.all_bf16().expect("bfloat16");
+        let columns = self.columns;
         let b = logits.zip(keys, tokens, self.widths[0], &mut self.keys);
         let deep = 2 * b.rows;
         let from = Matrix::new(gradients, tokens.len(), columns, columns);
@@ -143,8 +141,9 @@ impl<T: Scalar> GradientTile<T> {
         adjust: impl FnOnce(&mut [T], usize),
     ) {
         let (Some(logits), Some(tmul)) = (&mut self.bf16, &mut self.tmul) else { unreachable!("a level with tiles") };
+        let (keys, values) = source.all_bf16().expect("bfloat16");
         logits.compute(batch, source, float32(&mut self.weights));
-        tmul.values_times_grads(logits, source, float32(&mut self.gradients));
+        tmul.values_times_grads(logits, values, float32(&mut self.gradients));
         // Lanes without a query are multiplied by 0, as those of idle ones.
         self.guard = (self.count < self.columns || self.any_idle()) && !all_finite(source, batch);
         self.finish_gradients(batch, source, adjust);
@@ -160,7 +159,12 @@ impl<T: Scalar> GradientTile<T> {
         }
         let (width, count) = (self.key_width, self.count);
         let before = if self.guard { self.dq[..count * width].to_vec() } else { Vec::new() };
-        tmul.add_to_queries(logits, source, gradients, MatrixMut::new(float32(&mut self.dq), count, width, width));
+        tmul.add_to_queries(
+            logits,
+            (keys, &logits.tokens),
+            gradients,
+            MatrixMut::new(float32(&mut self.dq), count, width, width),
+        );
         if self.guard {
             for query in (0..count).filter(|&query| self.idle[query]) {
                 let row = query * width..(query + 1) * width;

@@ -74,7 +74,11 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let columns = problem.padded::<E::Compute>(TILE_QUERIES);
         let children = self.levels.iter().filter_map(|level| level.problem.children()).max().unwrap_or(0);
         Scratch {
-            tiles: self.levels.iter().map(|level| GradientTile::new(level.problem, queries, self.value_dim)).collect(),
+            tiles: self
+                .levels
+                .iter()
+                .map(|level| GradientTile::for_tensors::<E>(level.problem, queries, self.value_dim))
+                .collect(),
             rows: RangeRows::new(queries, key_width, value_width),
             keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
             lists: QueriesOfBlocks::default(),
@@ -171,7 +175,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         head: usize,
         tokens: &Range<usize>,
         scratch: &mut Scratch<'a, E::Compute>,
-        mut then: impl FnMut(usize, &RangeRows<E::Compute>, &GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
+        mut then: impl FnMut(usize, &RangeRows<E::Compute>, &mut GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
     ) {
         let Scratch { tiles, rows, lists, child_bias, levels, numbers, .. } = scratch;
         for (index, tile) in tiles.iter_mut().enumerate() {
@@ -213,7 +217,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         lists: &QueriesOfBlocks,
         place: usize,
         (tile, bias): (&mut GradientTile<E::Compute>, &mut BiasColumns<E::Compute>),
-        mut then: impl FnMut(&GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
+        mut then: impl FnMut(&mut GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
     ) {
         let TokenLevel { problem, batch, means } = &self.levels[range.index];
         let (segment, group, (_, head)) = (range.segment, batch.group(range.head), batch.item_and_head(range.head));
@@ -231,13 +235,14 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let finite = self.finite_means[range.index][column + blocks.start..column + blocks.end].iter().all(|&finite| finite);
         for queries in queries.chunks(TILE_QUERIES) {
             let guard = !(finite && rows.are_finite(queries));
-            tile.start(rows, queries, Stream::Coarse, range.place);
+            tile.start(rows, queries, Stream::Coarse, range.place, guard);
             let of_children = KeyRows {
                 keys: matrix(&keys, blocks.clone()),
                 values: matrix(&values, blocks.clone()),
                 first: blocks.start,
                 names: &names,
                 guard,
+                bf16: None,
             };
             tile.differentiate(of_children, |logits, columns| {
                 let read = |query: usize, biases: &mut [E::Compute]| {
@@ -259,7 +264,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         numbers: &[u32],
         blocks: &Range<usize>,
         tile: &mut GradientTile<E::Compute>,
-        mut then: impl FnMut(&GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
+        mut then: impl FnMut(&mut GradientTile<E::Compute>, &[u32], KeyRows<'_, E::Compute>),
     ) {
         let TokenLevel { problem, batch, means } = &self.levels[range.index];
         let (segment, group, (_, head)) = (range.segment, batch.group(range.head), batch.item_and_head(range.head));
@@ -281,7 +286,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
             let column = batch.column(group, 0);
             let finite_means = &self.finite_means[range.index][column + visible.start..column + visible.end];
             let guard = !(rows.are_finite(numbers) && finite_means.iter().all(|&finite| finite));
-            tile.start(rows, numbers, Stream::Coarse, range.place);
+            tile.start(rows, numbers, Stream::Coarse, range.place, guard);
             for_steps(&visible, |part| {
                 let names: Vec<u32> = part.clone().filter(|_| dropping).map(block_name).collect();
                 let of_part = KeyRows {
@@ -290,6 +295,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
                     first: part.start,
                     names: &names,
                     guard,
+                    bf16: None,
                 };
                 tile.differentiate(of_part, |logits, columns| {
                     add_mean_distances(problem, segment, head, &tokens, &part, logits, columns);
@@ -313,7 +319,7 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         place: usize,
         source: &KeySource<'_, E>,
         BlockBuffers { tile, keys, bias }: BlockBuffers<'_, E::Compute>,
-        mut then: impl FnMut(&GradientTile<E::Compute>, &QueryTile<'_>, KeyRows<'_, E::Compute>),
+        mut then: impl FnMut(&mut GradientTile<E::Compute>, &QueryTile<'_>, KeyRows<'_, E::Compute>),
     ) {
         let numbers = source.numbers(lists.present()[place]);
         keys.clear();
@@ -323,13 +329,16 @@ impl<'a, E: Element> Pass<'a, '_, E> {
         let names: Vec<u32> = numbers.clone().filter(|_| dropping).map(|number| dropout_key(source, number)).collect();
         let finite = |matrix: Matrix<'_, E::Compute>| E::Compute::run(self.problem.level, AllFinite(matrix));
         let mut keys_are_finite = None;
+        #[allow(clippy::cast_possible_truncation, reason = "tokens have 32 bits where there are tiles")]
+        let tokens: Vec<u32> = numbers.clone().filter(|_| tile.on_tiles()).map(|number| source.token(number) as u32).collect();
+        let bf16 = source.all_bf16().filter(|_| tile.on_tiles()).map(|(keys, values)| (keys, values, &tokens[..]));
         for_query_tiles(lists, place, |queries| {
             // Gradient 0 times a key or a query that is not finite would be NaN.
             let guard = queries.partly
                 && !(rows.are_finite(queries.queries)
                     && *keys_are_finite.get_or_insert_with(|| finite(part.keys) && finite(part.values)));
-            tile.start(rows, queries.queries, Stream::Exact, range.place);
-            let of_block = KeyRows { keys: part.keys, values: part.values, first: numbers.start, names: &names, guard };
+            tile.start(rows, queries.queries, Stream::Exact, range.place, guard);
+            let of_block = KeyRows { keys: part.keys, values: part.values, first: numbers.start, names: &names, guard, bf16 };
             tile.differentiate(of_block, |logits, columns| {
                 if queries.partly || range.viewer.is_biased() {
                     let seen = queries

@@ -158,7 +158,7 @@ impl<'a, E: Element> Pass<'a, E> {
             codes: QueryCodes::new(problem),
             coarse: CoarseTile::new(coarsest.problem, &coarsest.batch, members(0), queries),
             refiners: (1..self.levels.len()).map(|index| Refiner::new(self.levels[index].problem, members(index))).collect(),
-            exact: ExactBlock::new(problem),
+            exact: ExactBlock::new::<E>(problem, self.value_dim),
             keys: KeyBatch::new(problem, problem.head_dim, self.value_dim),
             queries: Buffer::scratch(0),
             state: State::new(queries, problem.padded::<E::Compute>(self.value_dim)),

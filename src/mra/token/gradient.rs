@@ -9,24 +9,28 @@
 //! The rows of queries, of the gradients of their outputs and of dq are read and written where they lie in the range. Every sum
 //! runs over keys or queries in the same order and in the same pieces, whether dq or dk and dv are wanted, or all of them.
 
+use half::bf16;
+
 use super::coarse::STEP_BLOCKS;
 use crate::exec::Buffer;
 use crate::kernels::{
     AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Softcap, Stream, pack_rows, pack_transposed, product,
 };
-use crate::mra::attend::{DropoutTile, KeySums, QueryTerms, TILE_QUERIES};
+use crate::mra::attend::{Bf16Logits, DropoutTile, KeySums, QueryTerms, TILE_QUERIES, TmulGradient, float32};
 use crate::mra::problem::Problem;
 use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
 
 /// The queries of a range, in the type that is computed with, in rows of whole vectors.
 pub(crate) struct RangeRows<T> {
-    queries: Buffer<T>,
-    grads: Buffer<T>,
-    terms: Vec<QueryTerms<T>>,
+    pub(super) queries: Buffer<T>,
+    pub(super) grads: Buffer<T>,
+    pub(super) terms: Vec<QueryTerms<T>>,
     /// Whether all numbers of a row are finite.
-    finite: Vec<bool>,
-    key_width: usize,
-    value_width: usize,
+    pub(super) finite: Vec<bool>,
+    /// Queries and gradients as they are stored, if they are bfloat16.
+    pub(super) bf16: [Buffer<bf16>; 2],
+    pub(super) key_width: usize,
+    pub(super) value_width: usize,
 }
 
 impl<T: Scalar> RangeRows<T> {
@@ -36,6 +40,7 @@ impl<T: Scalar> RangeRows<T> {
             grads: Buffer::scratch(queries * value_width),
             terms: Vec::with_capacity(queries),
             finite: Vec::with_capacity(queries),
+            bf16: [Buffer::scratch(0), Buffer::scratch(0)],
             key_width,
             value_width,
         }
@@ -54,6 +59,9 @@ impl<T: Scalar> RangeRows<T> {
         for &number in numbers {
             let number = number as usize;
             let (row, grad, terms) = query(number);
+            if let (Some(row), Some(grad)) = (E::as_bf16(row), E::as_bf16(grad)) {
+                self.store([row, grad], number, len, terms.idle);
+            }
             let (row, grad) = if terms.idle { (&[][..], &[][..]) } else { (row, grad) };
             let to = &mut self.queries[number * self.key_width..][..self.key_width];
             pack_rows([row].into_iter(), &mut MatrixMut::new(to, 1, self.key_width, self.key_width));
@@ -71,36 +79,49 @@ impl<T: Scalar> RangeRows<T> {
         }
     }
 
+    /// Copies the rows of a query of `len` as they are stored, or zeros.
+    fn store(&mut self, rows: [&[bf16]; 2], number: usize, len: usize, idle: bool) {
+        for (to, row) in self.bf16.iter_mut().zip(rows) {
+            if to.len() < len * row.len() {
+                *to = Buffer::scratch(len * row.len());
+            }
+            let to = &mut to[number * row.len()..][..row.len()];
+            if idle { to.fill(bf16::ZERO) } else { to.copy_from_slice(row) }
+        }
+    }
+
     /// Whether all numbers of these queries are finite.
     pub(crate) fn are_finite(&self, queries: &[u32]) -> bool {
         queries.iter().all(|&query| self.finite[query as usize])
     }
 
-    fn matrix<'a>(&self, buffer: &'a Buffer<T>, width: usize) -> Matrix<'a, T> {
+    pub(super) fn matrix<'a>(&self, buffer: &'a Buffer<T>, width: usize) -> Matrix<'a, T> {
         Matrix::new(buffer, self.terms.len(), width, width)
     }
 }
 
 /// The buffers of a tile of queries.
 pub(crate) struct GradientTile<T> {
-    level: Level,
+    pub(super) level: Level,
     scale: T,
     /// What the gradients of the logits are multiplied by: the scale, for the gradients of queries and keys.
     factor: T,
-    head_dim: usize,
-    value_dim: usize,
-    columns: usize,
+    pub(super) head_dim: usize,
+    pub(super) value_dim: usize,
+    pub(super) columns: usize,
     packed_queries: Buffer<T>,
     packed_grads: Buffer<T>,
     lines: Buffer<T>,
     lse: Buffer<T>,
     delta: Buffer<T>,
-    weights: Buffer<T>,
-    gradients: Buffer<T>,
+    pub(super) weights: Buffer<T>,
+    pub(super) gradients: Buffer<T>,
     softcap: Option<T>,
     /// The derivatives of capped logits, if the gradients are to be multiplied by them.
     slopes: Buffer<T>,
     dropped: Option<DropoutTile>,
+    /// The products of exact pairs, where they are those of tiles, and what they add to dq.
+    pub(super) tmul: Option<(Bf16Logits, TmulGradient, Buffer<T>)>,
 }
 
 /// Keys, or pooled ones, and what is to be done with them.
@@ -114,6 +135,8 @@ pub(crate) struct KeyRows<'a, T> {
     pub(crate) names: &'a [u32],
     /// Whether a weight of 0 hides even a NaN.
     pub(crate) guard: bool,
+    /// Keys and values as they are stored, and their tokens, where products are those of tiles.
+    pub(crate) bf16: Option<(Matrix<'a, bf16>, Matrix<'a, bf16>, &'a [u32])>,
 }
 
 impl<T: Scalar> GradientTile<T> {
@@ -138,7 +161,24 @@ impl<T: Scalar> GradientTile<T> {
             softcap: problem.softcap.map(T::from_f64),
             slopes: Buffer::scratch(if problem.softcap.is_some() { keys * columns } else { 0 }),
             dropped: problem.dropout.map(DropoutTile::new),
+            tmul: None,
         }
+    }
+
+    /// As [`Self::new`], for tensors of `E` alone, of which exact pairs may be multiplied on tiles.
+    pub(crate) fn for_tensors<E: Element<Compute = T>>(problem: &Problem<'_>, queries: usize, value_dim: usize) -> Self {
+        let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
+        let logits = Bf16Logits::new::<E>(problem, columns).filter(Bf16Logits::on_tiles);
+        let tmul = logits.map(|logits| {
+            let dq = Buffer::scratch(columns * problem.padded::<T>(problem.head_dim));
+            (logits, TmulGradient::new(problem, columns, value_dim), dq)
+        });
+        Self { tmul, ..Self::new(problem, queries, value_dim) }
+    }
+
+    /// Whether exact pairs are multiplied on tiles.
+    pub(crate) fn on_tiles(&self) -> bool {
+        self.tmul.is_some()
     }
 
     /// A tile whose [`Self::gradients`] are those of the logits themselves.
@@ -158,11 +198,24 @@ impl<T: Scalar> GradientTile<T> {
         }
     }
 
-    /// Starts a tile of these queries of a range. `place` is what dropout calls the head and the first token of the range.
-    pub(crate) fn start(&mut self, rows: &RangeRows<T>, queries: &[u32], stream: Stream, place: (usize, usize)) {
+    /// Starts a tile of these queries of a range. `place` is what dropout calls the head and the first token of the range; `guard` as in
+    /// [`KeyRows`].
+    pub(crate) fn start(&mut self, rows: &RangeRows<T>, queries: &[u32], stream: Stream, place: (usize, usize), guard: bool) {
         self.columns = queries.len().next_multiple_of(T::lanes(self.level));
         if let Some(dropped) = &mut self.dropped {
             dropped.start(stream, place.0, queries.iter().map(|&query| place.1 + query as usize), self.columns);
+        }
+        let columns = self.columns;
+        // A lane without a query has weights of 0.
+        self.lse[..columns].fill(T::INFINITY);
+        self.delta[..columns].fill(T::ZERO);
+        for (lane, &query) in queries.iter().enumerate() {
+            let terms = rows.terms[query as usize];
+            self.lse[lane] = terms.lse;
+            self.delta[lane] = terms.delta;
+        }
+        if stream == Stream::Exact && self.on_tiles() {
+            return self.start_on_tiles(rows, queries, guard);
         }
         let one = T::from_f64(1.0);
         let inputs = [
@@ -174,20 +227,13 @@ impl<T: Scalar> GradientTile<T> {
             let mut to = MatrixMut::new(to, channels, self.columns, self.columns);
             pack_transposed(self.level, from, factor, &mut self.lines, &mut to);
         }
-        self.lse[..self.columns].fill(T::ZERO);
-        self.delta[..self.columns].fill(T::ZERO);
-        for (lane, &query) in queries.iter().enumerate() {
-            let terms = rows.terms[query as usize];
-            self.lse[lane] = terms.lse;
-            self.delta[lane] = terms.delta;
-        }
     }
 
     /// Computes the weights of these keys and the gradients of their logits. `adjust` may change the logits beforehand: a row for
     /// each key, and lanes.
     pub(crate) fn differentiate(
         &mut self,
-        KeyRows { keys, values, names, guard, .. }: KeyRows<'_, T>,
+        KeyRows { keys, values, names, guard, bf16, .. }: KeyRows<'_, T>,
         adjust: impl FnOnce(&mut [T], usize),
     ) {
         let (count, columns) = (keys.rows, self.columns);
@@ -195,9 +241,15 @@ impl<T: Scalar> GradientTile<T> {
             (keys.columns(self.head_dim), &self.packed_queries, &mut self.weights),
             (values.columns(self.value_dim), &self.packed_grads, &mut self.gradients),
         ];
-        for (a, b, c) in products {
-            let (b, c) = (Matrix::new(b, a.cols, columns, columns), MatrixMut::new(c, count, columns, columns));
-            T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero, ahead: None });
+        if let (Some((logits, tmul, _)), Some((keys, values, tokens))) = (&mut self.tmul, bf16) {
+            let [(_, _, of_keys), (_, _, of_values)] = products;
+            logits.of_tokens(keys, tokens, float32(of_keys));
+            tmul.values_times_grads(logits, values, float32(of_values));
+        } else {
+            for (a, b, c) in products {
+                let (b, c) = (Matrix::new(b, a.cols, columns, columns), MatrixMut::new(c, count, columns, columns));
+                T::run(self.level, Gemm { a, a_transposed: false, b, b_rows: None, c, init: Init::Zero, ahead: None });
+            }
         }
         if let Some(cap) = self.softcap {
             let (logits, slopes) = (&mut self.weights[..count * columns], self.slopes.get_mut(..count * columns));
@@ -234,13 +286,16 @@ impl<T: Scalar> GradientTile<T> {
     /// Adds what these keys contribute once they are differentiated: to dq, a row of whole vectors for each query of the range, and to
     /// the gradients of keys and values from row `first` of the sums on.
     pub(crate) fn add(
-        &self,
+        &mut self,
         rows: &RangeRows<T>,
         queries: &[u32],
-        KeyRows { keys, first, guard, .. }: KeyRows<'_, T>,
+        of_keys @ KeyRows { keys, first, guard, .. }: KeyRows<'_, T>,
         sums: Option<&mut KeySums<'_, T>>,
         dq: Option<&mut Buffer<T>>,
     ) {
+        if of_keys.bf16.is_some() {
+            return self.add_on_tiles(rows, queries, of_keys, sums, dq);
+        }
         let (count, columns) = (keys.rows, self.columns);
         let of_queries = |buffer| Matrix::new(buffer, count, queries.len(), columns);
         if let Some(sums) = sums {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::coarse::State;
 use super::scaled::Scaled;
 use crate::exec::Buffer;
-use crate::kernels::{AttendRows, DotRows, MOST_QUERIES, Matrix, MatrixMut, Stream, Visible, pack_transposed};
+use crate::kernels::{AttendRows, DotRows, MOST_QUERIES, Matrix, MatrixMut, Stream, Visible, WeightRows, pack_transposed};
 use crate::mra::attend::DropoutTile;
 use crate::mra::problem::{Batch, Problem};
 use crate::simd::{Level, SQUARE, Scalar};
@@ -56,6 +56,8 @@ pub(crate) struct KeyBlock<T> {
     /// A row for each of some queries: what is added to its logits.
     bias: Buffer<T>,
     dropout: Option<DropoutTile>,
+    /// Weights, a row for each query of a step, and the factors of its sums, if values are multiplied elsewhere.
+    weights: Option<[Buffer<T>; 2]>,
 }
 
 impl<T: Scalar> KeyBlock<T> {
@@ -71,7 +73,19 @@ impl<T: Scalar> KeyBlock<T> {
             logits: Buffer::scratch(2 * MOST_QUERIES * columns),
             bias: Buffer::scratch(if biased { BIASED_QUERIES * keys } else { 0 }),
             dropout: problem.dropout.map(DropoutTile::new),
+            weights: None,
         }
+    }
+
+    /// As this, for steps of at most `queries` queries, of which the weights are kept and multiply no values.
+    pub(super) fn keeping_weights(self, queries: usize) -> Self {
+        let columns = self.logits.len() / (2 * MOST_QUERIES);
+        Self { weights: Some([queries * columns, queries].map(Buffer::scratch)), ..self }
+    }
+
+    /// The weights that were kept, a row for each query of the latest step, and the factors of their sums.
+    pub(super) fn weights(&mut self) -> Option<(&mut [T], &[T])> {
+        self.weights.as_mut().map(|[rows, factors]| (&mut rows[..], &factors[..]))
     }
 
     /// Columns of so many packed keys.
@@ -100,17 +114,19 @@ impl<T: Scalar> KeyBlock<T> {
         range: &RangeOfHead<'_, T>,
         at: &Keys<'_, T>,
         listed: &[u32],
+        given: Option<Given<'_, T>>,
         read: impl Fn(usize, &mut [T]),
         state: &mut State<T>,
     ) {
         let count = at.keys.rows;
         let mut bias = std::mem::replace(&mut self.bias, Buffer::scratch(0));
-        for listed in listed.chunks(BIASED_QUERIES) {
+        for (index, listed) in listed.chunks(BIASED_QUERIES).enumerate() {
+            let given = given.map(|(logits, places)| (logits, &places[index * BIASED_QUERIES..][..listed.len()]));
             for (row, &query) in bias.chunks_exact_mut(count).zip(listed) {
                 read(query as usize, row);
             }
             let biases = Matrix::new(&bias, listed.len(), count, count);
-            self.attend(range, at, listed, Visible::Biased(biases), None, state);
+            self.attend(range, at, listed, Visible::Biased(biases), given, state);
         }
         self.bias = bias;
     }
@@ -173,6 +189,10 @@ impl<T: Scalar> KeyBlock<T> {
                 maximum: &mut state.maximum,
                 sum: &mut state.sum,
                 sums: MatrixMut::new(&mut state.values, count, width, width),
+                weights: self
+                    .weights
+                    .as_mut()
+                    .map(|[rows, rescale]| WeightRows { rows: MatrixMut::new(rows, listed.len(), columns, columns), rescale }),
                 logits: &mut self.logits,
                 ahead: at.ahead,
             },

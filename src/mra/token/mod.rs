@@ -46,6 +46,9 @@ mod query_tile;
 mod rank;
 mod refine;
 mod scaled;
+mod tmul_exact;
+mod tmul_gradient;
+mod tmul_keys;
 mod visible_keys;
 
 pub(crate) use backward::{Pass, backward};

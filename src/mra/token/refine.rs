@@ -179,7 +179,7 @@ impl<T: Scalar> Refiner<T> {
             }
             self.tile.pack(&keys, range.queries);
             if finite {
-                self.tile.attend_biased(range, &at, &self.left, read, state);
+                self.tile.attend_biased(range, &at, &self.left, None, read, state);
             } else {
                 self.tile.attend_one_by_one(range, &at, &self.left, read, state);
             }

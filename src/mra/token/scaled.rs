@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::exec::Buffer;
 use crate::kernels::{Matrix, MatrixMut, pack_rows};
 use crate::mra::problem::Problem;
@@ -12,6 +14,8 @@ use crate::tensor::Rows;
 pub(crate) struct Scaled<'a, T> {
     pub(crate) rows: Matrix<'a, T>,
     pub(crate) key_factor: T,
+    /// The queries as they are stored, if they are bfloat16.
+    pub(crate) bf16: Option<Matrix<'a, bf16>>,
 }
 
 impl<'a, T: Scalar> Scaled<'a, T> {
@@ -29,8 +33,9 @@ impl<'a, T: Scalar> Scaled<'a, T> {
         let (count, channels) = (tokens.len(), problem.head_dim);
         let (data, stride) = rows.tail(tokens.start);
         let scale = T::from_f64(problem.scale);
+        let bf16 = E::as_bf16(data).map(|data| Matrix::new(data, count, channels, stride));
         if let Some(data) = E::as_compute(data).filter(|_| is_shrinking_power_of_two(problem.scale)) {
-            return Self { rows: Matrix::new(data, count, channels, stride), key_factor: scale };
+            return Self { rows: Matrix::new(data, count, channels, stride), key_factor: scale, bf16 };
         }
         if copy.len() < count * channels {
             *copy = Buffer::scratch(count * channels);
@@ -38,7 +43,7 @@ impl<'a, T: Scalar> Scaled<'a, T> {
         let rows = tokens.clone().map(|token| rows.row(token));
         pack_rows(rows, &mut MatrixMut::new(copy, count, channels, channels));
         copy[..count * channels].iter_mut().for_each(|x| *x = *x * scale);
-        Self { rows: Matrix::new(copy, count, channels, channels), key_factor: T::from_f64(1.0) }
+        Self { rows: Matrix::new(copy, count, channels, channels), key_factor: T::from_f64(1.0), bf16 }
     }
 }
 
