@@ -87,6 +87,20 @@ impl<'a> TokenLadder<'a> {
         refined
     }
 
+    /// Whether rounding decides what some 8-bit codes are: those of a block of two members of which one counts twice. Their differences from
+    /// the block's mean are as 1 to 2, so where the larger one has the code 127, the other one is the middle of two codes.
+    pub fn rounding_decides(&self) -> bool {
+        let levels = self.levels();
+        let segments: Vec<Vec<Segment>> = levels.iter().map(Attention::segments).collect();
+        levels.windows(2).zip(segments.windows(2)).any(|(levels, segments)| {
+            let children = levels[0].block_size / levels[1].block_size;
+            segments[1].iter().flat_map(|segment| segment.keys.chunks(children)).any(|members| {
+                let counts: Vec<usize> = members.iter().map(Vec::len).filter(|&count| count > 0).collect();
+                matches!(counts[..], [a, b] if a == 2 * b || b == 2 * a)
+            })
+        })
+    }
+
     /// `out` and `lse` of all queries.
     pub fn forward(&self, refined: &Refined) -> (Array4<f64>, Array3<f64>) {
         let (batch, heads, length, _) = self.attention.query.dim();
