@@ -118,3 +118,6 @@ fn finite_rows(from: Matrix<'_, bf16>, rows: &[u32]) -> Vec<bf16> {
     }
     to
 }
+
+#[cfg(test)]
+mod tests;
