@@ -154,7 +154,7 @@ impl Tile {
         let logit = dot(self.row(0, query), self.row(2, token), scale);
         let product = dot(self.row(1, query), self.row(3, token), 1.0);
         let weight = (logit.0 - lse).exp();
-        let relative = logit.1 + ROUNDOFF * ((logit.0 - lse).abs() + 2.0 * f64::from(MAX_ULPS));
+        let relative = logit.1 + ROUNDOFF * ((logit.0 - lse).abs() + 2.0 * MAX_ULPS);
         // What second-order terms add is less than a hundredth.
         let weight = Bounded(weight, 1.01 * weight * relative);
         let difference = Bounded(product.0 - delta, product.1 + ROUNDOFF * (product.0.abs() + delta.abs()));
