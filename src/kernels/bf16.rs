@@ -61,9 +61,17 @@ pub(super) fn assert_rows(rows: &[u32], count: usize) {
     assert!(rows.is_empty() || (largest as usize) < count, "row {largest} of {count}");
 }
 
+/// Whether there is no NaN and no infinity among these numbers.
+pub(crate) fn all_finite(numbers: &[bf16]) -> bool {
+    /// All of these bits are set in NaN and infinities alone.
+    const EXPONENT: u16 = 0x7f80;
+    // Without a way out of the loop it is one on vectors.
+    !numbers.iter().fold(false, |found, x| found | (x.to_bits() & EXPONENT == EXPONENT))
+}
+
 /// Pairs in a vector.
 #[inline(always)]
-fn lanes<S: DotBf16>() -> usize {
+pub(super) fn lanes<S: DotBf16>() -> usize {
     <S::Float as Simd<f32>>::LANES
 }
 

@@ -31,7 +31,7 @@ mod tmul;
 mod tmul_pack;
 
 pub(crate) use attend_rows::{AttendRows, MOST_QUERIES, Visible, WeightRows};
-pub(crate) use bf16::{AddValues, KeyDots};
+pub(crate) use bf16::{AddValues, KeyDots, all_finite};
 pub(crate) use bf16_pack::{RoundRows, ZipRows, pack_channel_pairs};
 pub(crate) use bias::{AddBias, AddDistances, Extend, ExtendMask, Positions};
 pub(crate) use block_softmax::{BlockSoftmax, BlockSoftmaxGradient};

@@ -11,7 +11,7 @@
 
 use half::bf16;
 
-use super::bf16::assert_rows;
+use super::bf16::{assert_rows, lanes};
 use super::{Matrix, MatrixMut};
 use crate::simd::{DotBf16, KernelTmul, Simd, TILE, TILE_DEPTH, TileProduct, Tmul};
 
@@ -184,7 +184,7 @@ unsafe fn scale<S: Tmul>(simd: S, to: *mut f32, stride: usize, width: usize, fac
             continue;
         }
         let factor = simd.splat(factor);
-        for column in (0..width).step_by(lanes(simd)) {
+        for column in (0..width).step_by(lanes::<S::Pairs>()) {
             // SAFETY: the caller's.
             unsafe {
                 let place = to.add(row * stride + column);
@@ -192,11 +192,6 @@ unsafe fn scale<S: Tmul>(simd: S, to: *mut f32, stride: usize, width: usize, fac
             }
         }
     }
-}
-
-#[inline(always)]
-fn lanes<S: Simd<f32>>(_: S) -> usize {
-    S::LANES
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::bf16::assert_rows;
+use super::bf16::{assert_rows, lanes};
 use super::{Matrix, MatrixMut};
 use crate::simd::{DotBf16, KernelTmul, Simd, Sum, TILE, TILE_DEPTH, Tmul};
 
@@ -36,7 +36,7 @@ impl KernelTmul for RoundColumns<'_, '_> {
                     };
                     for pair in 0..TILE {
                         let row = first + 2 * pair;
-                        for lane in (0..TILE).step_by(lanes::<S>()) {
+                        for lane in (0..TILE).step_by(lanes::<S::Pairs>()) {
                             let to = square.0.as_mut_ptr().add(2 * (TILE * pair + lane));
                             pairs.store_pairs(to, pairs.round(load(row, lane), load(row + 1, lane)));
                         }
@@ -65,14 +65,14 @@ impl KernelTmul for RoundLines<'_, '_> {
         assert_eq!(cols % TILE, 0, "columns are whole tiles");
         let float = simd.pairs().float();
         for row in 0..rows {
-            for column in (0..self.to.cols).step_by(2 * lanes::<S>()) {
+            for column in (0..self.to.cols).step_by(2 * lanes::<S::Pairs>()) {
                 // SAFETY: the assertions above, with those of the matrices, put what is read and written in bounds.
                 unsafe {
                     let load = |column: usize| {
                         let place = self.from.as_ptr().wrapping_add(row * stride + column);
                         if column < cols { float.load(place) } else { float.splat(0.0) }
                     };
-                    let vectors: [Sum<S::Pairs>; 2] = [load(column), load(column + lanes::<S>())];
+                    let vectors: [Sum<S::Pairs>; 2] = [load(column), load(column + lanes::<S::Pairs>())];
                     simd.store_rounded(self.to.as_mut_ptr().add(row * self.to.stride + column), vectors);
                 }
             }
@@ -121,9 +121,4 @@ impl KernelTmul for PackPairs<'_, '_> {
             }
         }
     }
-}
-
-#[inline(always)]
-fn lanes<S: Tmul>() -> usize {
-    <<S::Pairs as DotBf16>::Float as Simd<f32>>::LANES
 }

@@ -14,6 +14,8 @@ use super::bf16::Sum;
 use super::tmul::{KernelTmul, TILE, TileProduct, Tmul};
 use super::x86_bf16::Avx512Bf16;
 
+mod permission;
+
 /// Tiles, beside AVX-512 with products of bfloat16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Amx {
@@ -21,7 +23,7 @@ pub struct Amx {
 }
 
 impl Amx {
-    /// The token, if this CPU has the instructions and the operating system lets this process use them.
+    /// The token, if this CPU has the instructions and the operating system lets this process use them, which it is asked for.
     pub fn detect() -> Option<Self> {
         let pairs = Avx512Bf16::detect()?;
         (permission::cpu_has_tiles() && permission::granted()).then_some(Self { pairs })
@@ -263,57 +265,5 @@ unsafe fn transposed(rows: [__m512i; TILE]) -> [__m512i; TILE] {
             columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]);
         }
         columns
-    }
-}
-
-/// Whether tiles may be used.
-mod permission {
-    use std::arch::asm;
-    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
-    use std::sync::OnceLock;
-
-    /// Whether the CPU has tiles and their products of bfloat16, and the operating system saves them.
-    pub(super) fn cpu_has_tiles() -> bool {
-        const OSXSAVE: u32 = 1 << 27;
-        const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
-        const TILE_STATE: u64 = 1 << 17 | 1 << 18;
-        #[target_feature(enable = "xsave")]
-        fn saved_state() -> u64 {
-            // SAFETY: register 0 exists wherever the instruction does.
-            unsafe { _xgetbv(0) }
-        }
-        // SAFETY: every x86-64 CPU has CPUID; XGETBV is there where OSXSAVE says so.
-        #[allow(unused_unsafe, reason = "safe functions in later versions of Rust")]
-        unsafe {
-            __cpuid(0).eax >= 7
-                && __cpuid(1).ecx & OSXSAVE != 0
-                && __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE
-                && saved_state() & TILE_STATE == TILE_STATE
-        }
-    }
-
-    /// Whether this process may use tiles: Linux wants to be asked, because of the room that their state takes. Asked once, for all threads
-    /// and all that are forked. It is refused where a thread has an alternate signal stack that is too small for that state.
-    pub(super) fn granted() -> bool {
-        static GRANTED: OnceLock<bool> = OnceLock::new();
-        *GRANTED.get_or_init(|| cfg!(target_os = "linux") && ask())
-    }
-
-    /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`.
-    fn ask() -> bool {
-        let result: isize;
-        // SAFETY: a system call of Linux that takes numbers, and changes what it says it does.
-        unsafe {
-            asm!(
-                "syscall",
-                inlateout("rax") 158usize => result,
-                in("rdi") 0x1023,
-                in("rsi") 18,
-                lateout("rcx") _,
-                lateout("r11") _,
-                options(nostack)
-            );
-        }
-        result == 0
     }
 }

@@ -48,17 +48,25 @@ pub enum Level {
 impl Level {
     /// Every level of this CPU, the best one last.
     pub fn available() -> Vec<Self> {
-        let mut levels = vec![Self::Portable(Portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            levels.extend(Avx2::detect().map(Self::Avx2));
-            levels.extend(Avx512::detect().map(Self::Avx512));
-            levels.extend(Avx512Bf16::detect().map(Self::Avx512Bf16));
-            levels.extend(Amx::detect().map(Self::Amx));
-        }
-        #[cfg(target_arch = "aarch64")]
-        levels.extend(Neon::detect().map(Self::Neon));
-        levels
+        Self::detect().collect()
+    }
+
+    /// The same, each looked for when its turn comes: to look for [`Self::Amx`] is to ask the system for it.
+    fn detect() -> impl Iterator<Item = Self> {
+        const LEVELS: &[fn() -> Option<Level>] = &[
+            || Some(Level::Portable(Portable)),
+            #[cfg(target_arch = "x86_64")]
+            || Avx2::detect().map(Level::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            || Avx512::detect().map(Level::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            || Avx512Bf16::detect().map(Level::Avx512Bf16),
+            #[cfg(target_arch = "x86_64")]
+            || Amx::detect().map(Level::Amx),
+            #[cfg(target_arch = "aarch64")]
+            || Neon::detect().map(Level::Neon),
+        ];
+        LEVELS.iter().filter_map(|detect| detect())
     }
 
     /// The name, as the environment variable `MRA_ATTENTION_ISA` takes it.
@@ -85,10 +93,9 @@ impl Level {
     /// # Errors
     /// If this CPU has no such level.
     pub fn from_name(name: &str) -> Result<Self> {
-        let available = Self::available();
-        let all = available.iter().copied().chain([Self::PortableBf16(Portable), Self::PortableAmx(Portable)]);
-        all.into_iter().find(|level| level.name() == name).ok_or_else(|| {
-            let names: Vec<_> = available.iter().map(|level| level.name()).collect();
+        let twins = [Self::PortableBf16(Portable), Self::PortableAmx(Portable)];
+        twins.into_iter().chain(Self::detect()).find(|level| level.name() == name).ok_or_else(|| {
+            let names: Vec<_> = Self::detect().map(Self::name).collect();
             Error::new(format!("{ISA_VARIABLE}={name:?}: this CPU has {}", names.join(", ")))
         })
     }

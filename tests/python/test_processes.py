@@ -12,11 +12,13 @@ from mra_attention._native import threads
 # NumPy compares: in a forked child torch's own parallel operators hang, torch.equal too.
 SETUP = """
 import multiprocessing, os, threading, numpy, torch
+DTYPE = torch.float32
 from mra_attention import scaled_dot_product_attention
 torch.set_num_threads(2)
 torch.manual_seed(0)
-query, key, value = (torch.randn(1, 4, 1024, 64) for _ in range(3))
-call = lambda: scaled_dot_product_attention(query, key, value)
+length = 1024 if DTYPE == torch.float32 else 128
+query, key, value = (torch.randn(1, 4, length, 64, dtype=DTYPE) for _ in range(3))
+call = lambda: scaled_dot_product_attention(query, key, value).view(torch.int16)
 def same(*_):
     return numpy.array_equal(call().numpy(), expected)
 expected = call().numpy()
@@ -83,14 +85,14 @@ for value in ("omp", "torch"):
 POOLS = ["torch", "rayon"] if threads.THREADS_OF == "torch" else ["rayon"]
 
 
-def run(code: str, threads_of: str) -> str:
+def run(code: str, threads_of: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "MRA_ATTENTION_THREADS": threads_of},
+        env={**os.environ, "MRA_ATTENTION_THREADS": threads_of, **environment},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -99,6 +101,13 @@ def run(code: str, threads_of: str) -> str:
 @pytest.mark.parametrize("threads_of", POOLS)
 def test_concurrent_callers_and_forked_children_after_use(threads_of: str):
     run(SETUP + CONCURRENT + (FORK + MULTIPROCESSING + DATA_LOADER if hasattr(os, "fork") else ""), threads_of)
+
+
+@pytest.mark.parametrize("threads_of", POOLS)
+def test_bfloat16_on_tiles(threads_of: str):
+    """Every thread configures the tiles of its own."""
+    code = SETUP.replace("torch.float32\n", "torch.bfloat16\n", 1) + CONCURRENT + (FORK if hasattr(os, "fork") else "")
+    run(code, threads_of, MRA_ATTENTION_ISA="portable-amx")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="threads are counted in /proc")

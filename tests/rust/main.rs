@@ -13,6 +13,8 @@ mod errors;
 mod extremes;
 mod forms;
 mod grid;
+#[cfg(target_arch = "x86_64")]
+mod instructions;
 mod ladder_block;
 mod ladder_token;
 mod layouts;

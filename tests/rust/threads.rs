@@ -1,5 +1,6 @@
 //! The number of threads changes nothing, to the bit: neither how tasks are dealt nor whether backward makes one pass or two.
 
+use half::bf16;
 use mra_attention::{Budget, Coarse, Mode};
 use ndarray::s;
 
@@ -104,10 +105,67 @@ fn float64() {
 
 #[test]
 fn bfloat16() {
-    same_bits::<half::bf16>(&cases());
+    same_bits::<bf16>(&cases());
 }
 
 #[test]
 fn causal() {
     same_bits::<f32>(&causal_cases());
+}
+
+/// A small case of each form.
+fn forms() -> [Case; 2] {
+    let block = Case { query_len: 70, key_len: 70, block_size: 16, head_dim: 24, group: 2, ..Case::default() };
+    [block, Case { head_dim: 24, group: 2, ..Case::causal(70, 16, 2) }]
+}
+
+/// Calls `body` with something that computes a small case, and says whether the bits are those of one thread.
+fn for_forms(body: impl Fn(&(dyn Fn(usize) -> bool + Sync), &str)) {
+    for case in forms() {
+        let data = case.data::<bf16>();
+        for level in levels_for::<bf16>() {
+            let compute = |threads| Outcome::<bf16>::own(&case, &data, Setup { threads, ..Setup::new(level) }).bits();
+            let expected = compute(1);
+            body(&|threads| compute(threads) == expected, level.name());
+        }
+    }
+}
+
+/// Several at once, each with tiles of its own.
+#[test]
+fn threads_of_the_caller() {
+    for_forms(|same, level| {
+        std::thread::scope(|scope| {
+            let callers: Vec<_> = [1, 2, 1].into_iter().map(|threads| scope.spawn(move || same(threads))).collect();
+            assert!(callers.into_iter().all(|caller| caller.join().expect("a thread")), "{level}");
+        });
+    });
+}
+
+/// What a process may use, its children may.
+#[cfg(unix)]
+#[test]
+fn forked_children() {
+    unsafe extern "C" {
+        fn fork() -> i32;
+        fn waitpid(process: i32, status: *mut i32, options: i32) -> i32;
+        fn _exit(status: i32) -> !;
+    }
+    for_forms(|same, level| {
+        for threads in [1, 2] {
+            // SAFETY: the child computes, which allocates and starts threads of its own, and ends without returning.
+            let status = unsafe {
+                let child = fork();
+                if child == 0 {
+                    let same = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| same(threads)));
+                    _exit(i32::from(!same.unwrap_or(false)));
+                }
+                let mut status = -1;
+                assert_eq!(waitpid(child, &raw mut status, 0), child);
+                status
+            };
+            assert_eq!(status, 0, "{level} with {threads} threads");
+            assert!(same(threads), "{level}, the parent");
+        }
+    });
 }

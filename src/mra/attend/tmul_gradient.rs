@@ -13,7 +13,7 @@ use super::gradient_tile::{GradientTile, KeySums};
 use super::key_batch::{KeyBatch, KeySource};
 use super::{Bf16Logits, float32};
 use crate::exec::Buffer;
-use crate::kernels::{Matrix, MatrixMut, RoundColumns, RoundLines, TmulGemm, TmulInit, room_for_rows};
+use crate::kernels::{Matrix, MatrixMut, RoundColumns, RoundLines, TmulGemm, TmulInit, all_finite, room_for_rows};
 use crate::mra::problem::Problem;
 use crate::simd::{Element, Scalar, TILE_DEPTH, TmulUnit};
 
@@ -145,7 +145,7 @@ impl<T: Scalar> GradientTile<T> {
         logits.compute(batch, source, float32(&mut self.weights));
         tmul.values_times_grads(logits, values, float32(&mut self.gradients));
         // Lanes without a query are multiplied by 0, as those of idle ones.
-        self.guard = (self.count < self.columns || self.any_idle()) && !all_finite(source, batch);
+        self.guard = (self.count < self.columns || self.any_idle()) && !is_finite(source, batch);
         self.finish_gradients(batch, source, adjust);
         let (Some(logits), Some(tmul)) = (&self.bf16, &mut self.tmul) else { unreachable!("a level with tiles") };
         let (weights, gradients) = (float32(&mut self.weights), float32(&mut self.gradients));
@@ -175,12 +175,8 @@ impl<T: Scalar> GradientTile<T> {
 }
 
 /// Whether there is no NaN and no infinity among the keys and values of a batch.
-fn all_finite<T: Scalar, E: Element<Compute = T>>(source: &KeySource<'_, E>, batch: &KeyBatch<T>) -> bool {
+fn is_finite<T: Scalar, E: Element<Compute = T>>(source: &KeySource<'_, E>, batch: &KeyBatch<T>) -> bool {
     let (keys, values) = source.all_bf16().expect("bfloat16");
-    let finite = |row: &[bf16]| !row.iter().fold(false, |found, x| found | (x.to_bits() & EXPONENT == EXPONENT));
     let tokens = batch.spans().flat_map(|(rows, first)| (first..first + rows.len()).map(|number| source.token(number)));
-    tokens.into_iter().all(|token| finite(keys.row(token)) && finite(values.row(token)))
+    tokens.into_iter().all(|token| all_finite(keys.row(token)) && all_finite(values.row(token)))
 }
-
-/// The bits of the exponent of a bfloat16 number: all of them are set in NaN and infinities alone.
-const EXPONENT: u16 = 0x7f80;

@@ -8,7 +8,7 @@ use super::coarse::State;
 use super::exact::{Chosen, ExactBlock, ends, reader};
 use super::key_block::{Keys, RangeOfHead};
 use super::tmul_keys::QUERIES;
-use crate::kernels::{Matrix, Stream, Visible};
+use crate::kernels::{Matrix, Stream, Visible, all_finite};
 use crate::mra::attend::KeySource;
 use crate::simd::{Element, Scalar};
 
@@ -30,7 +30,7 @@ impl<T: Scalar> ExactBlock<T> {
         let (Some(tmul), false) = (&mut self.tmul, tokens.is_empty()) else { return };
         tmul.pack(keys, values, &tokens);
         // Weight 0 times a NaN is NaN: then values that a query does not see become 0, query by query.
-        let finite = |&token: &u32| values.row(token as usize).iter().all(|x| x.is_finite());
+        let finite = |&token: &u32| all_finite(values.row(token as usize));
         if !partly.is_empty() && !tokens.iter().all(finite) {
             for query in partly.chunks(1) {
                 self.hide_values(values, &tokens, |row| reader(range, chosen, numbers)(query[0] as usize, row));

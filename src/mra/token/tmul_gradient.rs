@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::gradient::{GradientTile, KeyRows, RangeRows};
 use crate::exec::Buffer;
-use crate::kernels::{AddRowsAt, Gemm, Init, Matrix, MatrixMut, product};
+use crate::kernels::{AddRowsAt, Gemm, Init, Matrix, MatrixMut, all_finite, product};
 use crate::mra::attend::{KeySums, float32};
 use crate::simd::Scalar;
 
@@ -97,7 +97,7 @@ impl<T: Scalar> GradientTile<T> {
             }
         }
         if let (Some(dq), Some((stored, _, tokens))) = (dq, bf16) {
-            let of_key = |key: usize, _| !is_finite(stored.row(tokens[key] as usize));
+            let of_key = |key: usize, _| !all_finite(stored.row(tokens[key] as usize));
             let factors = only(&self.gradients, &of_key);
             let a = Matrix::new(&factors, count, queries.len(), columns);
             let c = MatrixMut::new(dq, rows.terms.len(), rows.key_width, rows.key_width);
@@ -107,18 +107,17 @@ impl<T: Scalar> GradientTile<T> {
     }
 }
 
-fn is_finite(row: &[bf16]) -> bool {
-    row.iter().all(|x| x.is_finite())
-}
-
 /// Copies of some rows, with zeros in place of those that are not finite.
 fn finite_rows(from: Matrix<'_, bf16>, rows: &[u32]) -> Vec<bf16> {
     let mut to = vec![bf16::ZERO; rows.len() * from.cols];
     for (to, &row) in to.chunks_exact_mut(from.cols.max(1)).zip(rows) {
         let row = from.row(row as usize);
-        if is_finite(row) {
+        if all_finite(row) {
             to.copy_from_slice(row);
         }
     }
     to
 }
+
+#[cfg(test)]
+mod tests;

@@ -136,3 +136,6 @@ impl<T: Scalar> TmulKeys<T> {
         );
     }
 }
+
+#[cfg(test)]
+mod tests;
