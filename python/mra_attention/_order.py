@@ -18,8 +18,8 @@ from ._checks.shapes import Shape
 from ._checks.tensors import check_cpu, check_dense
 from ._grid import grid_order
 from ._ops import Inputs
-from ._ops.autograd import is_direct
 from ._ops.outputs import memory_order
+from ._ops.plain import is_direct
 from ._ops.refusals import refuse_forward_ad
 from ._ops.sizes import is_one
 from ._plan import planned_orders

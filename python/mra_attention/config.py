@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from torch import Tensor
 
@@ -275,6 +275,26 @@ def configure(config: Any, settings: Mapping[str, Any]) -> MRAConfig:
         return config
     _check_meaning_of_budgets(config, settings)
     return MRAConfig(**({name: getattr(config, name) for name in SETTINGS} | dict(settings)))
+
+
+def remembered(config: Any, settings: Mapping[str, Any]) -> MRAConfig:
+    """Return what `configure` does, which it is not asked for again where the arguments are plain values."""
+    if settings and (config is None or type(config) is MRAConfig) and all(map(_is_plain, settings.values())):
+        return _remembered(config, **settings)
+    return configure(config, settings)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether whatever compares equal to a value, and has its type, is the same and never changes."""
+    if type(value) is tuple:
+        return all(type(item) is int for item in cast("tuple[Any, ...]", value))
+    return value is None or type(value) in (int, float, bool, str)
+
+
+# Types belong to the keys, since 1, 1.0 and True compare equal. An error is not remembered, it is raised anew.
+@functools.lru_cache(maxsize=256, typed=True)
+def _remembered(config: MRAConfig | None, /, **settings: Any) -> MRAConfig:
+    return configure(config, settings)
 
 
 def _check_meaning_of_budgets(config: MRAConfig, settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import _nested, _observers
 from ._checks import calls, numbers, tensors
 from ._checks.arguments import Arguments
-from ._ops import forward, forward_out, select
+from ._ops import forward, forward_out, is_plain, select
 from ._ops.refusals import refuse_forward_ad
 from ._plan import Plan
 from .config import MRAConfig, MRASettings, Unpack, configure, with_settings
@@ -230,15 +230,16 @@ def scaled_dot_product_attention(
         config=config,
         settings=settings,
     )
-    if tensors.any_nested(query, key, value):
+    plain = is_plain(query, key, value)
+    if not plain and tensors.any_nested(query, key, value):
         return _nested.attention(query, key, value, arguments, return_lse)
-    prepared = calls.prepare((query, key, value), arguments)
+    prepared = calls.prepare((query, key, value), arguments, plain)
     _observers.tell((query, key, value), arguments)
     inputs, ready = calls.in_order(prepared), prepared.settings
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())
     if not return_lse:
-        return calls.finish(forward_out(inputs, ready), prepared)
+        return calls.finish(forward_out(inputs, ready, plain), prepared)
     out, lse, _ = forward(inputs, ready)
     return calls.finish(out, prepared), calls.finish(lse, prepared)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _observers
 from ._checks import calls, numbers, packed
 from ._checks.arguments import Arguments
-from ._ops import forward, forward_out
+from ._ops import forward, forward_out, is_plain
 from .config import MRAConfig, MRASettings, Unpack, with_settings
 
 
@@ -155,6 +155,6 @@ def varlen_attention(
     if ready.dropout_p != 0.0:
         inputs = inputs._replace(seed=calls.draw_seed())
     if not return_lse:
-        return forward_out(inputs, ready)[0].transpose(0, 1)
+        return forward_out(inputs, ready, is_plain(*inputs[:3]))[0].transpose(0, 1)
     out, lse, _ = forward(inputs, ready)
     return out[0].transpose(0, 1), lse[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.attention.bias import CausalBias
 from .. import _order
 from .._ops import Inputs, Settings
 from .._plan import check_plan, planned_config, use_plan
-from ..config import SETTINGS, MRAConfig, configure
+from ..config import SETTINGS, MRAConfig, configure, remembered
 from . import block_mask, causal_bias, head_terms, masks, numbers, shapes, tensors
 from .arguments import Arguments
 from .autocast import autocast
@@ -28,10 +30,14 @@ class Prepared(NamedTuple):
     """The order that queries and keys are to be brought to first, where it is not the given one."""
 
 
-def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
-    """Check the arguments of a call with dense query, key and, unless it only selects, value."""
+def prepare(inputs: tuple[Any, ...], arguments: Arguments, plain: bool = False) -> Prepared:
+    """Check the arguments of a call with dense query, key and, unless it only selects, value.
+
+    `plain` says whether `is_plain` is known to hold for the inputs. What follows from settings alone is then remembered
+    from one call to the next; a tracer is to see all of it.
+    """
     attn_mask, query_padding_mask = arguments.attn_mask, arguments.query_padding_mask
-    config = _config(arguments)
+    config = _config(arguments, remembered if plain else configure)
     dropout_p = numbers.dropout(arguments.dropout_p)
     causal = causal_bias.is_requested(arguments.is_causal, attn_mask)
     window = visible_window(arguments.window_size, causal)
@@ -43,7 +49,7 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
         inputs = autocast(inputs)
         if not isinstance(attn_mask, CausalBias):
             (attn_mask,) = autocast((attn_mask,))
-    tensors.check_inputs(*inputs)
+    tensors.check_inputs(inputs, plain)
     arranged, lead = shapes.arrange(inputs, arguments.enable_gqa)
     call = Inputs(arranged[0], arranged[1], arranged[-1])
     if attn_mask is not None or query_padding_mask is not None:
@@ -56,20 +62,23 @@ def prepare(inputs: tuple[Any, ...], arguments: Arguments) -> Prepared:
         call = with_head_terms(call, arguments)
     if call.attn_bias is not None and call.attn_bias.requires_grad:
         _refuse_gradient_to_first_order(config, window)
-    scale = numbers.scale_or_default(arguments.scale, call.query.shape[3])
-    config = config.for_length(max(call.query.shape[2], call.key.shape[2]))
-    ready = settings(config, call.query.shape[1], scale, arguments.softcap, window, lower_right, dropout_p)
+    _, heads, query_length, head_dim = call.query.shape
+    scale = numbers.scale_or_default(arguments.scale, head_dim)
+    config = config.for_length(max(query_length, call.key.shape[2]))
+    # Without softcap, which is yet to be checked, each of these has one type: 1, 1.0 and True would be one key.
+    make = _remembered_settings if plain and arguments.softcap is None else settings
+    ready = make(config, heads, scale, arguments.softcap, window, lower_right, dropout_p)
     if arguments.plan is not None:
         call, ready = use_plan(arguments.plan, call, ready)
     orders = None if order is None else _order.check(order, arguments, call, lead)
     return Prepared(call, ready, lead, orders)
 
 
-def _config(arguments: Arguments) -> MRAConfig:
+def _config(arguments: Arguments, of_call: Callable[[Any, Mapping[str, Any]], MRAConfig]) -> MRAConfig:
     """Return the config of a call; with a plan, that of the plan where it is not given."""
     plan = arguments.plan
     if plan is None:
-        return configure(arguments.config, arguments.settings)
+        return of_call(arguments.config, arguments.settings)
     check_plan(plan)
     if arguments.config is not None:
         return planned_config(plan, configure(arguments.config, arguments.settings), SETTINGS)
@@ -177,6 +186,9 @@ def settings(
         local_blocks=config.local_blocks,
         dropout_p=dropout_p,
     )
+
+
+_remembered_settings = functools.lru_cache(maxsize=256)(settings)
 
 
 def _rates(config: MRAConfig, heads: int) -> list[float]:

@@ -158,6 +158,8 @@ def window(window_size: Any) -> tuple[int, int]:
     if not isinstance(window_size, (tuple, list)) or len(cast("Sequence[Any]", window_size)) != 2:
         raise TypeError(f"window_size must be two integers (left, right), -1 for no limit, got {window_size!r}")
     left, right = cast("Sequence[Any]", window_size)
+    if type(left) is int and type(right) is int and left == right == -1:
+        return -1, -1
     return integer("window_size[0]", left, -1), integer("window_size[1]", right, -1)
 
 

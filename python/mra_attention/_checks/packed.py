@@ -28,7 +28,7 @@ def prepare(packed: tuple[Any, Any, Any], boundaries: tuple[Any, Any], arguments
     lower_right = calls.is_lower_right(arguments.causal_alignment, needed)
     if torch.is_autocast_enabled("cpu"):
         packed = cast("tuple[Any, Any, Any]", autocast(packed))
-    tensors.check_inputs(*packed)
+    tensors.check_inputs(packed)
     _check_shapes(*packed, enable_gqa)
     cu_seqlens = [_boundaries(f"cu_seqlens_{name}", given) for name, given in zip("qk", boundaries, strict=True)]
     # (1, heads, total, channels), as a dense call with one batch item; a value with other heads is arranged like that.

@@ -27,19 +27,18 @@ def arrange(tensors: tuple[Tensor, ...], enable_gqa: bool) -> tuple[tuple[Tensor
         `lead` of the result, or None if the inputs were 4-D with equal batches, so that the result needs no reshaping.
     """
     query, key, value = tensors[0].shape, tensors[1].shape, tensors[-1].shape
-    if (
-        len(query) == 4
-        and len(key) == 4
-        and len(value) == 4
-        and query[0] == key[0]
-        and query[0] == value[0]
-        and key[1] == value[1]
-        and key[2] == value[2]
-        and query[3] == key[3]
-        and query[3] > 0
-        and (query[1] == key[1] or (enable_gqa and key[1] > 0 and query[1] % key[1] == 0))
-    ):
-        return tensors, None
+    if len(query) == len(key) == len(value) == 4:
+        (batch, heads, _, channels), (key_batch, key_heads, length, key_channels) = query, key
+        if (
+            batch == key_batch
+            and batch == value[0]
+            and key_heads == value[1]
+            and length == value[2]
+            and channels == key_channels
+            and channels > 0
+            and (heads == key_heads or (enable_gqa and key_heads > 0 and heads % key_heads == 0))
+        ):
+            return tensors, None
     return _arrange_any(tensors, enable_gqa)
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_inputs(*tensors: Any) -> None:
-    """Check types, dtypes, layouts and devices of query, key and, if given, value."""
+def check_inputs(tensors: tuple[Any, ...], plain: bool = False) -> None:
+    """Check types, dtypes, layouts and devices of query, key and, if given, value; of plain tensors dtypes alone."""
     dtype = tensors[0].dtype if isinstance(tensors[0], Tensor) else None
     valid = dtype in FLOAT_DTYPES
+    if plain and valid and tensors[1].dtype is dtype and tensors[-1].dtype is dtype:
+        return
     for tensor in tensors:
         if not (
             valid

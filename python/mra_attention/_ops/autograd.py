@@ -10,7 +10,6 @@ operator. No Function has a `jvp`: Dynamo refuses a custom one, and without it t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,16 +17,10 @@ from torch import Tensor
 
 from . import cpu, folding, refusals
 from .arguments import BIAS, COUNT, SINKS, Inputs, Settings, for_backward
+from .plain import have_plain_keys, is_direct, needs_dispatcher, transforms_active
 
 Tensors3: TypeAlias = tuple[Tensor, Tensor, Tensor]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-# Private to torch, hence the defaults: without them torch.func fails loudly below, and all the rest works.
-transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
-_modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
-_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 
 
 def _forward_op() -> Any:
@@ -83,22 +76,8 @@ class _RecordedForward(torch.autograd.Function):
         return None, *_backward(ctx, *grad_outputs[:2])
 
 
-def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do more than call the CPU kernel: for modes, the profiler, or special tensors.
-
-    A passage through it takes about 20 us. The dispatch keys tell an ordinary CPU tensor from subclasses, negated
-    views, functional and other wrapped tensors.
-    """
-    if _modes_active() or _profiling():
-        return True
-    for arg in args[:COUNT]:  # noqa: SIM110 : a generator would take a microsecond more
-        if arg is not None and torch._C._dispatch_keys(arg).raw_repr() != _PLAIN_KEYS:
-            return True
-    return False
-
-
 def _forward_below_autograd(keyset: Any, args: tuple[Any, ...]) -> Tensors3:
-    if keyset is None and not _needs_dispatcher(args):
+    if keyset is None and not needs_dispatcher(args[:COUNT]):
         return cpu.forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         if keyset is None:
@@ -180,16 +159,6 @@ class _SelectFunction(torch.autograd.Function):
         return folding.unfold(info.batch_size, cast("Tensor", chosen)), 0
 
 
-def is_direct(args: tuple[Any, ...]) -> bool:
-    """Whether a call comes to the autograd kernel without a transform, a compiler or a subclass before it."""
-    return not (
-        transforms_active()
-        or torch.compiler.is_compiling()
-        or _jit_tracing()
-        or not (type(args[0]) is type(args[1]) is type(args[2]) is Tensor)
-    )
-
-
 def call_forward(*args: Any) -> Tensors3:
     """Call `forward`."""
     refusals.refuse_forward_ad(*args[:COUNT])
@@ -200,10 +169,12 @@ def call_forward(*args: Any) -> Tensors3:
     return _ForwardFunction.apply(*args) if transforms_active() else _forward_op()(*args)
 
 
-def call_forward_out(inputs: Inputs, settings: Settings) -> Tensor:
-    """Call `forward` for its first result; where nothing is recorded, the others are not even allocated."""
-    if is_direct(inputs) and not _is_recorded(inputs) and not _needs_dispatcher(inputs):
-        refusals.refuse_forward_ad(*inputs)
+def call_forward_out(inputs: Inputs, settings: Settings, plain: bool) -> Tensor:
+    """Call `forward` for its first result; where nothing is recorded, the others are not even allocated.
+
+    `plain` says of query, key and value whether `is_plain` holds.
+    """
+    if plain and have_plain_keys(inputs[3:]) and not _is_recorded(inputs):
         return cpu.forward_out(inputs, settings)
     return call_forward(*inputs, *settings)[0]
 

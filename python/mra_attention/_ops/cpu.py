@@ -21,14 +21,15 @@ Masks: TypeAlias = tuple[Descriptor | None, Descriptor | None, Descriptor | None
 
 def _masks(inputs: Inputs) -> Masks:
     """Describe key_mask, query_mask, attn_bias and mask_tiles."""
+    key_mask, query_mask, bias, tiles = inputs[3:7]
+    if key_mask is None and query_mask is None and bias is None and tiles is None:
+        return None, None, None, None
     return describe_masks(inputs.query.shape, inputs.key.shape, inputs[3:7])
 
 
 def describe_masks(query: Sequence[int], key: Sequence[int], masks: tuple[Tensor | None, ...]) -> Masks:
     """Describe masks for these shapes; a mask or bias of pairs, or a grid of blocks, is repeated by strides of 0."""
     key_mask, query_mask, bias, tiles = masks
-    if key_mask is None and query_mask is None and bias is None and tiles is None:
-        return None, None, None, None
     if bias is not None:
         rows_of, columns_of = (1, 1) if tiles is None else tiles.shape[1:]
         bias = bias.expand(query[0], query[1], -(-query[2] // rows_of), -(-key[2] // columns_of))

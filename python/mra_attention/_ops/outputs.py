@@ -37,7 +37,10 @@ def _empty(like: Tensor, channels: int, tokens_first: bool = False) -> Tensor:
     if tokens_first:
         order = [0, 2, 1]
     elif type(like) is Tensor and like.is_contiguous():
-        return torch.empty((batch, heads, length, channels), dtype=like.dtype, device=like.device)  # the same, faster
+        # The same as below, faster.
+        if channels == like.shape[3]:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return torch.empty((batch, heads, length, channels), dtype=like.dtype, device=like.device)
     else:
         order = memory_order(like)
     strides, step = [0, 0, 0, 1], channels

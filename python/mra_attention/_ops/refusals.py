@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .plain import forward_ad_active
+
 
 def check_device(query: Tensor, *others: Tensor | None) -> None:
     """Refuse a tensor on the meta device among others: torch then calls the fake kernel in place of a real one."""
@@ -38,7 +40,7 @@ def refuse_packed_below_vmap() -> NoReturn:
 
 def refuse_forward_ad(*args: Any) -> None:
     """Raise if a tensor carries a forward-mode tangent: an operator without a `jvp` would drop it in silence."""
-    if getattr(forward_ad, "_current_level", -1) < 0:
+    if not forward_ad_active():
         return
     # A compiler that traces below a forward-mode level cannot tell which tensors carry a tangent.
     if torch.compiler.is_compiling() or any(

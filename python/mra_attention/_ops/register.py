@@ -76,9 +76,9 @@ def forward(inputs: Inputs, settings: Settings) -> Tensors3:
     return autograd.call_forward(*inputs, *settings)
 
 
-def forward_out(inputs: Inputs, settings: Settings) -> Tensor:
-    """Return the output alone."""
-    return autograd.call_forward_out(inputs, settings)
+def forward_out(inputs: Inputs, settings: Settings, plain: bool) -> Tensor:
+    """Return the output alone; `plain` says of query, key and value whether `is_plain` holds."""
+    return autograd.call_forward_out(inputs, settings, plain)
 
 
 def select(inputs: Inputs, settings: Settings) -> Tensor:
