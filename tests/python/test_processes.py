@@ -12,12 +12,10 @@ from mra_attention._native import threads
 # NumPy compares: in a forked child torch's own parallel operators hang, torch.equal too.
 SETUP = """
 import multiprocessing, os, threading, numpy, torch
-DTYPE = torch.float32
 from mra_attention import scaled_dot_product_attention
 torch.set_num_threads(2)
 torch.manual_seed(0)
-length = 1024 if DTYPE == torch.float32 else 128
-query, key, value = (torch.randn(1, 4, length, 64, dtype=DTYPE) for _ in range(3))
+query, key, value = (torch.randn(1, 4, LENGTH, 64, dtype=DTYPE) for _ in range(3))
 call = lambda: scaled_dot_product_attention(query, key, value).view(torch.int16)
 def same(*_):
     return numpy.array_equal(call().numpy(), expected)
@@ -100,14 +98,15 @@ def run(code: str, threads_of: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("threads_of", POOLS)
 def test_concurrent_callers_and_forked_children_after_use(threads_of: str):
-    run(SETUP + CONCURRENT + (FORK + MULTIPROCESSING + DATA_LOADER if hasattr(os, "fork") else ""), threads_of)
+    setup = "import torch; DTYPE, LENGTH = torch.float32, 1024\n" + SETUP
+    run(setup + CONCURRENT + (FORK + MULTIPROCESSING + DATA_LOADER if hasattr(os, "fork") else ""), threads_of)
 
 
 @pytest.mark.parametrize("threads_of", POOLS)
 def test_bfloat16_on_tiles(threads_of: str):
     """Every thread configures the tiles of its own."""
-    code = SETUP.replace("torch.float32\n", "torch.bfloat16\n", 1) + CONCURRENT + (FORK if hasattr(os, "fork") else "")
-    run(code, threads_of, MRA_ATTENTION_ISA="portable-amx")
+    setup = "import torch; DTYPE, LENGTH = torch.bfloat16, 128\n" + SETUP
+    run(setup + CONCURRENT + (FORK if hasattr(os, "fork") else ""), threads_of, MRA_ATTENTION_ISA="portable-amx")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="threads are counted in /proc")
