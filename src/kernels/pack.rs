@@ -27,7 +27,8 @@ pub(crate) fn pack_transposed<'a, E: Element>(
             free = rest;
             *member = if let Some(row) = rows.next() {
                 E::as_compute(row).unwrap_or_else(|| {
-                    E::widen(row, line);
+                    let to = &mut MatrixMut::new(line, 1, channels, channels);
+                    pack_rows(level, std::iter::once(row), to);
                     line
                 })
             } else {
@@ -117,12 +118,29 @@ impl<E: Element> Kernel<E::Compute> for NarrowSum<'_, E> {
 }
 
 /// Writes each of `rows` as a row of `to`; channels beyond the row's own become 0.
-pub(crate) fn pack_rows<'a, E: Element>(rows: impl ExactSizeIterator<Item = &'a [E]>, to: &mut MatrixMut<'_, E::Compute>) {
-    let (columns, stride) = (to.cols, to.stride);
-    for (index, row) in rows.enumerate() {
-        let line = &mut to.data_mut()[index * stride..][..columns];
-        let (used, padding) = line.split_at_mut(row.len());
-        E::widen(row, used);
-        padding.fill(E::Compute::ZERO);
+pub(crate) fn pack_rows<'a, E: Element>(
+    level: Level,
+    rows: impl ExactSizeIterator<Item = &'a [E]>,
+    to: &mut MatrixMut<'_, E::Compute>,
+) {
+    E::Compute::run(level, PackRows { rows, to });
+}
+
+struct PackRows<'a, 'b, R, T> {
+    rows: R,
+    to: &'a mut MatrixMut<'b, T>,
+}
+
+impl<'a, E: Element, R: Iterator<Item = &'a [E]>> Kernel<E::Compute> for PackRows<'_, '_, R, E::Compute> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<E::Compute>>(self, _: S) {
+        let (columns, stride) = (self.to.cols, self.to.stride);
+        for (row, line) in self.rows.zip(self.to.data_mut().chunks_mut(stride.max(1))) {
+            let (used, padding) = line[..columns].split_at_mut(row.len());
+            E::widen(row, used);
+            padding.fill(E::Compute::ZERO);
+        }
     }
 }

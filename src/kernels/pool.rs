@@ -14,7 +14,7 @@ use crate::simd::{Element, Kernel, Scalar, Simd};
 pub(crate) struct AddRows<'a, E: Element> {
     /// As they are stored.
     pub(crate) rows: Matrix<'a, E>,
-    /// Scratch for a row, if it is to be widened.
+    /// Scratch for a row, if it is to be widened; for several, if they are to be widened at a time.
     pub(crate) line: &'a mut [E::Compute],
     pub(crate) sums: &'a mut [E::Compute],
 }
@@ -28,10 +28,14 @@ impl<E: Element> Kernel<E::Compute> for AddRows<'_, E> {
         if let Some(data) = E::as_compute(rows.data()) {
             return add_rows(simd, Matrix::new(data, rows.rows, rows.cols, rows.stride), sums);
         }
-        let line = &mut line[..rows.cols];
-        for row in 0..rows.rows {
-            E::widen(rows.row(row), line);
-            add_rows(simd, Matrix::new(line, 1, rows.cols, rows.cols), sums);
+        let (count, channels) = (rows.rows, rows.cols);
+        let at_once = (line.len() / channels.max(1)).max(1);
+        for first in (0..count).step_by(at_once) {
+            let widened = at_once.min(count - first);
+            for row in 0..widened {
+                E::widen(rows.row(first + row), &mut line[row * channels..][..channels]);
+            }
+            add_rows(simd, Matrix::new(line, widened, channels, channels), sums);
         }
     }
 }

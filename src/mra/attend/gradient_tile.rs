@@ -190,8 +190,12 @@ impl<T: Scalar> GradientTile<T> {
             let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
             pack_transposed(self.level, queries.clone(), self.scale, &mut self.lines, &mut packed);
         }
-        pack_rows(queries, &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
-        pack_rows(grads.clone(), &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width));
+        pack_rows(self.level, queries, &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
+        pack_rows(
+            self.level,
+            grads.clone(),
+            &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width),
+        );
         let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
         pack_transposed(self.level, grads, T::from_f64(1.0), &mut self.lines, &mut packed);
     }

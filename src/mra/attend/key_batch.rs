@@ -12,7 +12,7 @@ use half::bf16;
 use crate::exec::Buffer;
 use crate::kernels::{Matrix, MatrixMut, pack_rows};
 use crate::mra::problem::{Blocks, Problem};
-use crate::simd::{Element, Scalar};
+use crate::simd::{Element, Level, Scalar};
 use crate::tensor::Rows;
 
 /// Keys of a batch, at most: as many as the largest block has.
@@ -20,6 +20,9 @@ const BATCH_KEYS: usize = Problem::MAX_BLOCK;
 
 /// Bytes of keys and values of a head that a second-level cache may hold beside everything else.
 const NEAR: usize = 512 << 10;
+
+/// Bytes of copied keys and values of a head that a thread keeps, at most.
+const KEPT: usize = 8 << 20;
 
 /// The keys and values of one head.
 #[derive(Clone, Copy)]
@@ -103,6 +106,25 @@ impl<'a, E: Element> KeySource<'a, E> {
         self.in_place && self.blocks.consecutive(numbers)
     }
 
+    /// Tells the keys and values of this head from those of others, and their numbers from those of other sequences.
+    fn identity(&self) -> [usize; 3] {
+        let address = |rows: &Rows<'a, E>| rows.tail(0).0.as_ptr().addr();
+        [address(&self.keys), address(&self.values), std::ptr::from_ref(self.blocks).addr()]
+    }
+
+    /// Copies keys and values, as the compute type and with whole vectors of channels.
+    fn copy(
+        &self,
+        level: Level,
+        numbers: Range<usize>,
+        mut keys: MatrixMut<'_, E::Compute>,
+        mut values: MatrixMut<'_, E::Compute>,
+    ) {
+        let tokens = || numbers.clone().map(|number| self.blocks.token(number));
+        pack_rows(level, tokens().map(|token| self.keys.row(token)), &mut keys);
+        pack_rows(level, tokens().map(|token| self.values.row(token)), &mut values);
+    }
+
     /// The numbers of the keys of a block.
     pub(crate) fn numbers(&self, block: usize) -> Range<usize> {
         self.blocks.numbers(block)
@@ -116,11 +138,33 @@ struct Part {
     rows: Range<usize>,
     /// Number of the first key.
     first: usize,
-    in_place: bool,
+    place: Place,
+}
+
+/// Where keys and values are read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the tensors.
+    Tensors,
+    /// In copies of this batch.
+    Batch,
+    /// In copies that outlive it.
+    Kept,
+}
+
+/// Copies of keys and values of one head, by number, made when they are first needed: several blocks of queries select a block.
+struct Kept<T> {
+    most_keys: usize,
+    head: [usize; 3],
+    /// At the number of the first key of a range that is there, the number behind its last one.
+    ends: Vec<usize>,
+    keys: Buffer<T>,
+    values: Buffer<T>,
 }
 
 /// The keys of one step.
 pub(crate) struct KeyBatch<T> {
+    level: Level,
     parts: Vec<Part>,
     rows: usize,
     capacity: usize,
@@ -128,6 +172,7 @@ pub(crate) struct KeyBatch<T> {
     values: Buffer<T>,
     key_width: usize,
     value_width: usize,
+    kept: Option<Kept<T>>,
 }
 
 /// The keys and values of a part, and which keys they are.
@@ -145,6 +190,7 @@ impl<T: Scalar> KeyBatch<T> {
         let capacity = Self::capacity(problem);
         let (key_width, value_width) = (problem.padded::<T>(head_dim), problem.padded::<T>(value_dim));
         Self {
+            level: problem.level,
             parts: Vec::new(),
             rows: 0,
             capacity,
@@ -152,7 +198,15 @@ impl<T: Scalar> KeyBatch<T> {
             values: Buffer::scratch(0),
             key_width,
             value_width,
+            kept: None,
         }
+    }
+
+    /// Keeps copies for the batches that follow, of heads of at most so many keys, where that is worth the memory.
+    pub(crate) fn keeping(self, problem: &Problem<'_>, most_keys: usize) -> Self {
+        let bytes = most_keys * (self.key_width + self.value_width) * size_of::<T>();
+        let kept = Kept { most_keys, head: [0; 3], ends: Vec::new(), keys: Buffer::scratch(0), values: Buffer::scratch(0) };
+        Self { kept: (bytes <= KEPT && problem.query_len > problem.block_size).then_some(kept), ..self }
     }
 
     /// The most keys of a batch.
@@ -193,28 +247,61 @@ impl<T: Scalar> KeyBatch<T> {
             return true;
         }
         self.rows = rows.end;
-        let in_place = source.reads_in_place(numbers.clone());
-        if in_place {
-            if let Some(last) = self.parts.last_mut()
-                && last.in_place
-                && source.blocks.consecutive(last.first..numbers.end)
-                && last.first + last.rows.len() == numbers.start
-            {
-                last.rows.end = rows.end;
-                return true;
-            }
-        } else if source.staged {
-            if self.keys.is_empty() && self.values.is_empty() {
-                // Most batches read all keys where they lie: a small call would take longer to clear these than to use them.
-                self.keys = Buffer::scratch(self.capacity * self.key_width);
-                self.values = Buffer::scratch(self.capacity * self.value_width);
-            }
-            let tokens = || numbers.clone().map(|number| source.blocks.token(number));
-            pack_rows(tokens().map(|token| source.keys.row(token)), &mut staged(&mut self.keys, &rows, self.key_width));
-            pack_rows(tokens().map(|token| source.values.row(token)), &mut staged(&mut self.values, &rows, self.value_width));
+        // Copies are not taken together, whether they are kept or not: sums over two parts have other bits than those over one.
+        let place = if source.reads_in_place(numbers.clone()) {
+            Place::Tensors
+        } else if self.keep(source, &numbers) {
+            Place::Kept
+        } else {
+            self.stage(source, &numbers, &rows);
+            Place::Batch
+        };
+        if place == Place::Tensors
+            && let Some(last) = self.parts.last_mut()
+            && last.place == place
+            && source.blocks.consecutive(last.first..numbers.end)
+            && last.first + last.rows.len() == numbers.start
+        {
+            last.rows.end = rows.end;
+            return true;
         }
-        self.parts.push(Part { rows, first: numbers.start, in_place });
+        self.parts.push(Part { rows, first: numbers.start, place });
         true
+    }
+
+    /// Copies keys, unless they are there, to be kept; or says that copies are not kept.
+    fn keep<E: Element<Compute = T>>(&mut self, source: &KeySource<'_, E>, numbers: &Range<usize>) -> bool {
+        let Some(kept) = self.kept.as_mut().filter(|_| source.staged) else { return false };
+        if kept.ends.is_empty() {
+            kept.ends = vec![0; kept.most_keys];
+            kept.keys = Buffer::scratch(kept.most_keys * self.key_width);
+            kept.values = Buffer::scratch(kept.most_keys * self.value_width);
+        }
+        if kept.head != source.identity() {
+            kept.head = source.identity();
+            kept.ends.fill(0);
+        }
+        if kept.ends[numbers.start] < numbers.end {
+            let (keys, values) =
+                (rows_of(&mut kept.keys, numbers, self.key_width), rows_of(&mut kept.values, numbers, self.value_width));
+            source.copy(self.level, numbers.clone(), keys, values);
+            kept.ends[numbers.start] = numbers.end;
+        }
+        true
+    }
+
+    /// Copies keys to these rows of the batch, if they are wanted.
+    fn stage<E: Element<Compute = T>>(&mut self, source: &KeySource<'_, E>, numbers: &Range<usize>, rows: &Range<usize>) {
+        if !source.staged {
+            return;
+        }
+        if self.keys.is_empty() && self.values.is_empty() {
+            // Most batches read all keys where they lie: a small call would take longer to clear these than to use them.
+            self.keys = Buffer::scratch(self.capacity * self.key_width);
+            self.values = Buffer::scratch(self.capacity * self.value_width);
+        }
+        let (keys, values) = (rows_of(&mut self.keys, rows, self.key_width), rows_of(&mut self.values, rows, self.value_width));
+        source.copy(self.level, numbers.clone(), keys, values);
     }
 
     /// The parts, in order of the keys.
@@ -225,19 +312,24 @@ impl<T: Scalar> KeyBatch<T> {
         assert!(source.staged, "keys and values in the compute type");
         self.parts.iter().map(move |part| {
             let count = part.rows.len();
-            let (keys, values) = if part.in_place {
-                let token = source.blocks.token(part.first);
-                (in_place(&source.keys, token, count), in_place(&source.values, token, count))
-            } else {
-                let of = |buffer: &'a Buffer<T>, width| Matrix::new(&buffer[part.rows.start * width..], count, width, width);
-                (of(&self.keys, self.key_width), of(&self.values, self.value_width))
+            let copies = |keys: &'a Buffer<T>, values: &'a Buffer<T>, row: usize| {
+                let of = |buffer: &'a Buffer<T>, width| Matrix::new(&buffer[row * width..], count, width, width);
+                (of(keys, self.key_width), of(values, self.value_width))
+            };
+            let (keys, values) = match (part.place, &self.kept) {
+                (Place::Kept, Some(kept)) => copies(&kept.keys, &kept.values, part.first),
+                (Place::Tensors, _) => {
+                    let token = source.blocks.token(part.first);
+                    (in_place(&source.keys, token, count), in_place(&source.values, token, count))
+                }
+                _ => copies(&self.keys, &self.values, part.rows.start),
             };
             PartView { keys, values, rows: part.rows.clone(), first: part.first }
         })
     }
 }
 
-fn staged<'a, T>(buffer: &'a mut Buffer<T>, rows: &Range<usize>, width: usize) -> MatrixMut<'a, T> {
+fn rows_of<'a, T>(buffer: &'a mut Buffer<T>, rows: &Range<usize>, width: usize) -> MatrixMut<'a, T> {
     MatrixMut::new(&mut buffer[rows.start * width..rows.end * width], rows.len(), width, width)
 }
 

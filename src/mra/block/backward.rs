@@ -228,7 +228,8 @@ impl<'a, 'g, E: Element> Pass<'a, 'g, E> {
         let columns = tile_columns::<E::Compute>(self.problem);
         Buffers {
             tile: GradientTile::for_tensors::<E>(self.problem, columns, self.value_dim),
-            keys: KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim),
+            keys: KeyBatch::new(self.problem, self.problem.head_dim, self.value_dim)
+                .keeping(self.problem, self.batch.most_keys()),
             bias: BiasTile::new(self.problem, columns),
             line: Buffer::scratch(self.problem.head_dim),
         }

@@ -113,7 +113,7 @@ fn exact<E: Element>(
 ) {
     let rows = batch.rows_of(&heads);
     let multiplications = multiplications(problem, inputs, plan.num_blocks_of(&rows) * problem.block_size);
-    let scratch = || buffers(problem, inputs);
+    let scratch = || buffers(problem, batch, inputs);
     threads::for_each(problem.threads_for(multiplications), rows.len(), scratch, |buffers, task| {
         let (head, i) = batch.row_at(rows.start + task);
         let start = coarse.map_or(Start::Nothing, |coarse| Start::OfBlock(coarse.state(batch, head, i)));
@@ -131,7 +131,7 @@ fn first_order_and_exact<E: Element>(first_order: &FirstOrder<'_, E>, out: &Tens
     // A coarse block costs each of its queries as much as a key, and the mean query half as much again for each of its keys.
     let coarse = problem.heads * batch.pairs_of_blocks() * 3;
     let multiplications = multiplications(problem, inputs, plan.num_blocks() * problem.block_size + coarse);
-    let scratch = || (first_order.buffers(), buffers(problem, inputs));
+    let scratch = || (first_order.buffers(), buffers(problem, batch, inputs));
     threads::for_each(problem.threads_for(multiplications), tasks.len(), scratch, |(of_coarse, of_exact), task| {
         let (head, rows) = tasks[task].clone();
         first_order.attend(head, rows, of_coarse, of_exact, |i, start, of_exact| {
@@ -149,9 +149,9 @@ fn multiplications<E: Element>(problem: &Problem<'_>, inputs: &Inputs<'_, E>, ke
 /// What a thread computes exact blocks in.
 pub(super) type ExactBuffers<T> = (Attend<T>, KeyBatch<T>, BiasTile<T>);
 
-fn buffers<E: Element>(problem: &Problem<'_>, inputs: &Inputs<'_, E>) -> ExactBuffers<E::Compute> {
+fn buffers<E: Element>(problem: &Problem<'_>, batch: &Batch<'_>, inputs: &Inputs<'_, E>) -> ExactBuffers<E::Compute> {
     let (columns, value_dim) = (tile_columns::<E::Compute>(problem), inputs.value.shape()[3]);
-    let keys = KeyBatch::new(problem, problem.head_dim, value_dim);
+    let keys = KeyBatch::new(problem, problem.head_dim, value_dim).keeping(problem, batch.most_keys());
     (Attend::for_tensors::<E>(problem, columns, value_dim), keys, BiasTile::new(problem, columns))
 }
 

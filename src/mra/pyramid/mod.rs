@@ -18,6 +18,9 @@ use crate::kernels::{AddRows, Matrix};
 use crate::simd::{Element, Level, Scalar};
 use crate::tensor::{Rows, Tensor};
 
+/// Tokens that are widened at a time.
+const WIDENED: usize = 8;
+
 /// A row for each block of each flat head, or of each group, padded with zeros to whole vectors; that of an empty block is 0.
 #[derive(Debug)]
 pub(crate) struct Pooled<T> {
@@ -72,7 +75,7 @@ impl<T: Scalar> Pooled<T> {
         threads::for_each(
             problem.threads_to_read(elements / batch.groups().max(1) * groups.len()),
             ranges.iter().map(ExactSizeIterator::len).sum(),
-            || Buffer::scratch(width),
+            || Buffer::scratch(WIDENED * width),
             |line, mut task| {
                 let mut which = 0;
                 while task >= ranges[which].len() {
@@ -120,7 +123,7 @@ pub(crate) struct Pyramid<T> {
     pub(crate) keys: Pooled<T>,
 }
 
-/// Writes the mean of the tokens of a block, and zeros behind its channels. `line` is scratch for a row of tokens.
+/// Writes the mean of the tokens of a block, and zeros behind its channels. `line` is scratch for a row of tokens, or several.
 pub(crate) fn average<E: Element>(
     level: Level,
     tokens: &Rows<'_, E>,

@@ -64,9 +64,9 @@ impl<T: Scalar> RangeRows<T> {
             }
             let (row, grad) = if terms.idle { (&[][..], &[][..]) } else { (row, grad) };
             let to = &mut self.queries[number * self.key_width..][..self.key_width];
-            pack_rows([row].into_iter(), &mut MatrixMut::new(to, 1, self.key_width, self.key_width));
+            pack_rows(level, [row].into_iter(), &mut MatrixMut::new(to, 1, self.key_width, self.key_width));
             let to = &mut self.grads[number * self.value_width..][..self.value_width];
-            pack_rows([grad].into_iter(), &mut MatrixMut::new(to, 1, self.value_width, self.value_width));
+            pack_rows(level, [grad].into_iter(), &mut MatrixMut::new(to, 1, self.value_width, self.value_width));
             self.terms[number] = terms;
             let rows = [(&self.queries, self.key_width), (&self.grads, self.value_width)];
             let finite = |x: T| x * T::ZERO == T::ZERO;

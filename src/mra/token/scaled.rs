@@ -41,7 +41,7 @@ impl<'a, T: Scalar> Scaled<'a, T> {
             *copy = Buffer::scratch(count * channels);
         }
         let rows = tokens.clone().map(|token| rows.row(token));
-        pack_rows(rows, &mut MatrixMut::new(copy, count, channels, channels));
+        pack_rows(problem.level, rows, &mut MatrixMut::new(copy, count, channels, channels));
         copy[..count * channels].iter_mut().for_each(|x| *x = *x * scale);
         Self { rows: Matrix::new(copy, count, channels, channels), key_factor: T::from_f64(1.0), bf16 }
     }
