@@ -70,12 +70,13 @@ impl<T: Scalar> Pooled<T> {
             Side::Keys => batch.columns_of(groups),
         });
         let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
+        let widened = if E::as_compute(&[]).is_some() { 0 } else { WIDENED };
         let rows = pooled.map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
         let elements: usize = tensors.iter().map(|(tensor, _)| tensor.shape().iter().product::<usize>()).sum();
         threads::for_each(
             problem.threads_to_read(elements / batch.groups().max(1) * groups.len()),
             ranges.iter().map(ExactSizeIterator::len).sum(),
-            || Buffer::scratch(WIDENED * width),
+            || Buffer::scratch(widened * width),
             |line, mut task| {
                 let mut which = 0;
                 while task >= ranges[which].len() {
