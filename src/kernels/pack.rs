@@ -123,6 +123,7 @@ pub(crate) fn pack_rows<'a, E: Element>(
     rows: impl ExactSizeIterator<Item = &'a [E]>,
     to: &mut MatrixMut<'_, E::Compute>,
 ) {
+    assert!(rows.len() <= to.rows, "{} rows into {}", rows.len(), to.rows);
     E::Compute::run(level, PackRows { rows, to });
 }
 
