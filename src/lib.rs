@@ -29,6 +29,8 @@ mod mra;
 pub mod reference;
 mod simd;
 mod tensor;
+#[cfg(test)]
+mod test_support;
 
 #[cfg(feature = "python")]
 mod python;

@@ -252,9 +252,9 @@ mod tests {
 
     use super::*;
     use crate::simd::{Level, MAX_ULPS};
+    use crate::test_support::ROUNDOFF;
 
-    /// Half a unit in the last place of float32, and the relative error of an exponential.
-    const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+    /// The relative error of an exponential.
     const EXP: f64 = MAX_ULPS * 2.0 * ROUNDOFF;
 
     /// Logits of which some are `-inf`, and some columns all so; in columns of their own what a lane without a query may hold.

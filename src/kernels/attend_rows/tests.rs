@@ -8,9 +8,7 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use super::*;
 use crate::kernels::{DotRows, Dropout, DropoutRows, Stream};
 use crate::simd::{Level, MAX_ULPS};
-
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
-const GAP: usize = 3;
+use crate::test_support::{GAP, ROUNDOFF};
 
 /// Queries with a state, the packed keys and the values of a block.
 struct Step {

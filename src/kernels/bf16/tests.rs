@@ -7,61 +7,21 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use super::*;
 use crate::kernels::{RoundRows, ZipRows, pack_channel_pairs};
 use crate::simd::{Bf16Level, Level, Scalar, bf16_levels};
-
-/// Half a unit in the last place of float32 and of bfloat16.
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
-const ROUNDOFF_BF16: f64 = 0.5 / 128.0;
-
-/// Columns of NaN behind each row.
-const GAP: usize = 3;
-
-/// A matrix with NaN between its rows.
-struct Padded<T> {
-    data: Vec<T>,
-    rows: usize,
-    cols: usize,
-}
-
-impl<T: Copy> Padded<T> {
-    fn new(rows: usize, cols: usize, nan: T, mut element: impl FnMut() -> T) -> Self {
-        let mut data = vec![nan; rows * (cols + GAP)];
-        for row in data.chunks_exact_mut(cols + GAP) {
-            row[..cols].fill_with(&mut element);
-        }
-        Self { data, rows, cols }
-    }
-
-    fn matrix(&self) -> Matrix<'_, T> {
-        Matrix::new(&self.data, self.rows, self.cols, self.cols + GAP)
-    }
-
-    fn matrix_mut(&mut self) -> MatrixMut<'_, T> {
-        MatrixMut::new(&mut self.data, self.rows, self.cols, self.cols + GAP)
-    }
-
-    fn at(&self, row: usize, col: usize) -> T {
-        self.data[row * (self.cols + GAP) + col]
-    }
-
-    fn gaps(&self) -> impl Iterator<Item = T> {
-        self.data.chunks_exact(self.cols + GAP).flat_map(|row| row[self.cols..].iter().copied())
-    }
-}
+use crate::test_support::{Padded, ROUNDOFF, ROUNDOFF_BF16};
 
 fn unset(rows: usize, cols: usize) -> Padded<bf16> {
-    Padded::new(rows, cols, bf16::NAN, || bf16::NAN)
+    Padded::new(rows, cols, bf16::NAN, |_, _| bf16::NAN)
 }
 
 fn numbers(rng: &mut TestRng, rows: usize, cols: usize) -> Padded<bf16> {
-    Padded::new(rows, cols, bf16::NAN, || bf16::from_f32(rng.random_range(-2.0..2.0)))
+    Padded::new(rows, cols, bf16::NAN, |_, _| bf16::from_f32(rng.random_range(-2.0..2.0)))
 }
 
 /// Rows out of order, of a matrix that has a row of NaN beside each of them.
 fn every_other_backwards(rows: usize, matrix: &mut Padded<bf16>) -> Vec<u32> {
     assert_eq!(matrix.rows, 2 * rows);
-    let (cols, stride) = (matrix.cols, matrix.cols + GAP);
     for row in (1..2 * rows).step_by(2) {
-        matrix.data[row * stride..][..cols].fill(bf16::NAN);
+        matrix.row_mut(row).fill(bf16::NAN);
     }
     (0..u32::try_from(rows).expect("a small size")).rev().map(|row| 2 * row).collect()
 }
@@ -85,7 +45,7 @@ fn check_logits(level: Level, keys: usize, queries: usize, channels: usize) {
     let mut packed = unset(channels.div_ceil(2), 2 * columns);
     pack_channel_pairs((0..queries).map(|t| q.matrix().row(t)), &mut packed.matrix_mut());
     assert!(packed.gaps().all(bf16::is_nan), "pairs of channels between rows");
-    let mut logits = Padded::new(keys, columns, f32::NAN, || f32::NAN);
+    let mut logits = Padded::new(keys, columns, f32::NAN, |_, _| f32::NAN);
     let scale = -0.37;
     let kernel = KeyDots { keys: k.matrix(), rows: &rows, queries: packed.matrix(), scale, logits: logits.matrix_mut() };
     run(level, kernel);
@@ -106,10 +66,10 @@ fn check_values(level: Level, keys: usize, queries: usize, channels: usize) {
     let (columns, width, pairs) = (queries.next_multiple_of(lanes), channels.next_multiple_of(lanes), keys.div_ceil(2));
     let mut v = numbers(&mut rng, 2 * keys, channels);
     let rows = every_other_backwards(keys, &mut v);
-    let weights = Padded::new(keys, columns, f32::NAN, || rng.random_range(0.0..1.0));
+    let weights = Padded::new(keys, columns, f32::NAN, |_, _| rng.random_range(0.0..1.0));
     let rescale: Vec<f32> = (0..queries).map(|_| rng.random_range(0.0..1.0)).collect();
-    let mut sums = Padded::new(queries, width, f32::NAN, || rng.random_range(-1.0..1.0));
-    let before = Padded { data: sums.data.clone(), ..sums };
+    let mut sums = Padded::new(queries, width, f32::NAN, |_, _| rng.random_range(-1.0..1.0));
+    let before = sums.clone();
     let (mut of_values, mut of_weights) = (unset(pairs, 2 * width), unset(pairs, 2 * columns));
     run(level, ZipRows { from: v.matrix(), rows: &rows, to: of_values.matrix_mut() });
     run(level, RoundRows { from: weights.matrix(), to: of_weights.matrix_mut() });
@@ -165,10 +125,10 @@ fn values_without_channels() {
 fn shapes_that_do_not_fit_are_refused() {
     for level in bf16_levels() {
         let refused = |rows: &[u32], channels_of_queries: usize| {
-            let k = Padded::new(4, 6, bf16::NAN, || bf16::ONE);
+            let k = Padded::new(4, 6, bf16::NAN, |_, _| bf16::ONE);
             let columns = f32::lanes(level);
             let packed = unset(channels_of_queries.div_ceil(2), 2 * columns);
-            let mut logits = Padded::new(rows.len(), columns, f32::NAN, || 0.0);
+            let mut logits = Padded::new(rows.len(), columns, f32::NAN, |_, _| 0.0);
             let body = std::panic::AssertUnwindSafe(|| {
                 let (queries, logits) = (packed.matrix(), logits.matrix_mut());
                 run(level, KeyDots { keys: k.matrix(), rows, queries, scale: 1.0, logits });

@@ -5,33 +5,7 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use super::*;
 use crate::simd::Level;
-
-/// A matrix with NaN between its rows.
-struct Padded<T> {
-    data: Vec<T>,
-    rows: usize,
-    cols: usize,
-}
-
-const GAP: usize = 3;
-
-impl<T: Scalar> Padded<T> {
-    fn new(rows: usize, cols: usize, mut element: impl FnMut() -> f64) -> Self {
-        let mut data = vec![T::NAN; rows * (cols + GAP)];
-        for row in data.chunks_exact_mut(cols + GAP) {
-            row[..cols].fill_with(|| T::from_f64(element()));
-        }
-        Self { data, rows, cols }
-    }
-
-    fn matrix(&self) -> Matrix<'_, T> {
-        Matrix::new(&self.data, self.rows, self.cols, self.cols + GAP)
-    }
-
-    fn at(&self, row: usize, col: usize) -> f64 {
-        self.data[row * (self.cols + GAP) + col].into()
-    }
-}
+use crate::test_support::{GAP, Padded};
 
 /// All products of these sizes against float64, element by element.
 fn check<T: Scalar>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
@@ -45,13 +19,13 @@ fn check<T: Scalar>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
         let gather = !a_transposed && matches!(init, Init::Keep | Init::KeepAt(_));
         let row_of_b = |p: usize| if gather { k - 1 - p } else { p };
         let row_of_c = |r: usize| if matches!(init, Init::KeepAt(_)) { m - 1 - r } else { r };
-        let mut number = || rng.random_range(-1.0..1.0);
+        let mut number = |_, _| T::from_f64(rng.random_range(-1.0..1.0));
         let (rows, cols) = if a_transposed { (k, m) } else { (m, k) };
-        let a = Padded::<T>::new(rows, cols, &mut number);
-        let b = Padded::<T>::new(k, n, &mut number);
+        let a = Padded::new(rows, cols, T::NAN, &mut number);
+        let b = Padded::new(k, n, T::NAN, &mut number);
         let overwritten = matches!(init, Init::Zero);
-        let mut c = Padded::<T>::new(m, n, || if overwritten { f64::NAN } else { number() });
-        let before = Padded { data: c.data.clone(), ..c };
+        let mut c = Padded::new(m, n, T::NAN, |row, col| if overwritten { T::NAN } else { number(row, col) });
+        let before = c.clone();
         let stride = n + GAP;
         let to = MatrixMut::new(&mut c.data, m, n, stride);
         let b_rows = gather.then_some(&b_rows[..]);
@@ -59,16 +33,16 @@ fn check<T: Scalar>(level: Level, m: usize, k: usize, n: usize, roundoff: f64) {
         for (row, col) in (0..m).flat_map(|row| (0..n).map(move |col| (row, col))) {
             let start = match init {
                 Init::Zero => 0.0,
-                Init::Keep | Init::KeepAt(_) => before.at(row_of_c(row), col),
-                Init::ScaleRows(factors) => factors[row].into() * before.at(row_of_c(row), col),
+                Init::Keep | Init::KeepAt(_) => before.at(row_of_c(row), col).into(),
+                Init::ScaleRows(factors) => factors[row].into() * before.at(row_of_c(row), col).into(),
             };
-            let of_a = |p| if a_transposed { a.at(p, row) } else { a.at(row, p) };
-            let product = |p| of_a(p) * b.at(row_of_b(p), col);
+            let of_a = |p| if a_transposed { a.at(p, row) } else { a.at(row, p) }.into();
+            let product = |p| of_a(p) * b.at(row_of_b(p), col).into();
             let sum = start + (0..k).map(product).sum::<f64>();
             // Each product and each sum may be rounded, in the order of k, and so may C: twice where it is scaled.
             let magnitude = start.abs() + (0..k).map(|p| product(p).abs()).sum::<f64>();
             let bound = (k + 2) as f64 * roundoff * magnitude;
-            let error = (c.at(row_of_c(row), col) - sum).abs();
+            let error = (c.at(row_of_c(row), col).into() - sum).abs();
             assert!(
                 error <= bound,
                 "{}: {m} x {k} x {n}, transposed {a_transposed}, ({row}, {col}) is off by {error:e}, more than {bound:e}",
@@ -107,8 +81,8 @@ fn float64() {
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
     for (rows_of_b, cols_of_c) in [(4, 16), (3, 32)] {
-        let (a, b) = (Padded::<f32>::new(2, 3, || 0.0), Padded::<f32>::new(rows_of_b, 16, || 0.0));
-        let mut c = Padded::<f32>::new(2, cols_of_c, || 0.0);
+        let (a, b) = (Padded::new(2, 3, f32::NAN, |_, _| 0.0), Padded::new(rows_of_b, 16, f32::NAN, |_, _| 0.0));
+        let mut c = Padded::new(2, cols_of_c, f32::NAN, |_, _| 0.0);
         let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let to = MatrixMut::new(&mut c.data, 2, cols_of_c, cols_of_c);
             let level = Level::available()[0];

@@ -7,24 +7,15 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use super::*;
 use crate::kernels::{PackPairs, RoundColumns, RoundLines};
 use crate::simd::{Level, TmulUnit, tmul_levels};
-
-/// Half a unit in the last place of float32.
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
-
-/// Columns of NaN behind each row.
-const GAP: usize = 3;
+use crate::test_support::{GAP, Padded, ROUNDOFF};
 
 fn unit(level: Level) -> TmulUnit {
     TmulUnit::of(level).expect("a level with tiles")
 }
 
 /// Rows of numbers with NaN behind each of them.
-fn rows<T: Copy>(rows: usize, cols: usize, nan: T, mut element: impl FnMut(usize, usize) -> T) -> Vec<T> {
-    let mut data = vec![nan; rows * (cols + GAP)];
-    for (r, row) in data.chunks_exact_mut(cols + GAP).enumerate() {
-        row[..cols].iter_mut().enumerate().for_each(|(c, x)| *x = element(r, c));
-    }
-    data
+fn rows<T: Copy>(rows: usize, cols: usize, nan: T, element: impl FnMut(usize, usize) -> T) -> Vec<T> {
+    Padded::new(rows, cols, nan, element).data
 }
 
 /// Which rows of a matrix of `count` rows, and of more that hold NaN, are the operand.

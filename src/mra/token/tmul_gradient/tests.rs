@@ -8,12 +8,7 @@ use crate::kernels::Stream;
 use crate::mra::attend::QueryTerms;
 use crate::mra::problem::{Options, Problem};
 use crate::simd::{Level, MAX_ULPS, tmul_levels};
-
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
-const ROUNDOFF_BF16: f64 = 0.5 / 128.0;
-
-/// Columns of NaN behind each stored row.
-const GAP: usize = 3;
+use crate::test_support::{Padded, ROUNDOFF, ROUNDOFF_BF16};
 
 /// Rows of the sums before those of the block.
 const ROWS_BEFORE: usize = 2;
@@ -49,8 +44,8 @@ impl Bounded {
 
 struct Tile {
     sizes: [usize; 2],
-    /// Queries, gradients, keys and values as they are stored, rows with NaN behind them.
-    stored: [Vec<bf16>; 4],
+    /// Queries, gradients, keys and values as they are stored.
+    stored: [Padded<bf16>; 4],
     queries: Vec<u32>,
     tokens: Vec<u32>,
     terms: Vec<QueryTerms<f32>>,
@@ -65,13 +60,7 @@ impl Tile {
             (0u32..).map(|query| 2 * query + 1).take(RANGE / 2).collect(),
             (0u32..).map(|key| 3 * key + 1).take(keys).collect(),
         );
-        let mut rows = |count: usize, cols: usize, used: &[u32]| {
-            let mut data = vec![bf16::NAN; count * (cols + GAP)];
-            for &row in used {
-                data[row as usize * (cols + GAP)..][..cols].fill_with(|| bf16::from_f32(rng.random_range(-1.0..1.0)));
-            }
-            data
-        };
+        let mut rows = |count, cols, used: &[u32]| Padded::of_rows(count, cols, used, || rng.random_range(-1.0..1.0));
         let dims = [head_dim, value_dim];
         let [q, g] = dims.map(|dim| rows(RANGE, dim, &queries));
         let [k, v] = dims.map(|dim| rows(3 * keys + 2, dim, &tokens));
@@ -85,8 +74,7 @@ impl Tile {
     }
 
     fn row(&self, which: usize, row: u32) -> &[bf16] {
-        let cols = self.sizes[which % 2];
-        &self.stored[which][row as usize * (cols + GAP)..][..cols]
+        self.stored[which].row(row as usize)
     }
 
     /// dq, dk and dv after it; `hidden` says which pairs of a key and a lane do not count.
@@ -110,17 +98,13 @@ impl Tile {
             }
             data
         });
-        let stored = |which: usize| {
-            let cols = self.sizes[which % 2];
-            Matrix::new(&self.stored[which][..], key_len, cols, cols + GAP)
-        };
         let of_keys = KeyRows {
             keys: Matrix::new(&widened[0], keys, widths[0], widths[0]),
             values: Matrix::new(&widened[1], keys, widths[1], widths[1]),
             first: 10 + ROWS_BEFORE,
             names: &[],
             guard,
-            bf16: Some((stored(2), stored(3), &self.tokens)),
+            bf16: Some((self.stored[2].matrix(), self.stored[3].matrix(), &self.tokens)),
         };
         tile.start(&rows, &self.queries, Stream::Exact, (0, 0), guard);
         tile.differentiate(of_keys, |logits, columns| {
@@ -231,8 +215,7 @@ fn a_guard_hides_what_does_not_count() {
             let mut tile = Tile::new(level, sizes);
             let (lane, key) = (3, 5);
             for (which, row) in [(0, tile.queries[lane]), (2, tile.tokens[key])] {
-                let (dim, start) = (sizes[0], row as usize * (sizes[0] + GAP));
-                tile.stored[which][start..start + dim].fill(bf16::NAN);
+                tile.stored[which].row_mut(row as usize).fill(bf16::NAN);
             }
             // The query sees the first two keys, and the first two queries see the key.
             tile.check(level, true, |k, l| (l == lane && k >= 2) || (k == key && l >= 2) || some(k, l));

@@ -6,21 +6,7 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use super::*;
 use crate::mra::problem::Options;
 use crate::simd::tmul_levels;
-
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
-const ROUNDOFF_BF16: f64 = 0.5 / 128.0;
-
-/// Columns of NaN behind each row.
-const GAP: usize = 3;
-
-/// Random rows for these numbers, of NaN for the others.
-fn rows(rng: &mut TestRng, count: usize, cols: usize, used: &[u32]) -> Vec<bf16> {
-    let mut data = vec![bf16::NAN; count * (cols + GAP)];
-    for &row in used {
-        data[row as usize * (cols + GAP)..][..cols].fill_with(|| bf16::from_f32(rng.random_range(-2.0..2.0)));
-    }
-    data
-}
+use crate::test_support::{Padded, ROUNDOFF, ROUNDOFF_BF16};
 
 fn check(level: Level, [head_dim, value_dim, keys]: [usize; 3], listed: &[u32]) {
     const QUERY_LEN: usize = 90;
@@ -31,11 +17,10 @@ fn check(level: Level, [head_dim, value_dim, keys]: [usize; 3], listed: &[u32]) 
     let problem = Problem::new([1, 1, QUERY_LEN, head_dim], [1, 1, key_len, head_dim], &options).expect("a valid problem");
     let mut tmul = TmulKeys::<f32>::new::<bf16>(&problem, value_dim).expect("a level with tiles");
     let tokens: Vec<u32> = (0..u32::try_from(keys).expect("few")).rev().map(|key| 2 * key + 1).collect();
-    let (queries, stored) = (rows(&mut rng, QUERY_LEN, head_dim, listed), rows(&mut rng, key_len, head_dim, &tokens));
-    let matrix = |data, rows, cols| Matrix::new(data, rows, cols, cols + GAP);
-    let (queries, stored) = (matrix(&queries, QUERY_LEN, head_dim), matrix(&stored, key_len, head_dim));
-    let [first, second] = [(); 2].map(|()| rows(&mut rng, key_len, value_dim, &tokens));
-    let [first, second] = [&first, &second].map(|values| matrix(values, key_len, value_dim));
+    let mut rows = |count, cols, used: &[u32]| Padded::of_rows(count, cols, used, || rng.random_range(-2.0..2.0));
+    let (queries, stored) = (rows(QUERY_LEN, head_dim, listed), rows(key_len, head_dim, &tokens));
+    let [first, second] = [(); 2].map(|()| rows(key_len, value_dim, &tokens));
+    let (queries, stored, first, second) = (queries.matrix(), stored.matrix(), first.matrix(), second.matrix());
 
     tmul.pack(stored, first, &tokens);
     let (logits, places) = tmul.multiply(queries, listed);
