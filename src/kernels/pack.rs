@@ -3,72 +3,70 @@
 use super::MatrixMut;
 use crate::simd::{Element, Kernel, Level, SQUARE, Scalar, Simd};
 
+/// Channels that are widened at a time, in registers or near them.
+const WIDENED: usize = 32;
+
 /// Writes `factor * row` as column `column` of `to`, for each of `rows`; the remaining columns become 0.
 ///
-/// `to` has one row per channel. `lines` is scratch for [`SQUARE`] rows, `to.rows` each.
+/// `to` has one row per channel.
 pub(crate) fn pack_transposed<'a, E: Element>(
     level: Level,
     mut rows: impl ExactSizeIterator<Item = &'a [E]>,
     factor: E::Compute,
-    lines: &mut [E::Compute],
     to: &mut MatrixMut<'_, E::Compute>,
 ) {
     let (channels, columns, stride) = (to.rows, to.cols, to.stride);
-    assert!(lines.len() >= SQUARE * channels, "scratch for {SQUARE} rows of {channels}");
+    assert!(rows.len() <= columns, "{} rows into {columns} columns", rows.len());
     if channels == 0 {
         return;
     }
     let data = to.data_mut();
     for column in (0..columns).step_by(SQUARE) {
-        let mut group: [&[E::Compute]; SQUARE] = [&[]; SQUARE];
-        let mut free = &mut *lines;
-        for member in &mut group {
-            let (line, rest) = free.split_at_mut(channels);
-            free = rest;
-            *member = if let Some(row) = rows.next() {
-                E::as_compute(row).unwrap_or_else(|| {
-                    let to = &mut MatrixMut::new(line, 1, channels, channels);
-                    pack_rows(level, std::iter::once(row), to);
-                    line
-                })
-            } else {
-                line.fill(E::Compute::ZERO);
-                line
-            };
-        }
         let width = SQUARE.min(columns - column);
         let to = MatrixMut::new(&mut data[column..], channels, width, stride);
-        E::Compute::run(level, Transpose { rows: group, factor, to });
+        E::Compute::run(level, Transpose { rows: [(); SQUARE].map(|()| rows.next()), factor, to });
     }
 }
 
-/// Writes rows as columns.
-struct Transpose<'a, T> {
-    rows: [&'a [T]; SQUARE],
-    factor: T,
-    to: MatrixMut<'a, T>,
+/// Writes rows as columns, and zeros where there is no row.
+struct Transpose<'a, E: Element> {
+    rows: [Option<&'a [E]>; SQUARE],
+    factor: E::Compute,
+    to: MatrixMut<'a, E::Compute>,
 }
 
-impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
+impl<E: Element> Kernel<E::Compute> for Transpose<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T>>(mut self, simd: S) {
+    fn run<S: Simd<E::Compute>>(mut self, simd: S) {
         let (channels, width, stride) = (self.to.rows, self.to.cols, self.to.stride);
-        assert!(self.rows.iter().all(|row| row.len() >= channels), "rows of {channels} channels");
-        let whole = if width == SQUARE { channels - channels % SQUARE } else { 0 };
-        for channel in (0..whole).step_by(SQUARE) {
-            let mut rows = [std::ptr::null(); SQUARE];
+        let mut lines = [[E::Compute::ZERO; WIDENED]; SQUARE];
+        for first in (0..channels).step_by(WIDENED) {
+            let count = WIDENED.min(channels - first);
+            let mut starts = [std::ptr::null(); SQUARE];
             for r in 0..SQUARE {
-                rows[r] = self.rows[r].as_ptr().wrapping_add(channel);
+                let row = self.rows[r].map(|row| &row[first..first + count]);
+                starts[r] = row.and_then(E::as_compute).map_or_else(
+                    || {
+                        row.inspect(|row| E::widen(row, &mut lines[r][..count]));
+                        lines[r].as_ptr()
+                    },
+                    <[E::Compute]>::as_ptr,
+                );
             }
-            // SAFETY: a square of each lies before `whole`, in rows that long and in a matrix of that many rows.
-            unsafe { simd.transpose(rows, self.factor, self.to.as_mut_ptr().add(channel * stride), stride) };
-        }
-        let to = self.to.data_mut();
-        for channel in whole..channels {
-            for r in 0..width {
-                to[channel * stride + r] = self.rows[r][channel] * self.factor;
+            let whole = if width == SQUARE { count - count % SQUARE } else { 0 };
+            let to = &mut self.to.data_mut()[first * stride..];
+            for channel in (0..whole).step_by(SQUARE) {
+                let rows = starts.map(|start| start.wrapping_add(channel));
+                // SAFETY: a square of each lies before `count`, of rows that long and of as many rows of the matrix.
+                unsafe { simd.transpose(rows, self.factor, to.as_mut_ptr().add(channel * stride), stride) };
+            }
+            for channel in whole..count {
+                for r in 0..width {
+                    // SAFETY: as above, one number.
+                    to[channel * stride + r] = unsafe { *starts[r].add(channel) } * self.factor;
+                }
             }
         }
     }

@@ -6,24 +6,19 @@ use super::key_batch::KeyBatch;
 use crate::exec::Buffer;
 use crate::kernels::{AddBias, Matrix, MatrixMut, pack_transposed};
 use crate::mra::problem::{Batch, Problem};
-use crate::simd::{SQUARE, Scalar};
+use crate::simd::Scalar;
 
 /// The buffers for one block of keys.
 pub(crate) struct BiasTile<T> {
     rows: Buffer<T>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
 }
 
 impl<T: Scalar> BiasTile<T> {
     /// Buffers for tiles of at most `columns` queries; none where there is no additive bias.
     pub(crate) fn new(problem: &Problem<'_>, columns: usize) -> Self {
         let size = if problem.additive_bias().is_some() { problem.block_size } else { 0 };
-        Self {
-            rows: Buffer::scratch(size * columns),
-            packed: Buffer::scratch(size * columns),
-            lines: Buffer::scratch(SQUARE * size),
-        }
+        Self { rows: Buffer::scratch(size * columns), packed: Buffer::scratch(size * columns) }
     }
 
     /// Adds the bias to the logits of queries of a flat head, which have these numbers among those computed, on a batch of keys.
@@ -57,7 +52,7 @@ impl<T: Scalar> BiasTile<T> {
                 }
                 let rows = self.rows.chunks_exact(count).take(queries.len());
                 let mut packed = MatrixMut::new(&mut self.packed, count, columns, columns);
-                pack_transposed(problem.level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
+                pack_transposed(problem.level, rows, T::from_f64(1.0), &mut packed);
                 let logits = &mut logits[start * columns..(start + count) * columns];
                 let bias = Matrix::new(&self.packed, count, columns, columns);
                 T::run(problem.level, AddBias { logits: MatrixMut::new(logits, count, columns, columns), bias });

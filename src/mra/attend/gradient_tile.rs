@@ -18,7 +18,7 @@ use crate::kernels::{
     AllFinite, Gemm, Init, LogitGradient, Matrix, MatrixMut, Softcap, Stream, pack_rows, pack_transposed, product,
 };
 use crate::mra::problem::Problem;
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, Scalar};
 
 /// A tile of queries with the gradients of their outputs, and the buffers of a step.
 pub(crate) struct GradientTile<T> {
@@ -51,7 +51,6 @@ pub(crate) struct GradientTile<T> {
     grads: Buffer<T>,
     lse: Buffer<T>,
     delta: Buffer<T>,
-    lines: Buffer<T>,
     pub(super) weights: Buffer<T>,
     pub(super) gradients: Buffer<T>,
     softcap: Option<T>,
@@ -119,7 +118,6 @@ impl<T: Scalar> GradientTile<T> {
             grads: Buffer::scratch(columns * value_width),
             lse: Buffer::scratch(columns),
             delta: Buffer::scratch(columns),
-            lines: Buffer::scratch(SQUARE * head_dim.max(value_dim)),
             weights: Buffer::scratch(keys * columns),
             gradients: Buffer::scratch(keys * columns),
             softcap: problem.softcap.map(T::from_f64),
@@ -188,7 +186,7 @@ impl<T: Scalar> GradientTile<T> {
             }
         } else {
             let mut packed = MatrixMut::new(&mut self.packed_queries, self.head_dim, columns, columns);
-            pack_transposed(self.level, queries.clone(), self.scale, &mut self.lines, &mut packed);
+            pack_transposed(self.level, queries.clone(), self.scale, &mut packed);
         }
         pack_rows(self.level, queries, &mut MatrixMut::new(&mut self.queries, self.count, self.key_width, self.key_width));
         pack_rows(
@@ -197,7 +195,7 @@ impl<T: Scalar> GradientTile<T> {
             &mut MatrixMut::new(&mut self.grads, self.count, self.value_width, self.value_width),
         );
         let mut packed = MatrixMut::new(&mut self.packed_grads, self.value_dim, columns, columns);
-        pack_transposed(self.level, grads, T::from_f64(1.0), &mut self.lines, &mut packed);
+        pack_transposed(self.level, grads, T::from_f64(1.0), &mut packed);
     }
 
     /// Says which queries the tile has, for dropout: tokens, or blocks of them.

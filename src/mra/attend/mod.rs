@@ -20,7 +20,7 @@ pub(crate) use tmul_gradient::TmulGradient;
 use super::problem::Problem;
 use crate::exec::Buffer;
 use crate::kernels::{Gemm, Init, Matrix, MatrixMut, NarrowScaled, OnlineSoftmax, Softcap, Stream, pack_transposed};
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, Scalar};
 
 /// The running softmax that all queries of a block start from: that of the coarse level.
 pub(crate) struct StartState<'a, T> {
@@ -47,7 +47,6 @@ pub(crate) struct Attend<T> {
     scale: T,
     softcap: Option<T>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
     logits: Buffer<T>,
     rescale: Buffer<T>,
     /// The largest logit so far.
@@ -74,7 +73,6 @@ impl<T: Scalar> Attend<T> {
             scale: T::from_f64(problem.scale),
             softcap: problem.softcap.map(T::from_f64),
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(KeyBatch::<T>::capacity(problem) * columns),
             rescale: Buffer::scratch(columns),
             maximum: Buffer::scratch(columns),
@@ -111,7 +109,7 @@ impl<T: Scalar> Attend<T> {
             bf16.logits.start(queries, columns);
         } else {
             let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-            pack_transposed(self.level, queries, self.scale, &mut self.lines, &mut packed);
+            pack_transposed(self.level, queries, self.scale, &mut packed);
         }
         self.maximum[..columns].fill(coarse.map_or(T::NEG_INFINITY, |coarse| coarse.maximum));
         self.sum[..columns].fill(coarse.map_or(T::ZERO, |coarse| coarse.sum));

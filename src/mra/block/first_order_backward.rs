@@ -24,7 +24,7 @@ use crate::mra::inputs::Inputs;
 use crate::mra::problem::{Batch, Blocks, Problem};
 use crate::mra::pyramid::{Pooled, Side};
 use crate::mra::select::BlockPlan;
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, Scalar};
 
 /// Sums for a few rows.
 pub(super) struct RowSums<'a, T> {
@@ -64,7 +64,6 @@ pub(super) struct Buffers<T> {
     turns: Buffer<T>,
     packed_turns: Buffer<T>,
     packed_dvt: Buffer<T>,
-    lines: Buffer<T>,
     /// `u`, then `dx`, of a block: a row of lanes for each key.
     logits: Buffer<T>,
 }
@@ -116,7 +115,6 @@ impl<'a, 'g, E: Element> FirstOrderPass<'a, 'g, E> {
             turns: Buffer::scratch(places * key_width),
             packed_turns: Buffer::scratch(problem.head_dim * columns),
             packed_dvt: Buffer::scratch(value_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim.max(value_dim)),
             logits: Buffer::scratch(problem.block_size * columns),
         }
     }
@@ -273,7 +271,7 @@ impl<'a, 'g, E: Element> FirstOrderPass<'a, 'g, E> {
         buffers: &mut Buffers<E::Compute>,
     ) {
         let (problem, keys) = (self.problem, part.rows.len());
-        let Buffers { summaries, dvt, turns, packed_turns, packed_dvt, lines, logits, .. } = buffers;
+        let Buffers { summaries, dvt, turns, packed_turns, packed_dvt, logits, .. } = buffers;
         let (columns, capacity) = (summaries.columns, summaries.capacity);
         let one = E::Compute::from_f64(1.0);
         for (tokens, of_rows, packed, channels, width, init) in [
@@ -282,7 +280,7 @@ impl<'a, 'g, E: Element> FirstOrderPass<'a, 'g, E> {
         ] {
             let row = |row: usize| &of_rows[(row * capacity + index) * width..][..channels];
             let mut to = MatrixMut::new(packed, channels, columns, columns);
-            pack_transposed(problem.level, (0..rows).map(row), one, lines, &mut to);
+            pack_transposed(problem.level, (0..rows).map(row), one, &mut to);
             E::Compute::run(
                 problem.level,
                 Gemm {

@@ -19,7 +19,7 @@ use crate::kernels::{BlockSoftmax, Gemm, Init, Matrix, MatrixMut, pack_transpose
 use crate::mra::attend::{KeyBatch, KeySource};
 use crate::mra::problem::{Batch, Blocks, Problem};
 use crate::mra::select::{BlockPlan, add_mean_bias};
-use crate::simd::{Element, SQUARE, Scalar};
+use crate::simd::{Element, Scalar};
 use crate::tensor::Rows;
 
 /// Rows whose summaries are computed together: a vector of AVX-512. Sums of gradients over queries are sums over as many rows each.
@@ -47,7 +47,6 @@ pub(super) struct Summaries<T> {
     /// What is added to the logit of each block, a row of lanes: the entropy and the mean bias, `-inf` where it does not enter.
     offsets: Buffer<T>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
     zeros: Vec<T>,
     block: KeyBatch<T>,
 }
@@ -82,7 +81,6 @@ impl<T: Scalar> Summaries<T> {
             entering: Vec::with_capacity(capacity),
             offsets: Buffer::scratch(capacity * columns),
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
             zeros: vec![T::ZERO; problem.head_dim],
             block: KeyBatch::new(problem, problem.head_dim, value_dim),
         }
@@ -101,7 +99,7 @@ impl<T: Scalar> Summaries<T> {
         let row = |i: usize| &(if counts(i) { means.row(i) } else { zeros })[..problem.head_dim];
         let mut packed = MatrixMut::new(&mut self.packed, problem.head_dim, self.columns, self.columns);
         let means = rows.map(row);
-        pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut self.lines, &mut packed);
+        pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut packed);
     }
 
     /// Computes the summaries of some blocks, at most as many as there is room for, for the rows that were started.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::coarsen;
 use crate::error::{Error, Result};
-use crate::exec::{Buffer, TensorMut, threads};
+use crate::exec::{TensorMut, threads};
 use crate::mra::problem::{Blocks, Problem, threads_for};
 use crate::mra::pyramid::average;
 use crate::simd::{Element, Level, Scalar};
@@ -57,8 +57,8 @@ pub fn append<E: Element>(
     threads::for_each(
         threads_for(threads, batch * heads * count * channels),
         batch * heads * most,
-        || Buffer::scratch(channels),
-        |line, task| {
+        || (),
+        |(), task| {
             let (item, head) = (task / most / heads, task / most % heads);
             let block = grown.touched(item, finest).start + task % most;
             let start = block * finest;
@@ -75,7 +75,7 @@ pub fn append<E: Element>(
             if to == start + finest {
                 // SAFETY: each task has its own block.
                 let mean = unsafe { of_finest.row_mut(item, head, block) };
-                average(level, &Rows::new(tokens, finest, channels, channels), &whole, 0, line, mean);
+                average(level, &Rows::new(tokens, finest, channels, channels), &whole, 0, mean);
             }
         },
     );

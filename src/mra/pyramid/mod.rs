@@ -18,9 +18,6 @@ use crate::kernels::{AddRows, Matrix};
 use crate::simd::{Element, Level, Scalar};
 use crate::tensor::{Rows, Tensor};
 
-/// Tokens that are widened at a time.
-const WIDENED: usize = 8;
-
 /// A row for each block of each flat head, or of each group, padded with zeros to whole vectors; that of an empty block is 0.
 #[derive(Debug)]
 pub(crate) struct Pooled<T> {
@@ -69,15 +66,13 @@ impl<T: Scalar> Pooled<T> {
             Side::Queries => batch.rows_of(&batch.heads_of_all(groups)),
             Side::Keys => batch.columns_of(groups),
         });
-        let width = pooled.iter().map(|pooled| pooled.width).max().unwrap_or(0);
-        let widened = if E::as_compute(&[]).is_some() { 0 } else { WIDENED };
         let rows = pooled.map(|pooled| Chunks::new(&mut pooled.means, pooled.width));
         let elements: usize = tensors.iter().map(|(tensor, _)| tensor.shape().iter().product::<usize>()).sum();
         threads::for_each(
             problem.threads_to_read(elements / batch.groups().max(1) * groups.len()),
             ranges.iter().map(ExactSizeIterator::len).sum(),
-            || Buffer::scratch(widened * width),
-            |line, mut task| {
+            || (),
+            |(), mut task| {
                 let mut which = 0;
                 while task >= ranges[which].len() {
                     task -= ranges[which].len();
@@ -97,7 +92,7 @@ impl<T: Scalar> Pooled<T> {
                 };
                 // SAFETY: each task has its own row.
                 let mean = unsafe { rows[which].get_mut(task) };
-                average(problem.level, &tensor.head(item, head), blocks, block, line, mean);
+                average(problem.level, &tensor.head(item, head), blocks, block, mean);
             },
         );
     }
@@ -124,15 +119,8 @@ pub(crate) struct Pyramid<T> {
     pub(crate) keys: Pooled<T>,
 }
 
-/// Writes the mean of the tokens of a block, and zeros behind its channels. `line` is scratch for a row of tokens, or several.
-pub(crate) fn average<E: Element>(
-    level: Level,
-    tokens: &Rows<'_, E>,
-    blocks: &Blocks,
-    block: usize,
-    line: &mut [E::Compute],
-    mean: &mut [E::Compute],
-) {
+/// Writes the mean of the tokens of a block, and zeros behind its channels.
+pub(crate) fn average<E: Element>(level: Level, tokens: &Rows<'_, E>, blocks: &Blocks, block: usize, mean: &mut [E::Compute]) {
     let (numbers, channels) = (blocks.numbers(block), tokens.cols());
     // In fresh memory, to read before the first write would cost a second page fault, one that stops the other threads as well.
     mean.fill(E::Compute::ZERO);
@@ -143,7 +131,7 @@ pub(crate) fn average<E: Element>(
     let mut add = |number: usize, count: usize| {
         let (data, stride) = tokens.tail(blocks.token(number));
         let rows = Matrix::new(data, count, channels, stride);
-        E::Compute::run(level, AddRows { rows, line: &mut *line, sums: &mut *mean });
+        E::Compute::run(level, AddRows { rows, sums: &mut *mean });
     };
     if blocks.consecutive(numbers.clone()) {
         add(numbers.start, numbers.len());

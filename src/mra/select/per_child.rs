@@ -14,7 +14,7 @@ use crate::kernels::{Candidate, ColumnMaxima, FindNear, Gemm, Init, Matrix, Matr
 use crate::mra::attend::{coarse_tile_columns, tiles};
 use crate::mra::problem::Segment;
 use crate::mra::pyramid::Pyramid;
-use crate::simd::{SQUARE, Scalar};
+use crate::simd::Scalar;
 
 /// Selects blocks for every flat head and writes them to the plan.
 ///
@@ -85,7 +85,6 @@ struct ChildScores<T> {
     best: Vec<T>,
     tiles: Vec<Tile>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
 }
 
 impl<T: Scalar> ChildScores<T> {
@@ -96,7 +95,6 @@ impl<T: Scalar> ChildScores<T> {
             best: Vec::new(),
             tiles: Vec::new(),
             packed: Buffer::scratch(problem.head_dim * coarse_tile_columns::<T>(problem)),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
         }
     }
 
@@ -109,7 +107,7 @@ impl<T: Scalar> ChildScores<T> {
             let columns = tile.columns;
             let mut packed = MatrixMut::new(&mut self.packed, channels, columns, columns);
             let means = tile.rows.clone().map(|i| &queries.row(i)[..channels]);
-            pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut self.lines, &mut packed);
+            pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut packed);
             let values = &mut self.values[tile.start..][..tile.candidates * columns];
             let mut rest = &mut *values;
             for blocks in children.columns(head, tile.row_above) {

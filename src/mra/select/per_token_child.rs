@@ -8,7 +8,7 @@ use super::per_token::{Choice, PlanRow, descending};
 use crate::exec::Buffer;
 use crate::kernels::{Bounds, Largest, Matrix, MatrixMut, pack_transposed};
 use crate::mra::problem::{Sight, TokenBudget};
-use crate::simd::{Level, MOST_LANES, SQUARE, Scalar};
+use crate::simd::{Level, MOST_LANES, Scalar};
 
 /// Queries whose largest logits are found together, each in a lane.
 const LANES: usize = 64;
@@ -38,7 +38,6 @@ pub(crate) struct ChildChooser<T> {
     candidates: ChildCandidates<T>,
     /// Logits or scores with a lane for each of some queries.
     columns: Buffer<T>,
-    lines: Buffer<T>,
     bounds: Buffer<T>,
     choosing: Vec<u32>,
     wanted: Vec<usize>,
@@ -61,7 +60,6 @@ impl<T: Scalar> ChildChooser<T> {
             is_ranked: false,
             candidates: ChildCandidates::new(),
             columns: Buffer::scratch(0),
-            lines: Buffer::scratch(0),
             bounds: Buffer::scratch(LANES),
             choosing: Vec::new(),
             wanted: Vec::new(),
@@ -289,15 +287,13 @@ impl<T: Scalar> ChildChooser<T> {
 
     /// Brings the logits of some queries into lanes.
     fn pack(&mut self, level: Level, queries: &[u32], slots: usize, columns: usize) {
-        for (buffer, needed) in [(&mut self.columns, slots * columns), (&mut self.lines, SQUARE * slots)] {
-            if buffer.len() < needed {
-                *buffer = Buffer::scratch(needed);
-            }
+        if self.columns.len() < slots * columns {
+            self.columns = Buffer::scratch(slots * columns);
         }
         let stride = self.stride();
         let rows = queries.iter().map(|&query| &self.logits[query as usize * stride..][..slots]);
         let mut packed = MatrixMut::new(&mut self.columns, slots, columns, columns);
-        pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
+        pack_transposed(level, rows, T::from_f64(1.0), &mut packed);
     }
 
     /// Finds the largest numbers of some queries, among candidates or slots; returns the room for those of each.

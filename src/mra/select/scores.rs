@@ -8,7 +8,7 @@ use crate::kernels::{ColumnMaxima, Gemm, Init, Matrix, MatrixMut, Softcap, pack_
 use crate::mra::attend::{TILE_QUERIES, coarse_tile_columns, nth_tile};
 use crate::mra::problem::{Batch, Problem, Segment};
 use crate::mra::pyramid::Pyramid;
-use crate::simd::{SQUARE, Scalar};
+use crate::simd::Scalar;
 
 /// The scores of one head, tile by tile: a row for each block of keys, a lane for each block of queries, as the softmax of
 /// the coarse level has them, with the mean bias. Where a block has no valid keys the score is `-inf`.
@@ -16,7 +16,6 @@ pub(crate) struct Scores<T> {
     values: Buffer<T>,
     best: Buffer<T>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
     rows: usize,
     keys: usize,
     lanes: usize,
@@ -50,7 +49,6 @@ impl<T: Scalar> Scores<T> {
             values: Buffer::scratch(Self::most_scores(problem, batch)),
             best: Buffer::scratch(rows),
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
             rows: 0,
             keys: 0,
             lanes: T::lanes(problem.level),
@@ -70,7 +68,7 @@ impl<T: Scalar> Scores<T> {
             let (rows, columns) = (self.rows_of(tile), self.columns_of(tile));
             let mut packed = MatrixMut::new(&mut self.packed, channels, columns, columns);
             let means = rows.clone().map(|i| &queries.row(i)[..channels]);
-            pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut self.lines, &mut packed);
+            pack_transposed(problem.level, means, T::from_f64(problem.scale), &mut packed);
             let values = &mut self.values[rows.start * keys..][..keys * columns];
             let (data, stride) = key_means.tail(0);
             T::run(

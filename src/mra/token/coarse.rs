@@ -11,7 +11,7 @@ use crate::mra::problem::{Batch, Mode, Problem, Score, Segment, Sight, TokenBudg
 use crate::mra::pyramid::Means;
 use crate::mra::select::Chooser;
 use crate::mra::weigh;
-use crate::simd::{Element, Level, SQUARE, Scalar};
+use crate::simd::{Element, Level, Scalar};
 use crate::tensor::Rows;
 
 /// Blocks of one step of the softmax: its logits fit into a first-level cache. Steps start at multiples of this, so that
@@ -86,7 +86,6 @@ impl<'a, T: Scalar> CoarseSource<'a, T> {
 /// The buffers of a tile.
 pub(crate) struct CoarseTile<T> {
     packed: Buffer<T>,
-    lines: Buffer<T>,
     logits: Buffer<T>,
     rescale: Buffer<T>,
     maximum: Buffer<T>,
@@ -115,7 +114,6 @@ impl<T: Scalar> CoarseTile<T> {
         let columns = problem.padded::<T>(queries.min(TILE_QUERIES));
         Self {
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(batch.most_columns() * columns),
             rescale: Buffer::scratch(columns),
             maximum: Buffer::scratch(columns),
@@ -185,7 +183,7 @@ impl<T: Scalar> CoarseTile<T> {
     ) {
         let ahead = rows_ahead(rows, queries.end, TILE_QUERIES);
         let mut packed = MatrixMut::new(&mut self.packed, problem.head_dim, columns, columns);
-        pack_transposed(problem.level, queries.map(|t| rows.row(t)), T::from_f64(problem.scale), &mut self.lines, &mut packed);
+        pack_transposed(problem.level, queries.map(|t| rows.row(t)), T::from_f64(problem.scale), &mut packed);
         T::run(
             problem.level,
             Gemm {

@@ -18,7 +18,7 @@ use crate::kernels::{
 };
 use crate::mra::attend::{Bf16Logits, DropoutTile, KeySums, QueryTerms, TILE_QUERIES, TmulGradient, float32};
 use crate::mra::problem::Problem;
-use crate::simd::{Element, Level, SQUARE, Scalar, prefetch_far};
+use crate::simd::{Element, Level, Scalar, prefetch_far};
 
 /// The queries of a range, in the type that is computed with, in rows of whole vectors.
 pub(crate) struct RangeRows<T> {
@@ -111,7 +111,6 @@ pub(crate) struct GradientTile<T> {
     pub(super) columns: usize,
     packed_queries: Buffer<T>,
     packed_grads: Buffer<T>,
-    lines: Buffer<T>,
     lse: Buffer<T>,
     delta: Buffer<T>,
     pub(super) weights: Buffer<T>,
@@ -153,7 +152,6 @@ impl<T: Scalar> GradientTile<T> {
             columns: 0,
             packed_queries: Buffer::scratch(head_dim * columns),
             packed_grads: Buffer::scratch(value_dim * columns),
-            lines: Buffer::scratch(SQUARE * head_dim.max(value_dim)),
             lse: Buffer::scratch(columns),
             delta: Buffer::scratch(columns),
             weights: Buffer::scratch(keys * columns),
@@ -225,7 +223,7 @@ impl<T: Scalar> GradientTile<T> {
         for (from, width, channels, factor, to) in inputs {
             let from = queries.iter().map(|&query| &from[query as usize * width..][..channels]);
             let mut to = MatrixMut::new(to, channels, self.columns, self.columns);
-            pack_transposed(self.level, from, factor, &mut self.lines, &mut to);
+            pack_transposed(self.level, from, factor, &mut to);
         }
     }
 

@@ -8,7 +8,7 @@ use crate::exec::Buffer;
 use crate::kernels::{AttendRows, DotRows, MOST_QUERIES, Matrix, MatrixMut, Stream, Visible, WeightRows, pack_transposed};
 use crate::mra::attend::DropoutTile;
 use crate::mra::problem::{Batch, Problem};
-use crate::simd::{Level, SQUARE, Scalar};
+use crate::simd::{Level, Scalar};
 
 /// Queries of a range, as all blocks of keys find them.
 pub(crate) struct RangeOfHead<'a, T> {
@@ -51,7 +51,6 @@ pub(crate) struct KeyBlock<T> {
     channels: usize,
     /// Keys, one column for each.
     packed: Buffer<T>,
-    lines: Buffer<T>,
     logits: Buffer<T>,
     /// A row for each of some queries: what is added to its logits.
     bias: Buffer<T>,
@@ -69,7 +68,6 @@ impl<T: Scalar> KeyBlock<T> {
             softcap: problem.softcap.map(T::from_f64),
             channels: problem.head_dim,
             packed: Buffer::scratch(problem.head_dim * columns),
-            lines: Buffer::scratch(SQUARE * problem.head_dim),
             logits: Buffer::scratch(2 * MOST_QUERIES * columns),
             bias: Buffer::scratch(if biased { BIASED_QUERIES * keys } else { 0 }),
             dropout: problem.dropout.map(DropoutTile::new),
@@ -98,7 +96,7 @@ impl<T: Scalar> KeyBlock<T> {
         let columns = self.columns(keys.rows);
         let keys = (0..keys.rows).map(|key| &keys.row(key)[..self.channels]);
         let mut packed = MatrixMut::new(&mut self.packed, self.channels, columns, columns);
-        pack_transposed(self.level, keys, queries.key_factor, &mut self.lines, &mut packed);
+        pack_transposed(self.level, keys, queries.key_factor, &mut packed);
     }
 
     /// Writes the products of the packed keys, of which there are `count`, and of each listed query from a place on.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::exec::Buffer;
 use crate::kernels::{AddBias, Matrix, MatrixMut, pack_transposed};
 use crate::mra::problem::{Batch, Problem, Segment, Sight};
-use crate::simd::{Level, SQUARE, Scalar};
+use crate::simd::{Level, Scalar};
 
 /// A flat head whose queries see keys through a window, a mask or a bias.
 #[derive(Clone, Copy)]
@@ -61,7 +61,6 @@ impl<'a> Viewer<'a> {
 pub(crate) struct BiasColumns<T> {
     rows: Buffer<T>,
     packed: Buffer<T>,
-    lines: Buffer<T>,
 }
 
 impl<T: Scalar> BiasColumns<T> {
@@ -73,11 +72,7 @@ impl<T: Scalar> BiasColumns<T> {
 
     /// Buffers for at most `size` keys.
     pub(crate) fn of_keys(size: usize, columns: usize) -> Self {
-        Self {
-            rows: Buffer::scratch(size * columns),
-            packed: Buffer::scratch(size * columns),
-            lines: Buffer::scratch(SQUARE * size),
-        }
+        Self { rows: Buffer::scratch(size * columns), packed: Buffer::scratch(size * columns) }
     }
 
     /// Makes the logits of a block, one row for each key and a lane for each of `queries`, those of what each query sees.
@@ -122,7 +117,7 @@ impl<T: Scalar> BiasColumns<T> {
         }
         let rows = self.rows.chunks_exact(count.max(1)).take(lanes);
         let mut packed = MatrixMut::new(&mut self.packed, count, columns, columns);
-        pack_transposed(level, rows, T::from_f64(1.0), &mut self.lines, &mut packed);
+        pack_transposed(level, rows, T::from_f64(1.0), &mut packed);
         let bias = Matrix::new(&self.packed, count, columns, columns);
         T::run(level, AddBias { logits: MatrixMut::new(logits, count, columns, columns), bias });
     }
