@@ -32,11 +32,13 @@ pub(super) fn granted() -> bool {
 }
 
 fn ask() -> bool {
-    const ARCH_PRCTL: usize = 158;
     const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
     // SAFETY: takes numbers, and changes what it says it does.
     unsafe { system_call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
 }
+
+/// The system call that asks for tiles, and about them.
+const ARCH_PRCTL: usize = 158;
 
 /// What Linux calls the state of tiles (`XFEATURE_XTILEDATA`).
 const TILE_DATA: usize = 18;

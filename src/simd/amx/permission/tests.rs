@@ -20,7 +20,6 @@ fn alone(test: &str, isa: Option<&str>, body: fn()) {
 
 /// Whether this process has the permission.
 fn has_permission() -> bool {
-    const ARCH_PRCTL: usize = 158;
     const ARCH_GET_XCOMP_PERM: usize = 0x1022;
     let mut permitted = 0u64;
     // SAFETY: writes that number; where Linux does not know the call, it does nothing.
