@@ -46,14 +46,18 @@ impl<E: Element> Kernel<E::Compute> for Transpose<'_, E> {
             let count = WIDENED.min(channels - first);
             let mut starts = [std::ptr::null(); SQUARE];
             for r in 0..SQUARE {
-                let row = self.rows[r].map(|row| &row[first..first + count]);
-                starts[r] = row.and_then(E::as_compute).map_or_else(
-                    || {
-                        row.inspect(|row| E::widen(row, &mut lines[r][..count]));
-                        lines[r].as_ptr()
-                    },
-                    <[E::Compute]>::as_ptr,
-                );
+                // No closure: it would borrow all lines anew, and be compiled without the instructions of `simd`.
+                starts[r] = lines[r].as_ptr();
+                if let Some(row) = self.rows[r] {
+                    let row = &row[first..first + count];
+                    if let Some(row) = E::as_compute(row) {
+                        starts[r] = row.as_ptr();
+                    } else {
+                        let line = &mut lines[r];
+                        E::widen(row, &mut line[..count]);
+                        starts[r] = line.as_ptr();
+                    }
+                }
             }
             let whole = if width == SQUARE { count - count % SQUARE } else { 0 };
             let to = &mut self.to.data_mut()[first * stride..];
